@@ -1,0 +1,99 @@
+"""reprobe: extract hidden states once, probe them offline, control anywhere, and prove it is the same activation.
+
+The way of the data, station by station:
+
+    prompts     PromptSet: texts with labels, groups, pairs and spans
+    model       LanguageModel, Site; observe and intervene, the only hooks
+    extraction  extract: prompts → activations at sites, streamed into
+    store       ActivationStore: rows on disk with their provenance
+    probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
+    control     steer with Add, Ablate: a direction put back into the model
+    evaluation  dose_response, divergence: what that does
+    report      write_report: one self-contained HTML page
+
+Importing reprobe loads no model library; names are fetched when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reprobe.control import Ablate, Add, Scope, steer
+    from reprobe.errors import ReprobeError
+    from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
+    from reprobe.extraction import extract
+    from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
+    from reprobe.probing import Direction, LogisticReader, MeanDifference, PCAReader, ProbeGrid, probe
+    from reprobe.prompts import Position, PromptSet
+    from reprobe.report import write_report
+    from reprobe.store import ActivationStore
+
+_HOME = {
+    "Ablate": "control",
+    "ActivationStore": "store",
+    "Add": "control",
+    "Contrast": "evaluation",
+    "Direction": "probing.direction",
+    "LanguageModel": "model",
+    "LogisticReader": "probing",
+    "MeanDifference": "probing",
+    "ModelIdentity": "model",
+    "PCAReader": "probing",
+    "Position": "prompts",
+    "ProbeGrid": "probing",
+    "PromptSet": "prompts",
+    "ReprobeError": "errors",
+    "Scope": "control",
+    "Site": "model",
+    "capture": "model",
+    "divergence": "evaluation",
+    "dose_response": "evaluation",
+    "extract": "extraction",
+    "intervene": "model",
+    "log_odds": "evaluation",
+    "observe": "model",
+    "probe": "probing",
+    "steer": "control",
+    "write_report": "report",
+}
+
+__all__ = [
+    "Ablate",
+    "ActivationStore",
+    "Add",
+    "Contrast",
+    "Direction",
+    "LanguageModel",
+    "LogisticReader",
+    "MeanDifference",
+    "ModelIdentity",
+    "PCAReader",
+    "Position",
+    "ProbeGrid",
+    "PromptSet",
+    "ReprobeError",
+    "Scope",
+    "Site",
+    "capture",
+    "divergence",
+    "dose_response",
+    "extract",
+    "intervene",
+    "log_odds",
+    "observe",
+    "probe",
+    "steer",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'reprobe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"reprobe.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,376 @@
+"""The verbs of `reprobe`.
+
+Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. Results go to stdout, bars and messages to stderr.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+import typer
+
+from reprobe.errors import ReprobeError, UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="reprobe",
+    help="Extract hidden states once, probe them offline, control anywhere, and prove it is the same activation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="The project's own data sets, and files in public formats.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Model = Annotated[str, typer.Argument(help="Bundled name, hub id, local folder, or .gguf file.")]
+Data = Annotated[str, typer.Argument(help="Bundled name, .jsonl/.json/.csv/.parquet file, or hf:NAME.")]
+Store = Annotated[Path, typer.Argument(help="A store made by `reprobe extract`.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: CUDA where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16; default: as stored.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands there.")]
+Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Use directions of another model, knowingly.")]
+
+
+
+def verb(example: str, on: typer.Typer = app, name: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a command whose help ends with `example` and whose errors become messages and exit codes."""
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except ReprobeError as e:
+                _say(f"{type(e).__name__}: {e}")
+                raise typer.Exit(2 if isinstance(e, UsageError) else 1) from e
+            except KeyboardInterrupt as e:
+                hint = " Completed shards are kept: go on with --resume." if function.__name__ == "extract" else ""
+                _say(f"interrupted.{hint}")
+                raise typer.Exit(130) from e
+
+        shown = "\n".join(f"    {line}" for line in example.strip().splitlines())
+        on.command(name, epilog=None)(guarded)
+        guarded.__doc__ = f"{function.__doc__}\n\n\\b\n[bold]Example[/bold]\n{shown}"
+        return guarded
+
+    return register
+
+
+@verb("reprobe demo --out reprobe-demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for stores, probes and the report.")] = Path("reprobe-demo"),
+    model: Annotated[str, typer.Option(help="Any model; the texts are made for small English ones.")] = "smollm2-135m",
+    overwrite: Overwrite = False,
+) -> None:
+    """Find, plot and use a language model's truth and sentiment directions (3 minutes on 2 cores)."""
+    from reprobe.cli.demo import run_demo
+    from reprobe.progress import terminal
+
+    _quiet_libraries()
+    with terminal() as progress:
+        summary = run_demo(out, model=model, overwrite=overwrite, progress=progress, say=_say)
+    typer.echo(summary)
+
+
+@verb("reprobe extract smollm2-135m cities --sites 'resid.post@*,attn.heads@*' --at last --to cities.reprobe")
+def extract(
+    model: Model,
+    data: Data,
+    to: Annotated[Path, typer.Option(help="The store to write.")],
+    sites: Annotated[str, typer.Option(help="Sites or patterns, comma-separated.")] = "resid.post@*",
+    at: Annotated[str, typer.Option(help="last, all, mean, index:-2, span:NAME:last|first|mean|all")] = "last",
+    store_dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 on disk.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
+    truncate: Annotated[
+        Literal["left", "right"] | None, typer.Option(help="Cut prompts beyond the context on this side.")
+    ] = None,
+    shard_rows: Annotated[int | None, typer.Option(help="Rows per shard.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted store.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stream hidden states of a model on a data set into a store."""
+    from reprobe.extraction import prepare
+    from reprobe.progress import terminal
+    from reprobe.prompts import PromptSet
+
+    prompts = PromptSet.load(data, limit=limit)
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    job = prepare(
+        lm, prompts, sites=sites, at=at, dtype=store_dtype, batch_tokens=batch_tokens, truncate=truncate,
+        shard_rows=shard_rows,
+    )
+    _say(
+        f"{len(prompts)} prompts, {job.n_tokens:,} tokens in {job.plan.n_packs} packs → {job.rows:,} rows × "
+        f"{len(job.sites)} sites, {job.dtype}: {_bytes(job.n_bytes)} on disk at {to}"
+    )
+    with terminal("tokens") as progress:
+        store = job.run(to, resume=resume, overwrite=overwrite, progress=progress)
+    _say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, complete")
+
+
+@verb("reprobe info cities.reprobe")
+def info(store: Store, as_json: AsJson = False) -> None:
+    """Show what a store holds, of which model, and whether it is complete."""
+    from reprobe.store import ActivationStore
+
+    _show(ActivationStore.open(store).info(), as_json)
+
+
+@verb("reprobe verify cities.reprobe")
+def verify(store: Store) -> None:
+    """Recompute every checksum of a store; exit 1 if anything differs from what was written."""
+    from reprobe.errors import CorruptArtifact
+    from reprobe.store import ActivationStore
+
+    result = ActivationStore.open(store).verify()
+    if not result.ok:
+        raise CorruptArtifact(f"{store}:\n" + "\n".join(f"  {p}" for p in result.problems))
+    _say(f"{store}: every byte is as it was written")
+
+
+READERS = ("logistic", "mean-difference", "pca")
+
+
+@verb("reprobe probe cities.reprobe --reader logistic --to truth.grid")
+def probe(
+    store: Store,
+    reader: Annotated[str, typer.Option(help=" | ".join(READERS))] = "logistic",
+    sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")] = None,
+    label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
+    folds: Annotated[int, typer.Option(help="Folds of the group-safe cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    to: Annotated[Path | None, typer.Option(help="Save the grid with all its directions here.")] = None,
+    direction: Annotated[Path | None, typer.Option(help="Save the best direction (.safetensors) here.")] = None,
+    top: Annotated[int, typer.Option(help="Lines to show.")] = 10,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one reader at every site of a store, with group-safe cross-validation."""
+    from reprobe.probing import LogisticReader, MeanDifference, PCAReader
+    from reprobe.probing import probe as run_probe
+    from reprobe.progress import terminal
+    from reprobe.store import ActivationStore
+
+    makers: dict[str, Any] = dict(zip(READERS, (LogisticReader, MeanDifference, PCAReader), strict=True))
+    if reader not in makers:
+        raise UsageError(f"unknown reader {reader!r}; one of {', '.join(READERS)}")
+    for path in (to, direction):
+        _refuse_existing(path, overwrite)
+    with terminal() as progress:
+        grid = run_probe(
+            ActivationStore.open(store), makers[reader](), sites=sites, label=label, folds=folds, seed=seed,
+            progress=progress,
+        )
+    if grid.note:
+        _say(f"note: {grid.note}")
+    if to is not None:
+        grid.save(to, overwrite=overwrite)
+    if direction is not None:
+        grid.best().save(direction, overwrite=overwrite)
+    rows = grid.table.sort(["accuracy", "layer", "head"], descending=[True, False, False], nulls_last=True)
+    _table(rows.head(top).to_dicts(), as_json)
+    if not as_json:
+        chosen = grid.selected
+        _say(
+            f"held-out accuracy of the best site, chosen on the other folds: {chosen.accuracy:.3f} "
+            f"[{chosen.low:.3f}, {chosen.high:.3f}]"
+        )
+
+
+@verb('reprobe scan smollm2-135m "Paris is in France. Paris is in Peru." --grid truth.grid')
+def scan(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="The text to read.")],
+    grid: Annotated[Path, typer.Option(help="A grid saved by `reprobe probe --to`.")],
+    part: Annotated[str, typer.Option(help="Which of the grid's parts to read.")] = "resid.post",
+    figure: Annotated[Path | None, typer.Option(help="Draw the token × layer map here (.svg, .png, .pdf).")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    allow_mismatch: Mismatch = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every token of a text at every layer with stored directions (LAT scan)."""
+    from reprobe.methods import repe
+    from reprobe.probing import ProbeGrid
+
+    found = ProbeGrid.load(grid).directions
+    directions = {site: d for site, d in found.items() if site.part == part and site.unit is None}
+    if not directions:
+        parts = ", ".join(sorted({s.part for s in found}))
+        raise UsageError(f"{grid} has no directions of {part}; it holds {parts}")
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    result = repe.scan(lm, text, directions, allow_mismatch=allow_mismatch)
+    if figure is not None:
+        from reprobe.report import scan_map
+
+        scan_map(result).savefig(figure)
+    rows = [
+        {"token": token, **{str(s): round(float(v), 3) for s, v in zip(result.sites, column, strict=True)}}
+        for token, column in zip(result.tokens, result.scores.T, strict=True)
+    ]
+    if as_json:
+        _table(rows, True)
+        return
+    step = max(1, len(result.sites) // 8)
+    keep = {"token", *(str(s) for s in result.sites[::step])}
+    _table([{k: v for k, v in row.items() if k in keep} for row in rows], False)
+
+
+@verb('reprobe steer smollm2-135m "She opened the letter and" --direction happiness.safetensors --strength 4')
+def steer(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    direction: Annotated[Path, typer.Option(help="A direction (.safetensors).")],
+    strength: Annotated[float, typer.Option(help="In units of the direction's scale; negative steers away.")] = 4.0,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Remove the direction instead of adding it.")] = False,
+    site: Annotated[str | None, typer.Option(help="Act here instead of where the direction was read.")] = None,
+    tokens: Annotated[str, typer.Option(help="all, prompt, generated or last")] = "all",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    allow_mismatch: Mismatch = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt with and without steering, and say how far apart the two models are."""
+    import reprobe as rp
+    from reprobe.evaluation import divergence
+
+    vector = rp.Direction.load(direction)
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    item: Any = (
+        rp.Ablate(vector, site=site, tokens=tokens)
+        if ablate
+        else rp.Add(vector, strength, site=site, tokens=tokens)
+    )
+    plain = lm.generate(prompt, max_new_tokens=max_new_tokens)[0]
+    with rp.steer(lm, item, allow_mismatch=allow_mismatch):
+        steered = lm.generate(prompt, max_new_tokens=max_new_tokens)[0]
+    kl = divergence(lm, [prompt + plain], item)
+    _show({"unsteered": plain, "steered": steered, "KL on the unsteered text, nats per token": round(kl, 4)}, as_json)
+
+
+@verb("reprobe report reprobe-demo")
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder with results, as `reprobe demo` makes it.")],
+    to: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")] = None,
+) -> None:
+    """Draw the self-contained HTML report of a folder of results."""
+    from reprobe.report import write_report
+
+    typer.echo(write_report(folder, to))
+
+
+@verb("reprobe data list", on=data_app, name="list")
+def data_list(as_json: AsJson = False) -> None:
+    """List the project's own data sets."""
+    from reprobe.prompts import PromptSet, bundled
+
+    rows = [PromptSet.load(name).describe() for name in bundled()]
+    keys = ("name", "prompts", "groups", "pairs", "labels")
+    _table([{k: row[k] for k in keys if k in row} for row in rows], as_json)
+
+
+@verb("reprobe data show cities --limit 5", on=data_app, name="show")
+def data_show(
+    data: Data, limit: Annotated[int, typer.Option(help="Rows to show.")] = 10, as_json: AsJson = False
+) -> None:
+    """Show the first rows of a data set."""
+    from reprobe.prompts import PromptSet
+
+    prompts = PromptSet.load(data)
+    if not as_json:
+        _show(prompts.describe(), False)
+    _table(prompts.head(limit).frame.to_dicts(), as_json)
+
+
+@verb("reprobe data validate my-prompts.jsonl", on=data_app, name="validate")
+def data_validate(data: Data) -> None:
+    """Check a data set: ids, texts, labels, groups, spans; exit 2 with the faulty rows if it is malformed."""
+    from reprobe.prompts import PromptSet
+
+    prompts = PromptSet.load(data)
+    note = "" if prompts.has_groups else "; it has no groups, so each prompt counts as its own"
+    _say(f"{data}: {len(prompts)} prompts, sound{note}")
+
+
+def _load(model: str, *, dtype: str | None, device: str | None, revision: str | None) -> Any:
+    from reprobe.model.language_model import LanguageModel
+    from reprobe.progress import terminal
+
+    _quiet_libraries()
+    with terminal() as progress:
+        return LanguageModel.load(model, dtype=dtype, device=device, revision=revision, progress=progress)
+
+
+def _quiet_libraries() -> None:
+    """Keep the advice of the libraries below off a user's terminal. Only the command line does this."""
+    import logging
+
+    for name in ("transformers", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _refuse_existing(path: Path | None, overwrite: bool) -> None:
+    """Before long work, not after it."""
+    from reprobe.errors import ArtifactExists
+
+    if path is not None and path.exists() and not overwrite:
+        raise ArtifactExists(f"{path} exists; choose another name or pass --overwrite")
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=str))
+        return
+    width = max(map(len, values), default=0)
+    for key, value in values.items():
+        typer.echo(f"{key:<{width}}  {value}")
+
+
+def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key in rows[0] if rows else ():
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
+    # A pipe has no width: give it one, or the lines would be folded to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    with contextlib.suppress(BrokenPipeError):
+        console.print(table)
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def main() -> None:
+    """The `reprobe` console script."""
+    app()

@@ -1,0 +1,243 @@
+"""From a site to the module that carries it: the rows of `families` applied to a network.
+
+Enters: a transformers network and a `Site`. Leaves: a `Tap` (a module and a side), widths, the parts that a
+network has, logits from its final state. Does not know hooks, prompts or what is done with an activation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reprobe.errors import UnsupportedModel, UnsupportedOperation
+from reprobe.model.families import FAMILIES, Family, Kind, Place, Side
+from reprobe.model.sites import Parts, Site
+
+_BLOCK_IN = Place("", "in")
+_BLOCK_OUT = Place("", "out")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a site's vector passes: `scale` × (first argument | first output) of `module`.
+
+    The tensor is (batch, seq, width); with `flat` it is (batch × seq, width). It is the network's own tensor,
+    only valid while the hook runs: Falcon goes on to add attn.out onto the tensor of mlp.out in place.
+    Reading `resid.mid` is exact, but a new tensor put there reaches only the branch that its module opens,
+    not the stream: write `attn.out` instead.
+    """
+
+    module: nn.Module
+    side: Side
+    scale: float = 1.0
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family's row, with what depends on the network's config settled. Made by `architecture_of`.
+
+    `forest`: tokens mix through the attention mask and position_ids alone and none sees a later one, so that
+    prompts with a common prefix can share it.
+    """
+
+    family: str
+    row: Family
+    forest: bool
+
+    @property
+    def kind(self) -> Kind:
+        """"encoder" networks can be read, not written."""
+        return self.row.kind
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the trunk takes position_ids, counted from 0; where there are pads it needs them then."""
+        return self.row.takes_positions
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether a norm stands between the output projections of a block and the stream."""
+        return self.row.post_norms
+
+    def parallel(self, config: Any) -> bool:
+        """Whether attention and MLP of a block read the same stream; there is no `resid.mid` then."""
+        return self.row.parallel(config)
+
+    def context(self, config: Any) -> int | None:
+        """The longest prompt in tokens, None where the architecture sets no limit."""
+        return self.row.context(config)
+
+    # -- modules ---------------------------------------------------------------------------------------------
+
+    def trunk(self, net: Any) -> nn.Module:
+        """The network without its head; takes input_ids, attention_mask and position_ids."""
+        body: nn.Module = net.base_model
+        return body
+
+    def blocks(self, net: Any) -> list[nn.Module]:
+        """The blocks, first to last."""
+        found = _find(self.stack(net), self.row.blocks, self.family)
+        return list(found.children())
+
+    def final_norm(self, net: Any) -> nn.Module | None:
+        """The norm after the last block, None where the network ends with the block."""
+        return None if self.row.final is None else _find(self.stack(net), self.row.final, self.family)
+
+    def sum_norms(self, net: Any, layer: int) -> tuple[nn.Module, nn.Module] | None:
+        """The norms on a block's stream, after attention and after the MLP; None where there are none."""
+        if self.row.sum_norms is None:
+            return None
+        attn, mlp = (_find(self.blocks(net)[layer], path, self.family) for path in self.row.sum_norms)
+        return attn, mlp
+
+    def head(self, net: Any) -> list[nn.Module]:
+        """The modules from `final` to raw logits, in order. Raises `UnsupportedOperation` without a head."""
+        try:
+            return [net.get_submodule(path) for path in self.row.head]
+        except AttributeError:
+            auto = "AutoModelForCausalLM" if self.kind == "decoder" else "AutoModelForMaskedLM"
+            raise UnsupportedOperation(
+                f"this {type(net).__name__} has no language-modelling head, so no logits; load it with {auto}"
+            ) from None
+
+    def stack(self, net: Any) -> nn.Module:
+        """The module that runs the blocks: the trunk or a part of it, called in every pass, head or not."""
+        return _find(self.trunk(net), self.row.stack, self.family)
+
+    # -- sites -----------------------------------------------------------------------------------------------
+
+    def parts(self, net: Any, name: str) -> Parts:
+        """The sites of a network that people know as `name`.
+
+        Raises `UnsupportedModel` if a block has no module where the row says there is one.
+        """
+        places = [self._places(net, block) for block in self.blocks(net)]
+        units = {"attn.heads": int(net.config.num_attention_heads)}
+        for block, of_block in zip(self.blocks(net), places, strict=True):
+            for part, place in of_block.items():
+                module = _find(block, place.path, self.family)
+                if part == "mlp.neurons":
+                    units[part] = _in_width(module)
+        why = []
+        if self.parallel(net.config):
+            why.append("attention and MLP of a parallel block read the same stream, nothing is between them")
+        experts = [layer for layer, of_block in enumerate(places) if "mlp.neurons" not in of_block]
+        if experts:
+            why.append(f"a mixture of experts has no one layer of neurons: blocks {_ranges(experts)}")
+        return Parts(name, tuple(frozenset(of_block) for of_block in places), units, "; ".join(why))
+
+    def block_parts(self, net: Any, layer: int) -> frozenset[str]:
+        """The parts that block `layer` has."""
+        return frozenset(self._places(net, self.blocks(net)[layer]))
+
+    def tap(self, net: Any, site: Site) -> Tap:
+        """Where `site` passes; of a narrowed site, where the whole vector does.
+
+        Raises `UnknownSite` if the network has no such site.
+        """
+        if site.layer is None:
+            return self._end_tap(net, site)
+        blocks = self.blocks(net)
+        if site.layer >= len(blocks) or site.part not in self.block_parts(net, site.layer):
+            self.parts(net, f"this {self.family} network").require(site)  # raises, and says what exists
+        block = blocks[site.layer]
+        place = self._places(net, block)[site.part]
+        scale = self.row.residual_scale(net.config) if site.part in ("attn.out", "mlp.out") else 1.0
+        return Tap(_find(block, place.path, self.family), place.side, scale, place.flat)
+
+    def width(self, net: Any, site: Site) -> int:
+        """Components of the vector at `site`: of one head or neuron, where the site is narrowed to one."""
+        if site.part == "mlp.neurons":
+            return _in_width(self.tap(net, site).module) if site.unit is None else 1
+        if site.part == "attn.heads":
+            whole = _in_width(self.tap(net, site).module)
+            return whole if site.unit is None else whole // int(net.config.num_attention_heads)
+        return int(net.config.hidden_size)
+
+    def _end_tap(self, net: Any, site: Site) -> Tap:
+        if site.part == "embed":
+            return Tap(self.blocks(net)[0], "in")
+        return Tap(self.final_norm(net) or self.blocks(net)[-1], "out")
+
+    def _places(self, net: Any, block: nn.Module) -> Mapping[str, Place]:
+        absent = {"resid.mid"} if self.parallel(net.config) else set()
+        if self._has_experts(block):
+            absent.add("mlp.neurons")
+        inner = {part: place for part, place in self.row.places.items() if part not in absent}
+        return {"resid.pre": _BLOCK_IN, "resid.post": _BLOCK_OUT} | inner
+
+    def _has_experts(self, block: nn.Module) -> bool:
+        return self.row.experts is not None and self.row.experts in dict(block.named_modules())
+
+    # -- logits ----------------------------------------------------------------------------------------------
+
+    def unembed(self, net: Any, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """Logits from vectors at `final`, with the family's scale or soft cap.
+
+        For encoders these are the logits of the masked-language-modelling head. `h` is moved to the network's
+        device and dtype. Raises `UnsupportedOperation` without a head.
+        """
+        modules = self.head(net)
+        h = h.to(device=net.device, dtype=net.dtype)
+        for module in modules:
+            h = module(h)
+        return self.row.logits(h, net.config)
+
+
+def architecture_of(net: Any) -> Architecture:
+    """The architecture of a transformers network.
+
+    Raises `UnsupportedModel` if its family has no row, or if it is a variant that the row does not cover.
+    """
+    config = getattr(net, "config", None)
+    name, row = _row(config)
+    for what, applies in row.not_covered.items():
+        if applies(config):
+            raise UnsupportedModel(
+                f"this {name} network is a variant whose sites are not where reprobe looks for them: {what}"
+            )
+    return Architecture(name, row, row.forest(config))
+
+
+def kind_of(config: Any) -> Kind:
+    """Whether a transformers config describes a decoder or an encoder. Raises `UnsupportedModel`."""
+    return _row(config)[1].kind
+
+
+def _row(config: Any) -> tuple[str, Family]:
+    name = str(getattr(config, "model_type", "none"))
+    if name not in FAMILIES:
+        raise UnsupportedModel(
+            f"reprobe does not know where the sites of a model of the family {name!r} are; it knows "
+            f"{', '.join(FAMILIES)}. A new family is a new row in reprobe/model/families.py"
+        )
+    return name, FAMILIES[name]
+
+
+def _find(module: nn.Module, path: str, family: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError as e:
+        raise UnsupportedModel(
+            f"this network is not built as transformers builds {family}: {type(module).__name__} has no "
+            f"module {path!r} ({e})"
+        ) from None
+
+
+def _in_width(projection: Any) -> int:
+    # Conv1D of transformers (GPT-2) calls it nx; other linear layers, quantised ones included, in_features.
+    return int(projection.in_features if hasattr(projection, "in_features") else projection.nx)
+
+
+def _ranges(layers: list[int]) -> str:
+    """[1, 2, 3, 5] → '1–3, 5'."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)

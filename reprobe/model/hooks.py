@@ -1,0 +1,421 @@
+"""The only hooks in the house: reading activations (`observe`, `capture`) and changing them (`intervene`).
+
+Enters: a language model, sites, and objects that say what to do there. Leaves: tensors, and a network without a
+trace of us after any exit. Does not know what an intervention means, which prompts run or where activations go.
+
+How it works: each network that is being read or changed has one `Board`. It holds one forward hook per place of
+the module tree (a `Tap`) that anybody needs; that hook first applies the interventions in the order in which they
+were entered, then shows the result to the observers. So an observer always sees what the rest of the network
+sees, however the contexts are nested.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from reprobe.errors import UnsupportedOperation
+from reprobe.model.architectures import Tap
+from reprobe.model.sites import Site
+
+if TYPE_CHECKING:
+    from reprobe.model.language_model import LanguageModel
+
+#: (module, side): a place in the module tree where a tensor passes.
+_Place = tuple[nn.Module, str]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The padded prompts of a run, told to the hooks so that scopes and pads are exact.
+
+    The first `width` columns are the prompts, any further ones given continuations, which count as generated. `real`
+    marks real tokens (columns beyond it are real: they come from generation), `spans[name]` those of a named span.
+    """
+
+    real: Bool[Tensor, "rows columns"]
+    width: int
+    spans: Mapping[str, Bool[Tensor, "rows width"]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens one forward pass holds. All masks are (rows, columns of this pass).
+
+    `real` is False on pads, `generated` True on tokens after the prompt, `last` True from the prompt's last real
+    token on (with a cache each new token is "last" once; without a cache the earlier ones must stay so).
+    `trivial` says that every token is real, which lets a caller skip a mask. `spans` is None where the prompts'
+    spans are not known (the network was called directly).
+    """
+
+    real: Bool[Tensor, "rows columns"]
+    generated: Bool[Tensor, "rows columns"]
+    last: Bool[Tensor, "rows columns"]
+    trivial: bool
+    spans: Mapping[str, Bool[Tensor, "rows columns"]] | None
+
+
+class Intervention(Protocol):
+    """What `intervene` needs to know of an intervention."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def by_role(self) -> bool:
+        """Whether it matters to it which tokens are prompt and which are generated."""
+        ...
+
+    def apply(self, h: Float[Tensor, "rows columns width"], tokens: Tokens) -> Float[Tensor, "rows columns width"]:
+        """The new value at the site. Must not change `h` in place, nor touch pads."""
+        ...
+
+
+#: Takes a site and its value (rows, columns, width); the tensor is only valid during the call.
+Observer = Callable[[Site, Tensor], None]
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: everything wanted has been seen
+    """Ends a forward pass after the last wanted site."""
+
+
+class Board:
+    """The hooks of one network. Made by `board_of`; use `observe`, `capture` and `intervene` instead."""
+
+    def __init__(self, stack: nn.Module, locate: Callable[[Site], tuple[Tap, slice | None]]) -> None:
+        # Weak: the table of boards must not keep a network alive through its own value.
+        self._stack = weakref.ref(stack)
+        self._locate = locate
+        self._interventions: list[Intervention] = []
+        self._observers: list[tuple[Site, Observer]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._prompts: Prompts | None = None
+        self._tokens: Tokens | None = None
+        self._pre: dict[int, Tensor] = {}  # resid.pre of blocks whose resid.mid is being written
+        self._prompt_columns: int | None = None
+        self._shape = (0, 0)  # rows and columns of the present pass
+
+    # -- contexts ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def entered(
+        self, interventions: Sequence[Intervention] = (), observers: Sequence[tuple[Site, Observer]] = ()
+    ) -> Iterator[None]:
+        before = list(self._interventions), list(self._observers)
+        try:
+            self._interventions = [*before[0], *interventions]
+            self._observers = [*before[1], *observers]
+            self._install()
+            yield
+        finally:
+            # By identity, not by position: contexts may be left in another order than they were entered.
+            self._interventions = _without(self._interventions, interventions)
+            self._observers = _without(self._observers, observers)
+            self._install()
+
+    @contextlib.contextmanager
+    def told(self, prompts: Prompts) -> Iterator[None]:
+        before = self._prompts
+        self._prompts = prompts
+        try:
+            yield
+        finally:
+            self._prompts = before
+
+    # -- hooks ------------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        """Make the installed hooks exactly those that the present interventions and observers need."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._tokens = self._prompt_columns = None
+        self._pre.clear()
+        try:
+            self._register()
+        except BaseException:  # half-way through: leave nothing behind
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            raise
+
+    def _register(self) -> None:
+        places: dict[_Place, tuple[Tap, list[Callable[[Tensor], Tensor]]]] = {}
+
+        def at(site: Site) -> list[Callable[[Tensor], Tensor]]:
+            tap, _ = self._locate(site)
+            return places.setdefault((tap.module, tap.side), (tap, []))[1]
+
+        mids = [i for i in self._interventions if i.site.part == "resid.mid"]
+        for item in self._interventions:
+            if item.site.part != "resid.mid":
+                at(item.site).append(self._changer(item))
+        for layer in sorted({int(i.site.layer or 0) for i in mids}):
+            # The stream's middle is no module's output: the block adds attn.out to resid.pre itself. So resid.mid is
+            # written through attn.out, by the difference.
+            at(Site("resid.pre", layer)).append(self._keep_pre(layer))
+            here = [i for i in mids if i.site.layer == layer]
+            at(Site("attn.out", layer)).append(self._mid_changer(layer, here))
+        for site, observer in self._observers:
+            at(site).append(self._shower(site, observer))
+        stack = self._stack()
+        if places and stack is not None:
+            self._handles.append(stack.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for tap, steps in places.values():
+            change = self._flat(steps) if tap.flat else _chain(steps)
+            if tap.side == "in":
+                hook = tap.module.register_forward_pre_hook(_input_hook(change), with_kwargs=True)
+            else:
+                hook = tap.module.register_forward_hook(_output_hook(change))
+            self._handles.append(hook)
+
+    def _flat(self, steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+        change = _chain(steps)
+
+        def step(raw: Tensor) -> Tensor:
+            h = raw.unflatten(0, self._shape)
+            new = change(h)
+            return raw if new is h else new.flatten(0, 1)
+
+        return step
+
+    def _changer(self, item: Intervention) -> Callable[[Tensor], Tensor]:
+        tap, part = self._locate(item.site)
+
+        def step(raw: Tensor) -> Tensor:
+            h = raw if tap.scale == 1.0 else raw * tap.scale
+            new = _apply(item, h, part, self._here())
+            return new if tap.scale == 1.0 else new / tap.scale
+
+        return step
+
+    def _keep_pre(self, layer: int) -> Callable[[Tensor], Tensor]:
+        def step(raw: Tensor) -> Tensor:
+            self._pre[layer] = raw
+            return raw
+
+        return step
+
+    def _mid_changer(self, layer: int, items: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
+        scale = self._locate(Site("attn.out", layer))[0].scale
+
+        def step(raw: Tensor) -> Tensor:
+            mid = self._pre.pop(layer) + raw * scale
+            new = mid
+            for item in items:
+                new = item.apply(new, self._here())
+            return raw + (new - mid) / scale
+
+        return step
+
+    def _shower(self, site: Site, observer: Observer) -> Callable[[Tensor], Tensor]:
+        tap, part = self._locate(site)
+
+        def step(raw: Tensor) -> Tensor:
+            h = raw if part is None else raw[..., part]
+            observer(site, h if tap.scale == 1.0 else h * tap.scale)
+            return raw
+
+        return step
+
+    # -- which tokens -----------------------------------------------------------------------------------------
+
+    def _here(self) -> Tokens:
+        if self._tokens is None:
+            raise UnsupportedOperation(
+                "a block was called outside the network's own forward pass, so it is not known which tokens are "
+                "pads; call the model as a whole"
+            )
+        return self._tokens
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass of the blocks: note its shape, and for interventions which tokens it holds."""
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("hidden_states"), *args)
+        ids = next(value for value in given if isinstance(value, Tensor))
+        rows, now = self._shape = int(ids.shape[0]), int(ids.shape[1])
+        if not self._interventions:
+            return
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if self._prompts is not None:
+            self._tokens = _told_tokens(self._prompts, rows, past, now)
+            return
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if kwargs.get("use_cache") is False and any(i.by_role for i in self._interventions):
+            raise UnsupportedOperation(
+                "the network was called directly and without a cache, so prompt and generated tokens cannot be told "
+                "apart, and an active intervention depends on that; use lm.generate(…, use_cache=False) or lm.logits"
+            )
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise UnsupportedOperation(
+                "the network was called directly with a prepared attention mask, so it is not known which tokens "
+                "are pads; use lm.generate, lm.logits or lm.logprobs while steering, or pass the 2-D mask"
+            )
+        if past == 0 or self._prompt_columns is None:  # the first pass of a sequence that we see is its prompt
+            self._prompt_columns = past + now
+        real = torch.ones(rows, past + now, dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+        tokens = _told_tokens(Prompts(real, self._prompt_columns, {}), rows, past, now)
+        self._tokens = Tokens(tokens.real, tokens.generated, tokens.last, tokens.trivial, None)
+
+
+def _told_tokens(prompts: Prompts, rows: int, past: int, now: int) -> Tokens:
+    given, width = prompts.real, prompts.width
+    if rows % given.shape[0]:
+        raise UnsupportedOperation(
+            f"a pass of {rows} rows does not fit {given.shape[0]} prompts: generate through lm.generate"
+        )
+    # Beams and several returned sequences: row i of the pass belongs to prompt i // copies.
+    copies = rows // given.shape[0]
+    columns = torch.arange(past, past + now, device=given.device)
+    generated = (columns >= width).expand(rows, now)
+
+    def window(mask: Tensor, beyond: bool) -> Tensor:
+        held = mask[:, past : past + now].repeat_interleave(copies, 0)
+        return nn.functional.pad(held, (0, now - held.shape[1]), value=beyond)
+
+    real = window(given, True)
+    last_real = (torch.arange(width, device=given.device) * given[:, :width]).amax(1).repeat_interleave(copies, 0)
+    last = real & (columns[None, :] >= last_real[:, None])
+    spans = {name: window(mask, False) for name, mask in prompts.spans.items()}
+    return Tokens(real, generated, last, past >= given.shape[1] or bool(real.all()), spans)
+
+
+def _apply(item: Intervention, h: Tensor, part: slice | None, tokens: Tokens) -> Tensor:
+    if part is None:
+        return item.apply(h, tokens)
+    new = item.apply(h[..., part], tokens)
+    return torch.cat([h[..., : part.start], new, h[..., part.stop :]], -1)
+
+
+def _chain(steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    def change(h: Tensor) -> Tensor:
+        for step in steps:
+            h = step(h)
+        return h
+
+    return change
+
+
+def _input_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = change(args[0])
+            return None if new is args[0] else ((new, *args[1:]), kwargs)
+        new = change(kwargs["hidden_states"])  # blocks may get their input as a keyword
+        return None if new is kwargs["hidden_states"] else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _output_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        h = output if isinstance(output, Tensor) else output[0]
+        new = change(h)
+        if new is h:
+            return None
+        return new if isinstance(output, Tensor) else (new, *output[1:])
+
+    return hook
+
+
+def _without(items: list[Any], gone: Sequence[Any]) -> list[Any]:
+    ids = [id(g) for g in gone]
+    kept = []
+    for item in reversed(items):  # the last entered of equal objects is the one that leaves
+        if id(item) in ids:
+            ids.remove(id(item))
+        else:
+            kept.append(item)
+    return kept[::-1]
+
+
+_BOARDS: "weakref.WeakKeyDictionary[nn.Module, Board]" = weakref.WeakKeyDictionary()
+
+
+def board_of(lm: "LanguageModel") -> Board:
+    """The one board of a network."""
+    board = _BOARDS.get(lm.net)
+    if board is None:
+        ref, architecture = weakref.ref(lm.net), lm.architecture
+
+        def locate(site: Site) -> tuple[Tap, slice | None]:
+            net = ref()
+            assert net is not None  # the table drops the board together with its network
+            tap = architecture.tap(net, site.whole)
+            if site.unit is None:
+                return tap, None
+            width = architecture.width(net, site)
+            return tap, slice(site.unit * width, (site.unit + 1) * width)
+
+        board = _BOARDS[lm.net] = Board(architecture.stack(lm.net), locate)
+    return board
+
+
+@contextlib.contextmanager
+def observe(lm: "LanguageModel", sites: Iterable[Site | str] | Site | str) -> Iterator[dict[Site, Tensor]]:
+    """Read activations of whatever runs inside the context.
+
+    Yields a dict that after each forward pass holds, per site, the activations of that pass: (rows, columns, width)
+    in the network's dtype, on its device, detached copies. With interventions active it shows what the rest of the
+    network sees. Raises `UnknownSite`.
+    """
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site, h: Tensor) -> None:
+        # A copy: some families go on to change the tensor in place (`mlp_output += attention_output`).
+        seen[site] = h.detach().clone()
+
+    with board_of(lm).entered(observers=[(site, keep) for site in lm.sites(sites)]):
+        yield seen
+
+
+@contextlib.contextmanager
+def intervene(lm: "LanguageModel", interventions: Iterable[Intervention]) -> Iterator[None]:
+    """Change activations of whatever runs inside the context, in the order given; contexts nest, outer first.
+
+    Raises `UnknownSite` if the model lacks a site, `UnsupportedOperation` for encoders. After any exit the network
+    has the hooks it had before.
+    """
+    items = list(interventions)
+    if lm.architecture.kind != "decoder":
+        raise UnsupportedOperation(f"{lm.architecture.family} is an encoder: its sites can be read, not written")
+    for item in items:
+        lm.parts.require(item.site)
+    with board_of(lm).entered(interventions=items):
+        yield
+
+
+def capture(
+    lm: "LanguageModel",
+    inputs: Mapping[str, Any],
+    sites: Sequence[Site],
+    select: Callable[[Tensor], Tensor] | None = None,
+) -> dict[Site, Tensor]:
+    """Run the stack of blocks (no unembedding) on `inputs` only as far as the last wanted site, and read.
+
+    `inputs` are the trunk's keyword arguments (input_ids, attention_mask, position_ids …). `select` maps a site's
+    (rows, columns, width) to what should be kept of it and must return a new tensor; it runs on the device, so that
+    unwanted tokens are never copied anywhere. Without it all is kept. Runs without gradients.
+    """
+    seen: dict[Site, Tensor] = {}
+    wanted = set(sites)
+
+    def keep(site: Site, h: Tensor) -> None:
+        seen[site] = h.clone() if select is None else select(h)
+        if len(seen) == len(wanted):
+            raise _Stop
+
+    board, mask = board_of(lm), inputs.get("attention_mask")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(board.entered(observers=[(site, keep) for site in sites]))
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            stack.enter_context(board.told(Prompts(mask.bool(), int(mask.shape[1]), {})))
+        stack.enter_context(contextlib.suppress(_Stop))
+        lm.architecture.trunk(lm.net)(**inputs, **lm.no_cache)
+    return {site: seen[site] for site in sites}

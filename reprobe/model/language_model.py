@@ -1,0 +1,501 @@
+"""A transformers model with its tokenizer, its row of the architecture table, and its identity.
+
+Enters: the name of a model (bundled name, hub id, local folder, `.gguf` file), or a network and tokenizer in memory.
+Leaves: token batches, logits, log-probabilities, generated text. It wraps the network and never replaces a part of
+it. Does not know data sets, stores or directions.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reprobe.errors import (
+    ModelLoadFailed,
+    PromptTooLong,
+    SelfCheckFailed,
+    UnsupportedModel,
+    UnsupportedOperation,
+    UsageError,
+)
+from reprobe.model import bundled, gguf
+from reprobe.model.architectures import Architecture, architecture_of, kind_of
+from reprobe.model.checks import residuals
+from reprobe.model.hooks import Prompts, board_of, observe
+from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
+from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
+from reprobe.model.text import Message, Span, TokenisedText, Truncate, tokenise
+from reprobe.progress import Progress, silent
+
+#: One prompt: plain text, or chat messages.
+Prompt = str | Sequence[Message]
+Padding = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A padded batch of prompts on the model's device. All tensors are (rows, columns)."""
+
+    input_ids: Int[Tensor, "rows columns"]
+    real: Bool[Tensor, "rows columns"]
+    spans: Mapping[str, Bool[Tensor, "rows columns"]]
+
+    @property
+    def position_ids(self) -> Int[Tensor, "rows columns"]:
+        """Position of each token among its row's real tokens; 0 on pads."""
+        return (self.real.long().cumsum(1) - 1).clamp(min=0)
+
+    def row(self, i: int) -> Int[Tensor, " tokens"]:
+        """Token ids of prompt i without padding."""
+        return self.input_ids[i][self.real[i]]
+
+
+class LanguageModel:
+    """A model ready to be read and controlled. Make one with `load`, or around a network in memory.
+
+    `net` must be a transformers model of a supported family with its head (or, for encoders, also without);
+    raises `UnsupportedModel` otherwise. The network is put in evaluation mode.
+    """
+
+    def __init__(self, net: Any, tokenizer: Any, *, name: str, revision: str | None = None) -> None:
+        self.architecture: Architecture = architecture_of(net)
+        self.net = net.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.parts: Parts = self.architecture.parts(net, name)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        progress: Progress = silent,
+    ) -> "LanguageModel":
+        """Load a model.
+
+        `name` is a bundled name (`smollm2-135m`, `gemma3-270m`), a `.gguf` file (dequantised once into the cache),
+        a local folder, or a hub id (`revision` is a branch, tag or commit there). `dtype` ("float32", "bfloat16",
+        "float16"; default: as the checkpoint says, float32 for bundled and GGUF weights). `device` defaults to CUDA
+        where there is one. `device_map`, `attn_implementation` and `quantization_config` go to transformers as they
+        are. Raises `FetchFailed`, `ModelLoadFailed`, `UnsupportedModel`.
+        """
+        source, label = _resolve(str(name), progress)
+        local = Path(source).is_dir()
+        if revision is not None and local:
+            raise UsageError(f"revision={revision!r} names a hub revision, but {name} is a local model")
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+        where: dict[str, Any] = {"revision": revision} if revision is not None else {}
+        options: dict[str, Any] = {"dtype": _dtype(dtype) if dtype is not None else "auto"}
+        for key, value in (
+            ("device_map", device_map),
+            ("attn_implementation", attn_implementation),
+            ("quantization_config", quantization_config),
+        ):
+            if value is not None:
+                options[key] = value
+        try:
+            with _quiet_transformers():
+                config = AutoConfig.from_pretrained(source, **where)
+                encoder = kind_of(config) == "encoder"
+                auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+                net = auto.from_pretrained(source, **where, **options)
+                tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        except (UnsupportedModel, UsageError):
+            raise
+        except Exception as e:  # transformers raises many kinds for the same few causes
+            raise ModelLoadFailed(_why_not(str(name), local, e)) from e
+        if device_map is None and quantization_config is None:
+            net = net.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        commit = getattr(net.config, "_commit_hash", None)
+        return cls(net, tokenizer, name=label, revision=commit or revision)
+
+    # -- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embedding."""
+        weight: Tensor = self.net.get_input_embeddings().weight
+        return weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations that the blocks pass on."""
+        dtype: torch.dtype = self.net.dtype
+        return dtype
+
+    @property
+    def n_layers(self) -> int:
+        return self.parts.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.architecture.width(self.net, Site("embed"))
+
+    @cached_property
+    def context(self) -> int | None:
+        """The longest prompt in tokens, None where the architecture sets no limit."""
+        return self.architecture.context(self.net.config)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model this is, computed from what is loaded now: edited weights have another identity."""
+        quantiser = getattr(self.net.config, "quantization_config", None)
+        method = getattr(quantiser, "quant_method", None) if quantiser is not None else None
+        return ModelIdentity(
+            name=self.name,
+            revision=self.revision,
+            architecture=self.architecture.family,
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            weights=digest_weights(self.net),
+            tokenizer=digest_tokenizer(self.tokenizer),
+            template=digest_template(self.tokenizer),
+            dtype=str(self.dtype).removeprefix("torch."),
+            quantization=None if method is None else str(getattr(method, "value", method)),
+        )
+
+    def sites(self, sites: Site | str | Iterable[Site | str]) -> tuple[Site, ...]:
+        """Sites of this model from sites, names or patterns; raises `UnknownSite`."""
+        return expand(sites, self.parts)
+
+    def width(self, site: Site) -> int:
+        """Number of components of the vector at a site."""
+        return self.architecture.width(self.net, self.parts.require(site))
+
+    # -- text in ----------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        spans: Sequence[Mapping[str, Span]] | None = None,
+        padding: Padding = "left",
+        truncate: Truncate | None = None,
+    ) -> Encoded:
+        """Prompts as one padded batch of tokens on the model's device.
+
+        Chat messages are rendered with the tokenizer's template. `spans` names character ranges, one mapping per
+        prompt. Raises `PromptTooLong` for prompts beyond the context unless `truncate` says which side to cut.
+        """
+        return self._pad(self._tokenise(prompts, spans, truncate), padding)
+
+    def _tokenise(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        spans: Sequence[Mapping[str, Span]] | None,
+        truncate: Truncate | None = None,
+        room: int = 0,
+    ) -> list[TokenisedText]:
+        batch = _batch(prompts)
+        if spans is not None and len(spans) != len(batch):
+            raise UsageError(f"{len(batch)} prompts but {len(spans)} span mappings; give one mapping per prompt")
+        limit = None if self.context is None else self.context - room
+        if limit is not None and limit < 1:
+            raise PromptTooLong(f"{room} new tokens leave no room for a prompt: the context of {self.name} is "
+                                f"{self.context} tokens")
+        return tokenise(self.tokenizer, batch, spans=spans, context=limit, truncate=truncate)
+
+    def _pad(self, rows: Sequence[TokenisedText], padding: Padding) -> Encoded:
+        width = max(len(r.ids) for r in rows)
+        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        real = np.zeros((len(rows), width), dtype=bool)
+        names = {name for r in rows for name in r.spans}
+        spans = {name: np.zeros((len(rows), width), dtype=bool) for name in names}
+        for i, r in enumerate(rows):
+            start = width - len(r.ids) if padding == "left" else 0
+            ids[i, start : start + len(r.ids)] = r.ids
+            real[i, start : start + len(r.ids)] = True
+            for name, tokens in r.spans.items():
+                spans[name][i, start + np.asarray(tokens, dtype=np.int64)] = True
+        put = {name: torch.from_numpy(mask).to(self.device) for name, mask in spans.items()}
+        return Encoded(torch.from_numpy(ids).to(self.device), torch.from_numpy(real).to(self.device), put)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills padding; it is masked everywhere, so any token of the vocabulary will do."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @property
+    def no_cache(self) -> dict[str, bool]:
+        """The trunk's keyword that turns the key-value cache off; encoders have none."""
+        return {"use_cache": False} if self.architecture.kind == "decoder" else {}
+
+    def inputs(self, batch: Encoded) -> dict[str, Tensor]:
+        """A batch as the keyword arguments of the network."""
+        out = {"input_ids": batch.input_ids, "attention_mask": batch.real.long()}
+        if self.architecture.takes_positions:
+            # Stock models count pads as positions if they are not told otherwise.
+            out["position_ids"] = batch.position_ids
+        return out
+
+    @contextlib.contextmanager
+    def _told(self, batch: Encoded, width: int | None = None) -> Iterator[None]:
+        columns = int(batch.real.shape[1]) if width is None else width
+        with board_of(self).told(Prompts(batch.real, columns, batch.spans)):
+            yield
+
+    # -- numbers out ------------------------------------------------------------------------------------------
+
+    @overload
+    def logits(
+        self, prompts: Prompt | Sequence[Prompt], *, at: Literal["last"] = "last",
+        spans: Sequence[Mapping[str, Span]] | None = None, padding: Padding = "left",
+    ) -> Float[Tensor, "prompts vocab"]: ...
+    @overload
+    def logits(
+        self, prompts: Prompt | Sequence[Prompt], *, at: Literal["all"],
+        spans: Sequence[Mapping[str, Span]] | None = None, padding: Padding = "left",
+    ) -> list[Float[Tensor, "tokens vocab"]]: ...
+    @torch.no_grad()
+    def logits(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        at: Literal["last", "all"] = "last",
+        spans: Sequence[Mapping[str, Span]] | None = None,
+        padding: Padding = "left",
+    ) -> Tensor | list[Tensor]:
+        """Next-token logits after the last token of each prompt, (prompts, vocab); or with `at="all"` after every
+        token, one (tokens, vocab) tensor per prompt. Padding never changes them."""
+        batch = self.encode(prompts, spans=spans, padding=padding)
+        hidden = self._run(batch)
+        if at == "all":
+            return [self.unembed(hidden[i][batch.real[i]]) for i in range(len(hidden))]
+        columns = torch.arange(batch.real.shape[1], device=batch.real.device)
+        last = (columns * batch.real).amax(1)
+        return self.unembed(hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)])
+
+    def _run(self, batch: Encoded, width: int | None = None) -> Float[Tensor, "rows columns d_model"]:
+        """The stack of blocks on a batch; returns the state after the final norm."""
+        with self._told(batch, width):
+            out = self.architecture.trunk(self.net)(**self.inputs(batch), **self.no_cache)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def unembed(self, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """Logits from vectors at `final` (after the final norm), with the family's scale and soft cap."""
+        return self.architecture.unembed(self.net, h)
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        batch_tokens: int = 2048,
+    ) -> list[np.ndarray]:
+        """Log-probability (nats) of continuations, summed over their tokens.
+
+        One list of continuations per prompt → one float64 array per prompt. A continuation is tokenised together
+        with its prompt and found again by character offsets, so a token that straddles the seam counts as the
+        continuation's. For interventions the continuation's tokens count as generated. A leading blank belongs to
+        the continuation. Raises `PromptTooLong`.
+        """
+        self._need_decoder("logprobs")
+        batch = _batch(prompts)
+        lists = [continuations] if isinstance(prompts, str) or _is_chat(prompts) else continuations
+        if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
+            raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
+        flat = [(i, c) for i, group in enumerate(lists) for c in group]
+        if any(not c for _, c in flat):
+            raise UsageError("an empty continuation has no log-probability")
+        rows = tokenise(
+            self.tokenizer, [batch[i] for i, _ in flat], suffixes=[c for _, c in flat],
+            spans=None, context=self.context, truncate=None,
+        )
+        out = [np.zeros(len(group)) for group in lists]
+        slots = [(i, k) for i, group in enumerate(lists) for k in range(len(group))]
+        order = sorted(range(len(rows)), key=lambda r: -len(rows[r].ids))
+        for chosen in _under_budget(order, [len(r.ids) for r in rows], batch_tokens):
+            for r, value in zip(chosen, self._score([rows[r] for r in chosen]), strict=True):
+                i, k = slots[r]
+                out[i][k] = value
+        return out
+
+    def _score(self, rows: Sequence[TokenisedText]) -> list[float]:
+        """Summed log-probability of each row's tokens from `suffix` on."""
+        # Prompts end in the same column, so that "prompt" and "generated" are columns for every row alike.
+        seams = [r.suffix for r in rows]
+        if min(seams) < 1:
+            raise UsageError(
+                "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
+                "a beginning-of-text token"
+            )
+        width = max(seams)
+        total = width + max(len(r.ids) - s for r, s in zip(rows, seams, strict=True))
+        ids = torch.full((len(rows), total), self.pad_id, dtype=torch.long)
+        real = torch.zeros(len(rows), total, dtype=torch.bool)
+        for i, (r, s) in enumerate(zip(rows, seams, strict=True)):
+            ids[i, width - s : width - s + len(r.ids)] = torch.as_tensor(r.ids)
+            real[i, width - s : width - s + len(r.ids)] = True
+        batch = Encoded(ids.to(self.device), real.to(self.device), {})
+        hidden = self._run(batch, width)[:, width - 1 : -1]
+        asked = real[:, width:].to(hidden.device)
+        logits = self.unembed(hidden[asked]).float()
+        target = batch.input_ids[:, width:].to(logits.device)[asked.to(logits.device)]
+        each = -torch.nn.functional.cross_entropy(logits, target, reduction="none").double()
+        owner = asked.nonzero()[:, 0].to(each.device)
+        sums = torch.zeros(len(rows), dtype=torch.float64, device=each.device).index_add_(0, owner, each)
+        return [float(v) for v in sums.cpu()]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 40,
+        spans: Sequence[Mapping[str, Span]] | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Continuations of prompts as text, without the prompt; greedy unless `do_sample=True` or `num_beams=…`.
+
+        `options` go to transformers' `generate`. With `num_return_sequences=k`, k texts per prompt follow each
+        other. `seed` makes sampling repeatable and leaves the global random state as it was. Raises
+        `PromptTooLong` if prompt and new tokens do not fit the context.
+        """
+        self._need_decoder("generate")
+        for ours in ("input_ids", "inputs", "attention_mask"):
+            if ours in options:
+                raise UsageError(f"{ours} is made from the prompts; pass text to lm.generate")
+        batch = self._pad(self._tokenise(prompts, spans, room=max_new_tokens), "left")
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
+        if not settings["do_sample"]:
+            # A checkpoint's sampling settings mean nothing to greedy decoding, and transformers warns of them.
+            settings = {"temperature": None, "top_p": None, "top_k": None} | settings
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self._told(batch), torch.random.fork_rng(devices, enabled=seed is not None), _quiet_transformers():
+            if seed is not None:
+                torch.manual_seed(seed)
+            tokens = self.net.generate(
+                input_ids=batch.input_ids, attention_mask=batch.real.long(), pad_token_id=self.pad_id, **settings
+            )
+        new = tokens[:, batch.input_ids.shape[1] :]
+        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    def _need_decoder(self, what: str) -> None:
+        if self.architecture.kind != "decoder":
+            raise UnsupportedOperation(f"{self.name} is an encoder ({self.architecture.family}): it has no {what}")
+
+    # -- proof ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check(self, *, tolerance: float | None = None, seed: int = 0) -> dict[str, float]:
+        """Test on random tokens that every site is where it says (`resid.pre + attn.out = resid.mid` and so on).
+
+        Returns the worst relative deviation per identity. `tolerance` defaults to 1e-4 for float32 and 0.05 for
+        half precision. Raises `SelfCheckFailed` with the identities that do not hold.
+        """
+        limit = tolerance if tolerance is not None else (1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05)
+        generator = torch.Generator().manual_seed(seed)
+        vocab = int(self.net.get_input_embeddings().weight.shape[0])
+        ids = torch.randint(0, vocab, (2, 7), generator=generator).to(self.device)
+        every = [Site(p) for p in MODEL_PARTS]
+        every += [Site(p, i) for i, have in enumerate(self.parts.of_layer) for p in LAYER_PARTS if p in have]
+        batch = Encoded(ids, torch.ones_like(ids, dtype=torch.bool), {})
+        with observe(self, every) as seen:
+            out = self.net(**self.inputs(batch), **self.no_cache)
+        worst = residuals(self.architecture, self.net, seen, getattr(out, "logits", None))
+        bad = {name: value for name, value in worst.items() if not value <= limit}
+        if bad:
+            lines = ", ".join(f"{name} off by {value:.2g}" for name, value in bad.items())
+            raise SelfCheckFailed(f"sites of {self.name} cannot be trusted (limit {limit:g}): {lines}")
+        return worst
+
+
+def _resolve(name: str, progress: Progress) -> tuple[str, str]:
+    """(folder or hub id, name for people)."""
+    if name in bundled.NAMES:
+        return str(bundled.fetch(name, progress)), name
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelLoadFailed(f"{name}: no such file")
+        return str(gguf.convert(path, progress=progress)), path.stem
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadFailed(f"{name} is a folder without config.json: not a saved transformers model")
+        return str(path), path.name
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ModelLoadFailed(f"{name}: no such folder")
+    return name, name
+
+
+def _why_not(name: str, local: bool, e: Exception) -> str:
+    first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    if local or name in bundled.NAMES or name.endswith(".gguf"):
+        return f"{name} could not be loaded: {first}"
+    return (
+        f"{name!r} could not be loaded: {first}\n"
+        f"It was looked up as a hub id, since it is no bundled name ({', '.join(bundled.NAMES)}), no local folder and "
+        "no .gguf file. Check the spelling, your network, and `hf auth login` for gated models."
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in names:
+        raise UsageError(f"unknown dtype {dtype!r}; one of {', '.join(names)}")
+    return names[dtype]
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and advice off the terminal, and give its settings back after."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _batch(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str) or _is_chat(prompts):
+        return [prompts]
+    batch = list(prompts)
+    if not batch:
+        raise UsageError("no prompts were given")
+    return batch
+
+
+def _under_budget(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Cut `order` (by falling length) into runs whose padded size stays under `budget` tokens."""
+    run: list[int] = []
+    for r in order:
+        if run and (len(run) + 1) * lengths[run[0]] > budget:
+            yield run
+            run = []
+        run.append(r)
+    if run:
+        yield run

@@ -1,0 +1,108 @@
+"""One file for what probing leaves on disk: named arrays and a JSON header, as safetensors.
+
+Enters: a kind ("direction", "probe grid"), plain JSON, numpy arrays. Leaves: a file that exists whole or not
+at all, whose bytes depend on its content alone, and that is read without running anything in it. Does not
+know what the header means.
+
+The header is stored under one metadata key, beside a sha256 over header and arrays: safetensors itself
+notices a truncated file but not a changed byte.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from reprobe.errors import ArtifactExists, ArtifactMissing, CorruptArtifact, UsageError
+from reprobe.provenance import canonical_json, write_durably
+
+#: Version of the header's meaning. A file of a newer schema is refused.
+SCHEMA = 1
+_KEY = "reprobe"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a file holds: its JSON header and its arrays by name."""
+
+    header: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def to_bytes(kind: str, artifact: Artifact) -> bytes:
+    """The file's bytes: a pure function of kind and content."""
+    arrays = {name: np.ascontiguousarray(a) for name, a in artifact.arrays.items()}
+    envelope = {
+        "kind": kind,
+        "schema": SCHEMA,
+        "header": artifact.header,
+        "sha256": _checksum(artifact.header, arrays),
+    }
+    # One metadata key only: safetensors writes several in an order that changes from run to run.
+    return safetensors_bytes(arrays, metadata={_KEY: canonical_json(envelope)})
+
+
+def write(path: Path, kind: str, artifact: Artifact, *, overwrite: bool) -> None:
+    """Write the file durably, making its folder where that is missing.
+
+    Raises `ArtifactExists` if something is there already (a folder always, a file unless `overwrite`).
+    """
+    if path.is_dir():
+        raise ArtifactExists(
+            f"{path} is a folder; name a file, e.g. {path / (kind.replace(' ', '-') + '.safetensors')}"
+        )
+    if path.exists() and not overwrite:
+        raise ArtifactExists(f"{path} exists; choose another name or pass overwrite=True")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, to_bytes(kind, artifact))
+
+
+def read(path: Path, kind: str) -> Artifact:
+    """The content of a file written as `kind`.
+
+    Raises `ArtifactMissing`, `CorruptArtifact` (not safetensors, not from reprobe, or changed since it was
+    written), `UsageError` (another kind of artifact, or written by a newer version).
+    """
+    if not path.is_file():
+        raise ArtifactMissing(f"{path}: no such {kind}" + (" (it is a folder)" if path.is_dir() else ""))
+    try:
+        with safe_open(path, framework="numpy") as f:
+            text = (f.metadata() or {}).get(_KEY)
+            arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a handle, not a dict)
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise CorruptArtifact(
+            f"{path} cannot be read as safetensors ({error}); it is damaged or something else"
+        ) from error
+    if text is None:
+        raise CorruptArtifact(f"{path} is a safetensors file, but reprobe did not write it")
+    try:
+        envelope = json.loads(text)
+        found, schema, header, checksum = (envelope[k] for k in ("kind", "schema", "header", "sha256"))
+        newer = schema > SCHEMA
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifact(f"{path}: malformed header ({error!r})") from error
+    if newer:
+        raise UsageError(
+            f"{path} was written by a newer reprobe (schema {schema}, this one reads {SCHEMA}): upgrade"
+        )
+    if found != kind:
+        raise UsageError(f"{path} holds a {found}, not a {kind}")
+    if not isinstance(header, Mapping) or checksum != _checksum(dict(header), arrays):
+        raise CorruptArtifact(
+            f"{path}: the content does not match its checksum; it was changed after writing"
+        )
+    return Artifact(dict(header), arrays)
+
+
+def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    h = hashlib.sha256(canonical_json(header).encode())
+    for name, array in sorted(arrays.items()):
+        h.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        h.update(np.ascontiguousarray(array).tobytes())
+    return h.hexdigest()

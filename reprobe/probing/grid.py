@@ -1,0 +1,244 @@
+"""One reader at many sites of a store, judged on rows it was not fitted on.
+
+Enters: a store (or anything that looks like one), a reader. Leaves: a `ProbeGrid`. Every split keeps groups
+whole, and every scale, mean and threshold is fitted on training rows alone. Does not know models.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float, Integer
+from joblib import Parallel, delayed
+from sklearn.base import clone
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from reprobe.errors import UnknownSite, UsageError
+from reprobe.model.identity import ModelIdentity
+from reprobe.model.sites import Parts, Site, expand
+from reprobe.probing.crossval import group_folds
+from reprobe.probing.direction import Direction, Label
+from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
+from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected
+from reprobe.probing.reader import Reader, as_array
+from reprobe.probing.rows import ProbeRows, select_rows
+from reprobe.progress import Progress, silent
+from reprobe.provenance import versions
+
+__all__ = ["ProbeGrid", "Selected", "Source", "probe"]
+
+
+class Source(Protocol):
+    """What `probe` asks of a store; an `ActivationStore` is one."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
+    @property
+    def parts(self) -> Parts: ...
+    @property
+    def index(self) -> pl.DataFrame: ...
+    @property
+    def identity(self) -> ModelIdentity: ...
+    @property
+    def manifest(self) -> Any: ...
+    def unit_width(self, part: str) -> int: ...
+    def read(self, site: Site, rows: Any = None) -> torch.Tensor: ...
+
+
+def probe(
+    store: Source,
+    reader: Reader,
+    *,
+    sites: str | Site | Iterable[str | Site] | None = None,
+    label: str = "label",
+    positive: Label | None = None,
+    where: pl.Expr | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    n_jobs: int = -1,
+    progress: Progress = silent,
+) -> ProbeGrid:
+    """Cross-validate `reader` at every site, and fit one direction per site on all rows.
+
+    `sites`: sites or patterns; by default everything stored, `attn.heads` split into heads. `label` is the
+    index column to predict and `positive` the label that scores above 0 (default: the greater of the two);
+    rows without a label are left out, `where` keeps some of the others. `folds` hold whole groups, drawn by
+    `seed`, which also draws the bootstrap. `n_jobs` threads (−1: one per processor). `reader` itself is
+    not fitted.
+
+    Raises `UnknownSite` for a site that is not stored; `UnknownData` for a missing column; `UsageError` for
+    labels that are not two, too few groups, NaN in the activations, or a site at which the reader finds no
+    direction.
+    """
+    rows = select_rows(store.index, label=label, positive=positive, where=where)
+    if reader.uses_pairs and rows.pairs is not None and (rows.pairs < 0).any():
+        alone = rows.prompts[int(np.argmax(rows.pairs < 0))]
+        raise UsageError(
+            f"{int((rows.pairs < 0).sum())} rows have no pair, e.g. prompt {alone!r}, and "
+            f"{type(reader).__name__} reads pairs: "
+            ' leave them out with where=pl.col("pair").is_not_null()'
+        )
+    chosen = _sites(store, sites)
+    fold = group_folds(rows.groups, rows.positive, folds, seed)
+    bootstrap = ClusterBootstrap.draw(rows.groups, seed)
+    found: list[_Found] = []
+    progress("probe", 0, len(chosen))
+    # One BLAS thread for each of ours: the problems are small, and BLAS threads waiting for one another cost
+    # more than they bring (ten times the time, measured with two).
+    with threadpool_limits(1, user_api="blas"):
+        run = Parallel(n_jobs=n_jobs, backend="threading", return_as="generator")
+        tasks = (
+            delayed(_probe_site)(reader, site, X, rows, fold, bootstrap)
+            for site, X in _reads(store, chosen, rows)
+        )
+        for one in run(tasks):
+            found.append(one)
+            progress("probe", len(found), len(chosen))
+    oof = np.stack([f.oof for f in found], axis=1)
+    table = _table(chosen, found, oof, rows, bootstrap)
+    provenance = {
+        "identity": store.identity.to_json(),
+        "prompts": store.manifest.prompts,
+        "plan": dict(store.manifest.plan),
+        "store": store.manifest.digest,
+        "dtype": store.manifest.dtype,
+        "rows": rows.digest,
+        "label": label,
+        "folds": folds,
+        "seed": seed,
+        "sites_searched": len(chosen),
+        "note": rows.note,
+        "versions": versions(),
+    }
+    metrics = [c for c in COLUMNS if c not in ("site", "part", "layer", "head", "width")]
+    directions = {
+        site: dataclasses.replace(
+            f.direction,
+            site=site,
+            classes=rows.classes,
+            metrics={m: line[m] for m in metrics},
+            provenance=provenance,
+        )
+        for site, f, line in zip(chosen, found, table.iter_rows(named=True), strict=True)
+    }
+    return ProbeGrid(
+        table=table,
+        directions=directions,
+        oof=oof,
+        positive=rows.positive,
+        groups=rows.groups,
+        fold=fold,
+        rows=rows.rows,
+        classes=rows.classes,
+        note=rows.note,
+        seed=seed,
+        provenance=provenance,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one site gave: held-out scores, their AUROC with its bounds, the direction fitted on all rows."""
+
+    oof: Float[np.ndarray, " n"]
+    auroc: float
+    auroc_bounds: Float[np.ndarray, " 2"]
+    direction: Direction
+
+
+def _probe_site(
+    reader: Reader,
+    site: Site,
+    X: Float[np.ndarray, "n width"],
+    rows: ProbeRows,
+    fold: Integer[np.ndarray, " n"],
+    bootstrap: ClusterBootstrap,
+) -> _Found:
+    def fit(kept: np.ndarray) -> Reader:
+        pairs = None if rows.pairs is None else rows.pairs[kept]
+        fitted: Reader = clone(reader).fit(
+            X[kept], rows.positive[kept], groups=rows.groups[kept], pairs=pairs
+        )
+        return fitted
+
+    oof = np.empty(len(X), dtype=np.float32)
+    try:
+        for k in range(int(fold.max()) + 1):
+            held_out = fold == k
+            oof[held_out] = fit(~held_out).decision_function(X[held_out])
+        direction = fit(np.ones(len(X), dtype=bool)).direction_
+    except UsageError as error:
+        raise UsageError(
+            f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)"
+        ) from error
+    # From here on float32, as saved, so that a loaded grid gives the very same numbers.
+    return _Found(
+        oof, fold_auroc(oof, rows.positive, fold), bootstrap.auroc(oof, rows.positive, fold), direction
+    )
+
+
+def _sites(store: Source, sites: str | Site | Iterable[str | Site] | None) -> tuple[Site, ...]:
+    if sites is None:
+        heads = {
+            s.layer: expand(f"attn.heads@{s.layer}.*", store.parts)
+            for s in store.sites
+            if s.part == "attn.heads"
+        }
+        return tuple(one for s in store.sites for one in (heads[s.layer] if s.part == "attn.heads" else (s,)))
+    chosen = expand(sites, store.parts)
+    absent = [str(s) for s in chosen if s.whole not in store.sites]
+    if absent:
+        raise UnknownSite(f"{absent[0]!r} is not stored; stored are {', '.join(map(str, store.sites))}")
+    return chosen
+
+
+def _reads(
+    store: Source, sites: tuple[Site, ...], rows: ProbeRows
+) -> Iterator[tuple[Site, Float[np.ndarray, "n width"]]]:
+    """The rows of each site as float64. Neighbouring heads (or neurons) of one block are read at once."""
+    for whole, units in groupby(sites, key=lambda s: s.whole):
+        values = np.asarray(as_array(store.read(whole, rows.rows)), dtype=np.float64)
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if bad.size:
+            shown = ", ".join(f"{rows.rows[i]} (prompt {rows.prompts[i]!r})" for i in bad[:5])
+            raise UsageError(f"{whole}: NaN or infinity in {bad.size} of {len(values)} rows: {shown}")
+        for site in units:
+            if site.unit is None:
+                yield site, values
+            else:
+                width = store.unit_width(site.part)
+                yield site, np.ascontiguousarray(values[:, site.unit * width : (site.unit + 1) * width])
+
+
+def _table(
+    sites: tuple[Site, ...],
+    found: list[_Found],
+    oof: Float[np.ndarray, "n sites"],
+    rows: ProbeRows,
+    bootstrap: ClusterBootstrap,
+) -> pl.DataFrame:
+    correct = (oof > 0) == rows.positive[:, None]
+    low, high = bootstrap.accuracy(correct)
+    auroc_low, auroc_high = np.array([f.auroc_bounds for f in found]).T
+    values = {
+        "site": [str(s) for s in sites],
+        "part": [s.part for s in sites],
+        "layer": [s.layer for s in sites],
+        "head": [s.unit if s.part == "attn.heads" else None for s in sites],
+        "width": [f.direction.width for f in found],
+        "n": [len(rows)] * len(sites),
+        "n_groups": [rows.n_groups] * len(sites),
+        "chance": [rows.chance] * len(sites),
+        "accuracy": correct.mean(axis=0),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "auroc": [f.auroc for f in found],
+        "auroc_low": auroc_low,
+        "auroc_high": auroc_high,
+    }
+    return pl.DataFrame(values, schema=COLUMNS)

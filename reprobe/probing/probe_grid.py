@@ -1,0 +1,221 @@
+"""What probing leaves: a table of results, one direction per site, and the held-out scores they rest on.
+
+Enters: results of `probe`. Leaves: the best direction, an estimate that the search did not flatter, a file, a
+figure. Does not know stores or readers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float, Integer
+
+from reprobe.errors import CorruptArtifact, UsageError
+from reprobe.model.sites import Site
+from reprobe.probing.artifact import Artifact, read, write
+from reprobe.probing.direction import Direction, Label
+from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
+
+KIND = "probe grid"
+#: The table's columns, in order.
+COLUMNS: dict[str, Any] = {
+    "site": pl.String,
+    "part": pl.String,
+    "layer": pl.Int32,
+    "head": pl.Int32,
+    "width": pl.Int32,
+    "n": pl.Int64,
+    "n_groups": pl.Int64,
+    "chance": pl.Float64,
+    "accuracy": pl.Float64,
+    "accuracy_low": pl.Float64,
+    "accuracy_high": pl.Float64,
+    "auroc": pl.Float64,
+    "auroc_low": pl.Float64,
+    "auroc_high": pl.Float64,
+}
+_ROW_ARRAYS = ("oof", "positive", "groups", "fold", "rows")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Held-out accuracy with the choice of site included. `sites[k]` was chosen for, and tested on, fold k.
+
+    `auroc` is the mean over folds; the interval is of the accuracy.
+    """
+
+    sites: tuple[Site, ...]
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    auroc: float
+    chance: float
+    n: int
+    n_groups: int
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeGrid:
+    """Results of one reader at many sites.
+
+    `table` has one line per site: accuracy of all held-out predictions, the mean of the folds' AUROCs, each
+    with its 95 % cluster-bootstrap interval over groups, and `chance`, the share of the larger class.
+    `directions` are fitted on all rows. `oof[i, j]` is the held-out score of row i at site j; above 0
+    predicts `classes[1]`. `positive`, `groups`, `fold` and `rows` (number in the store) are those of each
+    row. `note` says what was left out or assumed.
+    """
+
+    table: pl.DataFrame
+    directions: Mapping[Site, Direction]
+    oof: Float[np.ndarray, "n sites"]
+    positive: Bool[np.ndarray, " n"]
+    groups: Integer[np.ndarray, " n"]
+    fold: Integer[np.ndarray, " n"]
+    rows: Integer[np.ndarray, " n"]
+    classes: tuple[Label, Label]
+    note: str
+    seed: int
+    provenance: Mapping[str, Any]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites probed, in the order of the table and of the columns of `oof`."""
+        return tuple(self.directions)
+
+    def best(self, by: str = "accuracy") -> Direction:
+        """The direction of the site with the highest `by`; of equals, the first by layer, then by head.
+
+        Its metrics are the site's own line of the table. They are the maximum over the sites searched, so
+        they flatter it: `selected` does not.
+        """
+        numeric = [c for c, kind in COLUMNS.items() if kind == pl.Float64 and c != "chance"]
+        if by not in numeric:
+            raise UsageError(f"by={by!r}: a grid can be ranked by {', '.join(numeric)}")
+        return self.directions[self.sites[self._first_best(self.table[by].to_numpy())]]
+
+    @cached_property
+    def selected(self) -> Selected:
+        """An estimate that is not the maximum of what was searched.
+
+        For each fold, the site is chosen by its held-out accuracy on the other folds, and judged on this one;
+        the folds' predictions are then pooled. The chosen site's scores on a fold come from readers that did
+        not see it. (The readers behind the choice did, being fitted with this fold among their training rows;
+        nested cross-validation would refit them.) The interval resamples groups, and takes the choices as
+        they are.
+        """
+        correct = (self.oof > 0) == self.positive[:, None]
+        scores, sites = np.empty(len(self.fold), dtype=np.float32), []
+        for k in range(int(self.fold.max()) + 1):
+            here = self.fold == k
+            j = self._first_best(correct[~here].mean(axis=0))
+            scores[here] = self.oof[here, j]
+            sites.append(self.sites[j])
+        right = (scores > 0) == self.positive
+        low, high = ClusterBootstrap.draw(self.groups, self.seed).accuracy(right[:, None])[:, 0]
+        return Selected(
+            sites=tuple(sites),
+            accuracy=float(right.mean()),
+            accuracy_low=float(low),
+            accuracy_high=float(high),
+            auroc=fold_auroc(scores, self.positive, self.fold),
+            chance=float(max(self.positive.mean(), 1 - self.positive.mean())),
+            n=len(self.rows),
+            n_groups=int(self.groups.max()) + 1,
+        )
+
+    def _first_best(self, values: Float[np.ndarray, " sites"]) -> int:
+        """Column with the greatest value; of equals, the first by layer, head and order."""
+
+        def rank(j: int) -> tuple[float, int, int, int]:
+            layer, unit = self.sites[j].layer, self.sites[j].unit
+            return -float(values[j]), -1 if layer is None else layer, -1 if unit is None else unit, j
+
+        return min(range(len(values)), key=rank)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write one safetensors file, whole or not at all; `ArtifactExists` unless `overwrite`."""
+        path = Path(path)
+        shared = {"provenance", "classes"}
+        header = {
+            "table": self.table.to_dict(as_series=False),
+            "directions": [
+                {k: v for k, v in d.to_json().items() if k not in shared} for d in self.directions.values()
+            ],
+            "classes": list(self.classes),
+            "note": self.note,
+            "seed": self.seed,
+            "provenance": dict(self.provenance),
+        }
+        arrays = {name: np.asarray(getattr(self, name)) for name in _ROW_ARRAYS}
+        arrays |= {f"vector.{j}": d.vector for j, d in enumerate(self.directions.values())}
+        write(path, KIND, Artifact(header, arrays), overwrite=overwrite)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ProbeGrid":
+        """What `save` wrote. Raises `ArtifactMissing`, `CorruptArtifact`, or `UsageError`."""
+        path = Path(path)
+        artifact = read(path, KIND)
+        header, arrays = artifact.header, artifact.arrays
+        try:
+            shared = {"provenance": header["provenance"], "classes": header["classes"]}
+            found = [
+                Direction.from_json(value | shared, arrays[f"vector.{j}"])
+                for j, value in enumerate(header["directions"])
+            ]
+            negative, positive = header["classes"]
+            return cls(
+                table=pl.DataFrame(header["table"], schema=COLUMNS),
+                directions={d.site: d for d in found if d.site is not None},
+                classes=(negative, positive),
+                note=header["note"],
+                seed=header["seed"],
+                provenance=header["provenance"],
+                **{name: arrays[name] for name in _ROW_ARRAYS},
+            )
+        except (KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as error:
+            raise CorruptArtifact(f"{path} is not a probe grid: {error!r}") from error
+
+    def plot(self) -> Any:
+        """A matplotlib `Figure`: accuracy over blocks with its interval and chance, and over block × head."""
+        from matplotlib.figure import Figure
+
+        heads = self.table.filter(pl.col("head").is_not_null())
+        curves = self.table.filter(pl.col("head").is_null())
+        panels = [draw for draw, data in ((_draw_curves, curves), (_draw_heads, heads)) if len(data)]
+        figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
+        for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            draw(figure, axes, curves if draw is _draw_curves else heads)
+        return figure
+
+
+def _draw_curves(figure: Any, axes: Any, table: pl.DataFrame) -> None:
+    last = int(table["layer"].max() or 0)  # type: ignore[arg-type]
+    # What has no block stands where the data pass it: before the first block, or after the last.
+    at = pl.coalesce("layer", pl.when(pl.col("part") == "embed").then(-1).otherwise(last + 1))
+    for (part,), lines in table.with_columns(at=at).sort("at").group_by("part", maintain_order=True):
+        (line,) = axes.plot(lines["at"], lines["accuracy"], marker="o", markersize=3, label=part)
+        axes.fill_between(
+            lines["at"],
+            lines["accuracy_low"],
+            lines["accuracy_high"],
+            color=line.get_color(),
+            alpha=0.2,
+            linewidth=0,
+        )
+    axes.axhline(table["chance"][0], color="0.5", linestyle="--", label="majority class")
+    axes.set(xlabel="block", ylabel="held-out accuracy (95 % interval)")
+    axes.legend(frameon=False)
+
+
+def _draw_heads(figure: Any, axes: Any, table: pl.DataFrame) -> None:
+    layers, heads = table["layer"].to_numpy(), table["head"].to_numpy()
+    values = np.full((layers.max() + 1, heads.max() + 1), np.nan)
+    values[layers, heads] = table["accuracy"].to_numpy()
+    image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis")
+    figure.colorbar(image, ax=axes, label=f"held-out accuracy (majority class: {table['chance'][0]:.2f})")
+    axes.set(xlabel="head", ylabel="block")

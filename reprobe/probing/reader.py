@@ -1,0 +1,161 @@
+"""What every linear reader shares: checked rows in, a `Direction` out, the scikit-learn interface around it.
+
+Enters: rows of activations (numpy, or a torch tensor of any dtype and device) and two labels. Leaves: a
+fitted estimator whose `direction_` scores further rows. Does not know sites or stores; a reader says how it
+fits by implementing `_fit_plane`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_consistent_length, validate_data
+
+from reprobe.errors import NotFitted, UsageError
+from reprobe.probing.direction import Direction
+
+
+class ReaderNotFitted(NotFitted, NotFittedError):  # type: ignore[misc]  # noqa: N818
+    """A reader was used before `fit`. Also the error that scikit-learn's tools look for."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a reader fits on: rows, which of them are of the positive class, and the pair of each (None: not
+    given)."""
+
+    X: Float[np.ndarray, "rows width"]
+    positive: Bool[np.ndarray, " rows"]
+    pairs: Int[np.ndarray, " rows"] | None
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A fitted boundary: positive where h·normal > level. `normal` has any length but zero; `sign` as in
+    Direction."""
+
+    normal: Float[np.ndarray, " width"]
+    level: float
+    sign: str
+
+
+class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn is untyped
+    """A linear reader of two classes: `fit`, `decision_function`, `predict`, `score`, and `direction_`.
+
+    `decision_function` is the signed distance from the boundary in units of the activations,
+    `direction_.score(X)`; above 0 is `classes_[1]`, the greater label. Everything is computed in float64.
+    """
+
+    classes_: np.ndarray
+    direction_: Direction
+    n_features_in_: int
+    #: False for readers whose `fit` ignores `pairs`.
+    uses_pairs: ClassVar[bool] = False
+
+    def fit(self, X: Any, y: Any, groups: Any = None, pairs: Any = None) -> Self:
+        """Fit on rows (n, width) with labels (n,) of two kinds.
+
+        `pairs` names the two sides of each contrast, for the readers that use pairs; `groups` is accepted so
+        that all readers are called alike, and used by none of those that fit in one step: which groups are in
+        X is decided by who splits the rows. Raises `UsageError` for NaN, one class, more than two, or rows in
+        which the classes do not differ.
+        """
+        try:
+            X, y = validate_data(self, as_array(X), as_array(y), dtype=np.float64, ensure_all_finite=False)
+            for other in (groups, pairs):
+                check_consistent_length(y, other)
+            check_classification_targets(y)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        _require_finite(X)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) == 1:
+            raise UsageError(f"y holds one class only ({self.classes_[0]!r}); a reader needs two classes")
+        if type_of_target(y) != "binary":
+            found = ", ".join(map(repr, self.classes_[:6].tolist()))
+            raise UsageError(
+                "Only binary classification is supported. "
+                f"y is {type_of_target(y)}, with {len(self.classes_)} classes: {found}"
+                f"{', …' if len(self.classes_) > 6 else ''}. Keep the rows of two of them."
+            )
+        rows = TrainingRows(
+            X, codes == 1, _pair_codes(pairs) if self.uses_pairs and pairs is not None else None
+        )
+        plane = self._fit_plane(rows)
+        length = float(np.linalg.norm(plane.normal))
+        unit = plane.normal / length
+        self.direction_ = Direction(
+            None,
+            unit / np.linalg.norm(unit),  # twice: a very short normal loses digits in its norm
+            offset=plane.level / length,
+            scale=float(np.std(X @ unit)),
+            sign=plane.sign,
+            reader=type(self).__name__,
+            params=self.get_params(),
+            classes=(self.classes_[0], self.classes_[1]),
+        )
+        return self
+
+    @abstractmethod
+    def _fit_plane(self, rows: TrainingRows) -> Plane:
+        """The boundary that this reader finds; `UsageError` if the rows determine none."""
+
+    def decision_function(self, X: Any) -> Float[np.ndarray, " rows"]:
+        """Signed distances from the boundary, (n, width) → (n,). Raises `ReaderNotFitted` before `fit`."""
+        if not hasattr(self, "direction_"):
+            raise ReaderNotFitted(f"this {type(self).__name__} is not fitted yet; call fit(X, y) first")
+        try:
+            X = validate_data(self, as_array(X), dtype=np.float64, ensure_all_finite=False, reset=False)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        _require_finite(X)
+        return self.direction_.score(X)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The label of each row: `classes_[1]` where `decision_function` is above 0."""
+        scores = self.decision_function(X)
+        return self.classes_[(scores > 0).astype(np.intp)]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+
+def as_array(X: Any) -> Any:
+    """A tensor as a numpy array (bfloat16 and float16 as float32, which is exact); anything else as it is."""
+    if not isinstance(X, torch.Tensor):
+        return X
+    X = X.detach().cpu()
+    return (X.float() if X.dtype in (torch.bfloat16, torch.float16) else X).numpy()
+
+
+def require_direction(v: Float[np.ndarray, " width"], X: Float[np.ndarray, "rows width"], why: str) -> None:
+    """Raise `UsageError` with `why` if `v`, in units of X, is as short as the rounding error of sums of X."""
+    if np.linalg.norm(v) <= 16 * np.finfo(np.float64).eps * np.abs(X).max() * np.sqrt(X.shape[1]):
+        raise UsageError(why)
+
+
+def _require_finite(X: Float[np.ndarray, "rows width"]) -> None:
+    bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
+    if bad.size:
+        shown = ", ".join(map(str, bad[:8])) + (", …" if bad.size > 8 else "")
+        raise UsageError(f"X contains NaN or infinity (inf) in {bad.size} of {len(X)} rows: {shown}")
+
+
+def _pair_codes(pairs: Any) -> Int[np.ndarray, " rows"]:
+    names = np.asarray(as_array(pairs), dtype=object)
+    missing = np.flatnonzero([p is None or p != p for p in names])
+    if missing.size:
+        raise UsageError(
+            f"{missing.size} of {len(names)} rows name no pair (the first is row {missing[0]}): leave them "
+            "out, or fit without pairs"
+        )
+    codes: dict[Any, int] = {}
+    return np.array([codes.setdefault(p, len(codes)) for p in names], dtype=np.int64)

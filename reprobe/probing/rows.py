@@ -1,0 +1,144 @@
+"""Which rows of a store are probed: labels, groups and pairs as plain arrays.
+
+Enters: a store's index, the name of a label column. Leaves: `ProbeRows`. Does not know activations or
+readers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Int
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from reprobe.errors import UnknownData, UsageError
+from reprobe.probing.direction import Label
+from reprobe.provenance import digest_lines
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """Rows to fit and test on, in the order of prompt ids and positions, however the store is laid out.
+
+    `rows` are row numbers of the store; `groups` counts from 0 without gaps; `pairs` is −1 where a row has
+    none, and None if no row has one. `note` says in words what a reader of the results must know; `digest`
+    covers which tokens of which prompts these are, with label and group.
+    """
+
+    rows: Int[np.ndarray, " n"]
+    positive: Bool[np.ndarray, " n"]
+    groups: Int[np.ndarray, " n"]
+    pairs: Int[np.ndarray, " n"] | None
+    classes: tuple[Label, Label]
+    prompts: tuple[str, ...]
+    note: str
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_groups(self) -> int:
+        return int(self.groups.max()) + 1
+
+    @property
+    def chance(self) -> float:
+        """The share of the larger class: the accuracy of always answering with it."""
+        share = float(self.positive.mean())
+        return max(share, 1 - share)
+
+
+def select_rows(
+    index: pl.DataFrame, *, label: str = "label", positive: Label | None = None, where: pl.Expr | None = None
+) -> ProbeRows:
+    """The labelled rows of `index` that `where` keeps.
+
+    `positive` is the label that scores above 0; by default the greater of the two. A row without a group is
+    grouped with the rows of its prompt. Groups that share a pair are one group: the two sides of a contrast
+    stay together. Raises `UnknownData` for a missing column, `UsageError` unless exactly two labels are left.
+    """
+    if label not in index.columns:
+        raise UnknownData(f"no column {label!r} in the index; it has {', '.join(index.columns)}")
+    kept = index if where is None else index.filter(where)
+    frame = kept.filter(pl.col(label).is_not_null()).sort("prompt", "position")
+    classes = _classes(frame[label], label, positive)
+    notes = []
+    if len(frame) < len(index):
+        filtered, unlabelled = len(index) - len(kept), len(kept) - len(frame)
+        parts = ([f"{filtered} by the filter"] if filtered else []) + (
+            [f"{unlabelled} without a label"] if unlabelled else []
+        )
+        notes.append(f"Left out of {len(index)} rows: {', '.join(parts)}.")
+    own = frame["group"].is_null()
+    if own.all():
+        notes.append("The data have no groups: each prompt is its own group.")
+    elif own.any():
+        notes.append(f"{int(own.sum())} rows have no group: there each prompt is its own group.")
+    named = frame.select(
+        group=pl.when(pl.col("group").is_null())
+        .then(pl.lit("prompt ") + pl.col("prompt").cast(pl.String))
+        .otherwise(pl.lit("group ") + pl.col("group").cast(pl.String)),
+        pair=pl.col("pair").cast(pl.String),
+    )
+    names, groups = np.unique(named["group"].to_numpy(), return_inverse=True)
+    pairs = _codes(named["pair"])
+    if pairs is not None:
+        groups = _joined(groups, pairs)
+        joined = int(groups.max()) + 1
+        if joined < len(names):
+            notes.append(f"Pairs join {len(names)} groups into {joined}, so that no split parts a pair.")
+    values = frame[label].to_list()
+    lines = zip(frame["prompt"], frame["position"], values, groups, strict=True)
+    return ProbeRows(
+        rows=frame["row"].to_numpy().astype(np.int64),
+        positive=np.array([v == classes[1] for v in values], dtype=bool),
+        groups=groups.astype(np.int64),
+        pairs=pairs,
+        classes=classes,
+        prompts=tuple(frame["prompt"]),
+        note=" ".join(notes),
+        digest=digest_lines(
+            f"{prompt!r} {position} {value!r} {group}" for prompt, position, value, group in lines
+        ),
+    )
+
+
+def _classes(labels: pl.Series, name: str, positive: Label | None) -> tuple[Label, Label]:
+    found = labels.unique().sort().to_list()
+    if len(found) != 2:
+        shown = ", ".join(map(repr, found[:8])) + (", …" if len(found) > 8 else "")
+        raise UsageError(
+            f"column {name!r} has {len(found)} labels in the rows kept ({shown or 'none'}); a probe needs two"
+            + (
+                f": keep two of them, e.g. where=pl.col({name!r}).is_in([{found[0]!r}, {found[1]!r}])"
+                if found[2:]
+                else ""
+            )
+        )
+    if positive is None:
+        return found[0], found[1]
+    if positive not in found:
+        raise UsageError(
+            f"positive={positive!r} is not a label of column {name!r}; it has {found[0]!r} and {found[1]!r}"
+        )
+    return next(v for v in found if v != positive), positive
+
+
+def _codes(names: pl.Series) -> Int[np.ndarray, " n"] | None:
+    if names.is_null().all():
+        return None
+    ranks = names.rank("dense").fill_null(0).cast(pl.Int64).to_numpy()
+    return ranks - 1
+
+
+def _joined(groups: Int[np.ndarray, " n"], pairs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Groups merged where rows of one pair lie in several."""
+    n_groups, paired = int(groups.max()) + 1, pairs >= 0
+    edges = (groups[paired], n_groups + pairs[paired])
+    size = n_groups + int(pairs.max()) + 1
+    _, component = connected_components(
+        coo_matrix((np.ones(len(edges[0])), edges), shape=(size, size)), directed=False
+    )
+    joined: np.ndarray = np.unique(component[groups], return_inverse=True)[1]
+    return joined

@@ -1,0 +1,42 @@
+"""Prompts and how they become token rows.
+
+Enters: data sets (bundled, files, public formats, Hugging Face). Leaves: a checked `PromptSet`, and with a
+tokenizer and a `Position` its `TokenTable`. Does not know models.
+"""
+
+from reprobe.prompts.bundled import bundled
+from reprobe.prompts.chat import render
+from reprobe.prompts.content import Format
+from reprobe.prompts.facts import CounterFact, CounterFactFlat, KnownFacts, Relations
+from reprobe.prompts.formats import FORMATS, Table
+from reprobe.prompts.positions import Position
+from reprobe.prompts.prompt_set import Description, PromptSet, Split, concat
+from reprobe.prompts.statements import Emotions, Persona, Statements
+from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, tokenize
+from reprobe.prompts.truthfulqa import TruthfulQA, TruthfulQAChoices
+
+__all__ = [
+    "FORMATS",
+    "CounterFact",
+    "CounterFactFlat",
+    "Description",
+    "Emotions",
+    "Format",
+    "KnownFacts",
+    "Persona",
+    "Position",
+    "PromptSet",
+    "PromptTokens",
+    "Relations",
+    "Split",
+    "Statements",
+    "Table",
+    "TokenTable",
+    "TruthfulQA",
+    "TruthfulQAChoices",
+    "bundled",
+    "concat",
+    "index_frame",
+    "render",
+    "tokenize",
+]

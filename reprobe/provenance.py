@@ -1,0 +1,82 @@
+"""Where an artifact came from: digests and canonical JSON.
+
+Enters: bytes, files, plain JSON values. Leaves: hex digests, canonical text, durable files. Knows nothing of models
+or stores; everything on disk uses these functions so that equal content always has equal bytes.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def canonical_json(value: Any) -> str:
+    """The one text of a JSON value: sorted keys, two-space indent, no NaN, trailing newline."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON value's canonical text."""
+    return digest_bytes(canonical_json(value).encode())
+
+
+def digest_bytes(data: bytes | memoryview) -> str:
+    """sha256 (hex) of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_lines(lines: Iterable[str]) -> str:
+    """sha256 (hex) of a stream of lines, each followed by a newline; memory does not grow with their number."""
+    h = hashlib.sha256()
+    for line in lines:
+        h.update(line.encode())
+        h.update(b"\n")
+    return h.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, read in blocks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_durably(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that it exists whole or not at all, also after a crash.
+
+    Temporary name in the same folder → fsync → rename → fsync of the folder. On any failure the temporary file is
+    removed and whatever stood at `path` before still stands.
+    """
+    fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)  # mkstemp makes files private; artifacts are shared like any other file
+        os.replace(tmp, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(tmp)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, which makes a rename in it durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def versions() -> dict[str, str]:
+    """Versions that an artifact's bytes may depend on, for its manifest."""
+    names = ("reprobe-lm", "torch", "transformers", "tokenizers", "numpy", "zarr", "polars", "scikit-learn")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}

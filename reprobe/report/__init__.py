@@ -1,0 +1,50 @@
+"""Results as figures and as one self-contained HTML page.
+
+    results  · the files of a results folder      figures  · matplotlib Figures for notebooks and papers
+    sections · what the page says                 style    · how figures look
+    blocks   · what sections are made of          svg      · a figure as part of a page
+    page     · the page itself
+"""
+
+from reprobe.report.figures import dose_curves, head_map, layer_curves, projections, scan_map, scatter
+from reprobe.report.page import write_report
+from reprobe.report.results import (
+    Results,
+    Run,
+    ScanResult,
+    SteeringResult,
+    Step,
+    probe_path,
+    read_results,
+    read_run,
+    read_scan,
+    read_steering,
+    store_path,
+    write_run,
+    write_scan,
+    write_steering,
+)
+
+__all__ = [
+    "Results",
+    "Run",
+    "ScanResult",
+    "SteeringResult",
+    "Step",
+    "dose_curves",
+    "head_map",
+    "layer_curves",
+    "probe_path",
+    "projections",
+    "read_results",
+    "read_run",
+    "read_scan",
+    "read_steering",
+    "scan_map",
+    "scatter",
+    "store_path",
+    "write_report",
+    "write_run",
+    "write_scan",
+    "write_steering",
+]

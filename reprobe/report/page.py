@@ -1,0 +1,64 @@
+"""The report: one HTML file with everything in it.
+
+Enters: a results folder. Leaves: a page that needs no network, adapts to light, dark, paper and phone, and is equal,
+byte for byte, for equal results. Does not know what the sections say.
+"""
+
+import base64
+import hashlib
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from matplotlib import style
+
+from reprobe.errors import ArtifactExists
+from reprobe.provenance import write_durably
+from reprobe.report.results import Results, read_results
+from reprobe.report.sections import sections
+
+REPORT = "report.html"
+#: By this a file is known to be a report, which may be drawn anew.
+_MARK = b'<meta name="generator" content="reprobe">'
+_HERE = Path(__file__).parent
+
+
+def write_report(folder: str | Path, to: str | Path | None = None) -> Path:
+    """Draw the report of a results folder into `to` (default: report.html in the folder), replacing an older report.
+
+    What is not in the folder is not in the report. Raises `ArtifactMissing` if there is no result at all,
+    `CorruptArtifact` if one is damaged, `ArtifactExists` if `to` is something else than a report.
+    """
+    path = Path(folder) / REPORT if to is None else Path(to)
+    if path.is_dir():
+        raise ArtifactExists(f"{path} is a folder; name a file, e.g. {path / REPORT}")
+    if path.exists() and _MARK not in path.read_bytes()[:1024]:
+        raise ArtifactExists(f"{path} exists and is not a report; choose another name")
+    text = render(read_results(folder))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, text.encode())
+    return path
+
+
+def render(results: Results) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css, script = ((_HERE / name).read_text().strip() for name in ("page.css", "page.js"))
+    # A user's matplotlibrc must not change the page. `style.context` leaves the backend alone.
+    with style.context("default"):
+        shown = sections(results)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("page.html").render(
+        title=results.run.title if results.run else f"Results in {results.folder.absolute().name}",
+        summary=results.run.summary if results.run else (),
+        sections=shown,
+        css=Markup(css),  # noqa: S704 (our own files)
+        script=Markup(script),  # noqa: S704
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; img-src data:",
+    )

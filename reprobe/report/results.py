@@ -1,0 +1,316 @@
+"""The files of a results folder: what was run, scans and steering, beside the stores and probe grids.
+
+Enters: a folder and result values. Leaves: durable files, and the same values read back. Whoever makes results and
+the report share these functions, and agree by them on the layout:
+
+    DIR/run.json                    a `Run`
+    DIR/NAME.reprobe/               stores
+    DIR/probes/NAME.safetensors     probe grids
+    DIR/scans/NAME.json             a `ScanResult`
+    DIR/steering/NAME.json          a `SteeringResult`; its table is NAME.parquet, written first
+
+Does not know how results are made or drawn.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+
+from reprobe.errors import ArtifactMissing, CorruptArtifact, UsageError
+from reprobe.evaluation.effect import Contrast
+from reprobe.methods.repe import Scan
+from reprobe.model.identity import ModelIdentity
+from reprobe.model.sites import Site
+from reprobe.probing.probe_grid import ProbeGrid
+from reprobe.provenance import canonical_json, digest_bytes, write_durably
+from reprobe.store.reader import ActivationStore
+
+RUN = "run.json"
+STORE_SUFFIX = ".reprobe"
+#: Columns of `evaluation.dose_response`.
+DOSE_COLUMNS: dict[str, Any] = {
+    "strength": pl.Float64,
+    "log_odds": pl.Float64,
+    "log_odds_sd": pl.Float64,
+    "kl": pl.Float64,
+    "text": pl.String,
+}
+_NAME = re.compile(r"[\w][\w.+-]*")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was done: how long it took, and what is worth saying of it in a few words."""
+
+    name: str
+    seconds: float
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seconds < math.inf:
+            raise UsageError(f"step {self.name!r} took {self.seconds} seconds: not a duration")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was run. `summary` are the findings in whole sentences, `commands` what to type to get them again."""
+
+    title: str
+    steps: tuple[Step, ...] = ()
+    identity: ModelIdentity | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
+    summary: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """A scan of `text` with the directions of the probe grid named `grid`."""
+
+    scan: Scan
+    text: str
+    grid: str
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringResult:
+    """Effect against strength, and all that is needed to read it.
+
+    `table` is that of `evaluation.dose_response`, with the `contrast`, `neutral` texts and `story` it was called
+    with. `site` and `direction` (its digest) say what was steered along; `intervention` says it in words.
+    """
+
+    table: pl.DataFrame
+    contrast: Contrast
+    neutral: tuple[str, ...]
+    story: str
+    site: Site
+    direction: str
+    intervention: str
+
+    def __post_init__(self) -> None:
+        require_dose_table(self.table)
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Everything found in a results folder, by name, in the order of the names."""
+
+    folder: Path
+    run: Run | None
+    stores: Mapping[str, ActivationStore]
+    grids: Mapping[str, ProbeGrid]
+    scans: Mapping[str, ScanResult]
+    steering: Mapping[str, SteeringResult]
+
+
+def probe_path(folder: str | Path, name: str) -> Path:
+    """Where the probe grid `name` lies: save it there with `ProbeGrid.save`."""
+    return Path(folder) / "probes" / f"{_checked(name)}.safetensors"
+
+
+def store_path(folder: str | Path, name: str) -> Path:
+    """Where the store `name` lies."""
+    return Path(folder) / f"{_checked(name)}{STORE_SUFFIX}"
+
+
+def write_run(folder: str | Path, run: Run) -> Path:
+    """Write run.json, in place of one that is there."""
+    value = dataclasses.asdict(run) | {"identity": None if run.identity is None else run.identity.to_json()}
+    return _write_json(Path(folder) / RUN, value)
+
+
+def read_run(folder: str | Path) -> Run:
+    """What `write_run` wrote. Raises `ArtifactMissing`, `CorruptArtifact`."""
+    path = Path(folder) / RUN
+
+    def build(value: dict[str, Any]) -> Run:
+        identity = value.pop("identity")
+        return Run(
+            title=_text(value.pop("title")),
+            steps=tuple(
+                Step(_text(s["name"]), float(s["seconds"]), _text(s["detail"])) for s in value.pop("steps")
+            ),
+            identity=None if identity is None else ModelIdentity.from_json(identity),
+            versions={k: _text(v) for k, v in value.pop("versions").items()},
+            commands=_texts(value.pop("commands")),
+            summary=_texts(value.pop("summary")),
+        )
+
+    return _parse(path, build)
+
+
+def write_scan(folder: str | Path, name: str, result: ScanResult) -> Path:
+    """Write scans/NAME.json, in place of one that is there. Raises `UsageError` for scores that are not finite."""
+    scan = result.scan
+    if not np.isfinite(scan.scores).all():
+        raise UsageError(f"scan {name!r} has scores that are NaN or infinite; it cannot be stored")
+    value = {
+        "tokens": list(scan.tokens),
+        "sites": [str(s) for s in scan.sites],
+        "scores": scan.scores.tolist(),
+        "text": result.text,
+        "grid": result.grid,
+    }
+    return _write_json(Path(folder) / "scans" / f"{_checked(name)}.json", value)
+
+
+def read_scan(path: str | Path) -> ScanResult:
+    """What `write_scan` wrote. Raises `ArtifactMissing`, `CorruptArtifact`."""
+
+    def build(value: dict[str, Any]) -> ScanResult:
+        sites = tuple(Site.parse(s) for s in _texts(value.pop("sites")))
+        tokens = _texts(value.pop("tokens"))
+        scores = np.asarray(value.pop("scores"), dtype=np.float32)
+        if scores.shape != (len(sites), len(tokens)) or not np.isfinite(scores).all():
+            raise ValueError(f"scores must be {len(sites)} × {len(tokens)} finite numbers")
+        return ScanResult(Scan(tokens, sites, scores), _text(value.pop("text")), _text(value.pop("grid")))
+
+    return _parse(Path(path), build)
+
+
+def write_steering(folder: str | Path, name: str, result: SteeringResult) -> Path:
+    """Write steering/NAME.parquet and NAME.json, in place of what is there; returns the path of the latter."""
+    base = Path(folder) / "steering" / f"{_checked(name)}.json"
+    base.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    result.table.select(*DOSE_COLUMNS).cast(DOSE_COLUMNS).rechunk().write_parquet(buffer)
+    write_durably(base.with_name(f"{name}.parquet"), buffer.getvalue())
+    value = {
+        "table": digest_bytes(buffer.getvalue()),
+        "contrast": {k: list(v) for k, v in dataclasses.asdict(result.contrast).items()},
+        "neutral": list(result.neutral),
+        "story": result.story,
+        "site": str(result.site),
+        "direction": result.direction,
+        "intervention": result.intervention,
+    }
+    return _write_json(base, value)
+
+
+def read_steering(path: str | Path) -> SteeringResult:
+    """What `write_steering` wrote, by the path of its .json. Raises `ArtifactMissing`, `CorruptArtifact`."""
+    path = Path(path)
+
+    def build(value: dict[str, Any]) -> SteeringResult:
+        contrast = {k: _texts(v) for k, v in value.pop("contrast").items()}
+        return SteeringResult(
+            table=_read_table(path.with_name(f"{path.stem}.parquet"), _text(value.pop("table"))),
+            contrast=Contrast(**contrast),
+            neutral=_texts(value.pop("neutral")),
+            site=Site.parse(value.pop("site")),
+            **{k: _text(value.pop(k)) for k in ("story", "direction", "intervention")},
+        )
+
+    return _parse(path, build)
+
+
+def read_results(folder: str | Path) -> Results:
+    """Everything in a results folder.
+
+    Raises `ArtifactMissing` if there is no such folder or no result in it, `CorruptArtifact` if one is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactMissing(f"there is no folder {folder}: make one with `reprobe demo --out {folder}`")
+    for table in sorted((folder / "steering").glob("*.parquet")):
+        if not table.with_suffix(".json").is_file():
+            raise CorruptArtifact(f"{table} has no {table.stem}.json beside it: writing it was interrupted; run it again")
+    results = Results(
+        folder=folder,
+        run=read_run(folder) if (folder / RUN).exists() else None,
+        stores={p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p) for p in _found(folder, f"*{STORE_SUFFIX}")},
+        grids={p.stem: ProbeGrid.load(p) for p in _found(folder / "probes", "*.safetensors")},
+        scans={p.stem: read_scan(p) for p in _found(folder / "scans", "*.json")},
+        steering={p.stem: read_steering(p) for p in _found(folder / "steering", "*.json")},
+    )
+    if results.run is None and not any((results.stores, results.grids, results.scans, results.steering)):
+        raise ArtifactMissing(
+            f"{folder} holds no results. `reprobe demo --out {folder}` makes a full set; or put stores there as "
+            f"{folder}/NAME{STORE_SUFFIX} (reprobe extract --to) and grids as {folder}/probes/NAME.safetensors "
+            "(reprobe probe --to)."
+        )
+    return results
+
+
+def require_dose_table(table: pl.DataFrame) -> pl.DataFrame:
+    """`table` itself if it is one of `evaluation.dose_response`; raises `UsageError` otherwise."""
+    if absent := [c for c in DOSE_COLUMNS if c not in table.columns]:
+        raise UsageError(f"a dose-response table lacks {', '.join(absent)}; it has {', '.join(table.columns)}")
+    if not len(table):
+        raise UsageError("a dose-response table needs at least one strength; this one is empty")
+    numbers = [c for c, kind in DOSE_COLUMNS.items() if kind == pl.Float64]
+    for column in numbers:
+        if not (table[column].dtype.is_numeric() and table[column].is_finite().all() and not table[column].has_nulls()):
+            raise UsageError(f"column {column!r} of a dose-response table must hold finite numbers")
+    return table
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} cannot name a result: use letters, digits, '_', '-', '+' and '.', e.g. cities-pca")
+    return name
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, canonical_json(value).encode())
+    return path
+
+
+def _parse(path: Path, build: Callable[[dict[str, Any]], Value]) -> Value:
+    """`build` of the JSON object in a file; it takes each field out, and none may be left over."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactMissing(f"there is no {path}") from error
+    except ValueError as error:
+        raise CorruptArtifact(f"{path} is not JSON: {error}") from error
+    try:
+        if not isinstance(value, dict):
+            raise TypeError("the file must hold one JSON object")
+        out = build(value)
+        if value:
+            raise ValueError(f"unknown fields: {', '.join(sorted(value))}")
+    except KeyError as error:
+        missing = error.args[0] if type(error) is KeyError else error
+        raise CorruptArtifact(f"{path} is malformed: missing or unknown {missing}") from error
+    except (TypeError, ValueError, AttributeError, CorruptArtifact) as error:
+        raise CorruptArtifact(f"{path} is malformed: {error}") from error
+    return out
+
+
+def _read_table(path: Path, digest: str) -> pl.DataFrame:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptArtifact(f"{path} is missing beside its .json") from error
+    if digest_bytes(data) != digest:
+        raise CorruptArtifact(f"{path} is not as it was written: its checksum is wrong")
+    return pl.read_parquet(io.BytesIO(data))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} should be text")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} should be a list of texts")
+    return tuple(_text(v) for v in value)

@@ -1,0 +1,86 @@
+"""How figures look, and where the values under the pointer are kept.
+
+Enters: axes. Leaves: axes in the house style, and `Plot`, a matplotlib Figure that remembers the value of each mark.
+Changes no matplotlib setting: every colour and size is given to the artists. Does not know what is drawn.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+#: The inks of a figure. On the page, these very colours become variables that a dark theme can change.
+INK, MUTED, GRID, PAPER = "#1c2127", "#59626d", "#dde2e7", "#fffffe"
+#: Series in order: Okabe & Ito's palette for all kinds of colour vision, without the yellow that paper swallows.
+#: Each has its marker too, so that nothing is told by colour alone.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+#: Negative and positive class, in that order, in every figure; the same ends as the diverging map.
+NEGATIVE, POSITIVE = SERIES[1], SERIES[0]
+SEQUENTIAL, DIVERGING = "cividis", "RdBu"
+
+LABEL, TICK = 10.0, 9.0  # points
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in `axes`, in data units, and what it says: a point, or a cell of `size` around (x, y)."""
+
+    axes: Axes
+    x: float
+    y: float
+    text: str
+    size: tuple[float, float] | None = None
+
+
+class Plot(Figure):
+    """A matplotlib Figure whose `marks` hold the exact values; the page shows them under the pointer."""
+
+    def __init__(self, width: float, height: float) -> None:
+        """A white figure of `width` × `height` inches, laid out so that nothing is cut off."""
+        super().__init__(figsize=(width, height), layout="constrained", facecolor="white")
+        self.marks: list[Mark] = []
+
+
+def dress(axes: Axes, *, x: str, y: str, title: str | None = None, grid: str = "both") -> Axes:
+    """Name the axes and give them the house style; `grid` is "x", "y", "both" or "none"."""
+    axes.set_facecolor("none")
+    for name, spine in axes.spines.items():
+        spine.set(color=MUTED, linewidth=0.8, visible=name in ("left", "bottom"))
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=TICK, width=0.8, length=3)
+    write(axes.xaxis.get_label(), x)
+    write(axes.yaxis.get_label(), y)
+    if title:
+        axes.set_title(title, loc="left", fontsize=LABEL, color=INK, fontweight="bold", parse_math=False)
+    axes.set_axisbelow(True)
+    if grid != "none":
+        axes.grid(visible=True, axis=grid, color=GRID, linewidth=0.7)  # type: ignore[arg-type]
+    return axes
+
+
+def write(label: Any, text: str) -> None:
+    """Set an axis label; data are never read as mathematical markup."""
+    label.set(text=text, color=INK, fontsize=LABEL, parse_math=False)
+
+
+def whole_ticks(axis: Any, most: int = 8) -> None:
+    """Ticks at whole numbers only: blocks and heads have no halves."""
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
+
+
+def legend(axes: Axes, **options: Any) -> None:
+    """A frameless legend."""
+    shown = axes.legend(frameon=False, fontsize=TICK, labelcolor=INK, borderaxespad=0.2, **options)
+    for text in shown.get_texts():
+        text.set_parse_math(False)
+
+
+def colorbar(figure: Figure, mesh: Any, axes: Axes, label: str, **options: Any) -> Any:
+    """A colour bar with its quantity and unit named."""
+    bar = figure.colorbar(mesh, ax=axes, **options)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=TICK, width=0.8, length=3)
+    bar.set_label(label, color=INK, fontsize=LABEL, parse_math=False)
+    return bar

@@ -1,0 +1,35 @@
+"""Activations on disk: written once, read in any order, provably unchanged.
+
+    manifest · what a store holds and where it came from
+    layout   · names, shards, sizes, the bits of each dtype
+    folder   · whose folder is it, and who may write it
+    commit   · which shards are there, whole
+    writer   · create, resume, commit          zarr_backend · the format of the arrays
+    reader   · rows of sites, bit for bit      rows         · which rows, in which order
+    batches  · walking over all rows           verification · is every byte as it was written?
+
+Of a store's path come `StoreWriter.create`, `ActivationStore.open` and `verify`; the rest is for those who
+look closer.
+"""
+
+from reprobe.store.batches import Batch
+from reprobe.store.layout import INDEX_COLUMNS, Grid, Shard, size_on_disk
+from reprobe.store.manifest import Manifest, StoredSite
+from reprobe.store.reader import ActivationStore, StoreInfo
+from reprobe.store.verification import VerifyReport, verify
+from reprobe.store.writer import StoreWriter
+
+__all__ = [
+    "INDEX_COLUMNS",
+    "ActivationStore",
+    "Batch",
+    "Grid",
+    "Manifest",
+    "Shard",
+    "StoreInfo",
+    "StoreWriter",
+    "StoredSite",
+    "VerifyReport",
+    "size_on_disk",
+    "verify",
+]

@@ -1,0 +1,68 @@
+"""A scratch folder in memory, where fsync costs nothing, and the server that forks writers to be killed."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store import synthetic
+
+_MEMORY = Path("/dev/shm")
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder, in memory where that can be had."""
+    usable = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK)
+    return tempfile.TemporaryDirectory(prefix="reprobe-", dir=_MEMORY if usable else None)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with scratch() as name:
+        yield Path(name)
+
+
+class Server:
+    """Forks a writer per order. `finish` waits for it and returns its exit status, negative for a signal."""
+
+    def __init__(self) -> None:
+        here = Path(synthetic.__file__)
+        paths = [str(here.parents[1]), str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, str(here)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+        )
+
+    def order(self, **order: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+
+    def line(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def finish(self) -> int:
+        return int(self.line()["status"])
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.stop()

@@ -1,0 +1,177 @@
+"""Small stores of made-up activations, and a process that writes them and is killed on the way.
+
+As a module: `create`, `fill` and `tree` for the tests. As a script: a server that forks a child for each line
+of JSON on its standard input, so that a hundred writers can be killed for the price of one import.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from reprobe.errors import DiskFull
+from reprobe.model.identity import ModelIdentity
+from reprobe.model.sites import Site
+from reprobe.store import Shard, StoredSite, StoreWriter
+
+IDENTITY = ModelIdentity("tiny", "abc", "llama", 3, 35, "w" * 64, "t" * 64, None, "float32", None)
+SITES = (
+    StoredSite(Site("resid.post", 2), 35),
+    StoredSite(Site("attn.heads", 1), 35, 7),
+    StoredSite(Site("final"), 35),
+)
+ROWS, SHARD_ROWS, CHUNK_ROWS = 23, 6, 3
+BITS = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def index(rows: int = ROWS) -> pl.DataFrame:
+    numbers = range(rows)
+    return pl.DataFrame(
+        {
+            "row": pl.Series(numbers, dtype=pl.UInt64),
+            "prompt": [f"p{i // 2}" for i in numbers],
+            "position": pl.Series([i % 2 for i in numbers], dtype=pl.Int32),
+            "token": pl.Series([7 * i for i in numbers], dtype=pl.Int32),
+            "label": [i % 3 == 0 for i in numbers],
+            "group": [f"g{i // 4}" for i in numbers],
+            "pair": [None if i % 5 else f"q{i}" for i in numbers],
+            "n_tokens": pl.Series([2 for _ in numbers], dtype=pl.Int32),
+        }
+    )
+
+
+def create(path: Path, *, rows: int = ROWS, **changes: Any) -> StoreWriter:
+    """A writer of the synthetic store; `changes` replace arguments of `StoreWriter.create`."""
+    arguments: dict[str, Any] = {
+        "identity": IDENTITY,
+        "prompts": "d" * 64,
+        "plan": {"positions": "last", "budget": 512},
+        "sites": SITES,
+        "dtype": "bfloat16",
+        "index": index(rows),
+        "shard_rows": SHARD_ROWS,
+        "chunk_rows": CHUNK_ROWS,
+    }
+    return StoreWriter.create(path, **(arguments | changes))
+
+
+def bits(site: Site, start: int, stop: int, width: int, dtype: str) -> torch.Tensor:
+    """Rows of arbitrary bits (NaN payloads and infinities among them), the same for the same arguments.
+
+    Every fifth row is all zeros, and so is the whole second chunk.
+    """
+    kind = BITS[dtype]
+    span = torch.iinfo(kind)
+    seed = sum(map(ord, str(site)))
+    rows = [
+        np.zeros(width, dtype=np.int64)
+        if r % 5 == 0 or 3 <= r < 6
+        else np.random.default_rng((seed, r)).integers(span.min, span.max + 1, width)
+        for r in range(start, stop)
+    ]
+    return torch.from_numpy(np.stack(rows)).to(kind)
+
+
+def shard_values(writer: StoreWriter, shard: Shard) -> dict[Site, torch.Tensor]:
+    dtype = writer.manifest.dtype
+    return {
+        s.site: bits(s.site, shard.start, shard.stop, s.width, dtype).view(DTYPES[dtype])
+        for s in writer.manifest.sites
+    }
+
+
+def fill(writer: StoreWriter, shards: int | None = None) -> None:
+    """Write the missing shards (the first `shards` of them) and give the lock back."""
+    with writer:
+        for shard in writer.missing()[:shards]:
+            writer.write_shard(shard.number, shard_values(writer, shard))
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below `root`, hidden ones too, by relative path."""
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if not p.is_dir()}
+
+
+def _dies_at(operation: int) -> None:
+    """From now on, the process kills itself at its `operation`-th change of the file system."""
+    count = itertools.count()
+    for name in ("open", "fsync", "replace", "mkdir", "unlink", "rmdir"):
+        original = getattr(os, name)
+
+        def wrapped(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            if next(count) == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return _original(*args, **kwargs)
+
+        setattr(os, name, wrapped)
+
+
+def _on_small_disk(path: Path) -> dict[str, Any]:
+    """Fill a tmpfs of a few pages, then enlarge it and resume; what happened, as JSON."""
+    ids = (os.getuid(), os.getgid())
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x10000000 | 0x00020000) != 0:  # a user and a mount namespace of our own
+        return {"skipped": f"unshare: {os.strerror(ctypes.get_errno())}"}
+    Path("/proc/self/setgroups").write_text("deny")
+    for kind, own in zip("ug", ids, strict=True):
+        Path(f"/proc/self/{kind}id_map").write_text(f"0 {own} 1")
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", path], capture_output=True)
+    if mount.returncode:
+        return {"skipped": f"mount: {mount.stderr.decode()}"}
+    root = path / "s.reprobe"
+    out: dict[str, Any] = {}
+    try:
+        fill(create(root, plan={}))
+    except DiskFull as error:
+        out["message"] = str(error)
+    out["before"] = {k: v.hex() for k, v in tree(root).items()}
+    subprocess.run(["mount", "-o", "remount,size=10m", path], check=True)
+    writer = create(root, plan={}, resume=True)
+    out["missing"] = len(writer.missing())
+    fill(writer)
+    out["after"] = {k: v.hex() for k, v in tree(root).items()}
+    return out
+
+
+def _child(order: dict[str, Any]) -> None:
+    if "small_disk" in order:
+        Path(order["result"]).write_text(json.dumps(_on_small_disk(Path(order["small_disk"]))))
+        return
+    if "operation" in order:
+        _dies_at(order["operation"])
+    else:  # the caller kills: say that the work begins
+        _say(os.getpid())
+    fill(create(Path(order["path"]), **order["changes"]))
+
+
+def _say(value: Any) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                _child(order)
+                status = 0
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        _say({"status": status})
+
+
+if __name__ == "__main__":
+    _serve()

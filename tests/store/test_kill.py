@@ -1,0 +1,90 @@
+"""kill -9 at any point, then resume, gives the store of an uninterrupted run."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store import synthetic
+
+from reprobe.store import verify
+
+KILLED = -signal.SIGKILL
+#: More than the changes of the file system that writing the whole store takes.
+OPERATIONS = 150
+
+
+def _uninterrupted(path: Path, **changes: Any) -> dict[str, bytes]:
+    synthetic.fill(synthetic.create(path, **changes))
+    return synthetic.tree(path)
+
+
+def _kill_until_done(server: Any, path: Path, rng: random.Random, expected: dict[str, bytes]) -> int:
+    """Kill a writer at a random operation, resume with one that is killed too, and so on; the number of
+    kills.
+    """
+    kills = 0
+    while True:
+        server.order(path=str(path), changes={"resume": True}, operation=rng.randrange(OPERATIONS))
+        status = server.finish()
+        if status == 0:
+            break
+        assert status == KILLED
+        kills += 1
+    assert synthetic.tree(path) == expected
+    assert verify(path).ok
+    return kills
+
+
+def _many_kills(server: Any, folder: Path, wanted: int, seed: int) -> None:
+    expected = _uninterrupted(folder / "whole.reprobe")
+    rng, kills, trial = random.Random(seed), 0, 0
+    while kills < wanted:
+        kills += _kill_until_done(server, folder / f"{trial}.reprobe", rng, expected)
+        trial += 1
+
+
+def test_a_store_whose_writers_were_killed_at_twenty_random_operations_equals_an_uninterrupted_one(
+    server: Any, folder: Path
+) -> None:
+    _many_kills(server, folder, wanted=20, seed=0)
+
+
+@pytest.mark.slow
+def test_a_store_whose_writers_were_killed_at_two_hundred_random_operations_equals_an_uninterrupted_one(
+    server: Any, folder: Path
+) -> None:
+    _many_kills(server, folder, wanted=200, seed=1)
+
+
+def test_a_writer_killed_from_outside_at_random_times_leaves_a_store_that_resumes(
+    server: Any, folder: Path
+) -> None:
+    expected = _uninterrupted(folder / "whole.reprobe")
+    path, rng, kills = folder / "s.reprobe", random.Random(2), 0
+    for attempt in range(10):
+        server.order(path=str(path), changes={"resume": True})
+        writer = server.line()
+        time.sleep(rng.uniform(0, 0.15))
+        os.kill(writer, signal.SIGKILL)
+        kills += server.finish() == KILLED
+        if attempt % 3 == 2:
+            synthetic.fill(synthetic.create(path, resume=True))
+            assert synthetic.tree(path) == expected
+            path = folder / f"{attempt}.reprobe"
+    assert kills  # a writer may finish before its signal comes, but not every one of them
+
+
+def test_overwriting_that_is_killed_at_any_operation_can_be_done_again(server: Any, folder: Path) -> None:
+    path, rng = folder / "s.reprobe", random.Random(3)
+    expected = _uninterrupted(folder / "whole.reprobe")
+    for _ in range(8):
+        if not path.exists():
+            _uninterrupted(path, plan={"another": "plan"})
+        server.order(path=str(path), changes={"overwrite": True}, operation=rng.randrange(1, 60))
+        assert server.finish() == KILLED
+        synthetic.fill(synthetic.create(path, overwrite=True))
+        assert synthetic.tree(path) == expected
