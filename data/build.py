@@ -24,7 +24,7 @@ import random
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +55,7 @@ def slug(name: str) -> str:
 
 
 def sentence(template: str, **slots: str) -> tuple[str, Spans]:
-    """The filled template with a capital first letter, and the [start, end) characters of subject and object."""
+    """The filled template with a capital first, and the [start, end) characters of subject and object."""
     text, spans = "", {}
     for literal, slot, _, _ in string.Formatter().parse(template):
         text += literal
@@ -66,11 +66,13 @@ def sentence(template: str, **slots: str) -> tuple[str, Spans]:
     return text[0].upper() + text[1:], {"subject": spans["subject"], "object": spans["object"]}
 
 
+# fmt: off
 UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+# fmt: on
 
 
 def number_words(n: int) -> str:
@@ -101,16 +103,15 @@ def shuffled(rng: random.Random, items: Iterable[Item]) -> list[Item]:
     return [item for _, item in sorted(((rng.random(), item) for item in items), key=lambda drawn: drawn[0])]
 
 
-def draw(rng: random.Random, urn: Counter[str], admit: Callable[[str], bool]) -> str:
+def draw(rng: random.Random, urn: Counter[str], admitted: Set[str]) -> str:
     """One admitted object, in proportion to its count in `urn`, put back with one more of its kind."""
-    admitted = [(name, count) for name, count in sorted(urn.items()) if admit(name)]
-    ticket = rng.random() * sum(count for _, count in admitted)
-    for name, count in admitted:
-        ticket -= count
+    ticket = rng.random() * sum(urn[name] for name in admitted)
+    for name in sorted(admitted):
+        ticket -= urn[name]
         if ticket < 0:
             urn[name] += 1
             return name
-    raise ValueError("nothing in the urn is admitted")
+    raise ValueError(f"the urn holds none of {sorted(admitted)}")
 
 
 # --- the data sets -----------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def city_statements(form: str) -> Iterator[Row]:
     drawn = {}
     for place, phrasing in zip(shuffled(rng, places), cycle(range(len(phrasings))), strict=False):
         elsewhere = {place["country"], *filter(None, place["also_in"].split("; "))}
-        drawn[place["city"]] = draw(rng, urn, lambda country: country not in elsewhere), phrasing
+        drawn[place["city"]] = draw(rng, urn, urn.keys() - elsewhere), phrasing
     for place in places:
         city, correct = place["city"], place["country"]
         wrong, phrasing = drawn[city]
@@ -160,7 +161,7 @@ def city_statements(form: str) -> Iterator[Row]:
 
 
 def translations() -> Iterator[Row]:
-    """Two statements a word, one with its meaning and one with that of another word of its language and class."""
+    """Two statements a word: one with its meaning, one with that of a word of the same language and class."""
     meanings = table("translations")
     phrasings = [row["phrasing"] for row in table("translation_phrasings")]
     rng = generator("translations")
@@ -173,7 +174,7 @@ def translations() -> Iterator[Row]:
             for other in meanings
             if other[language] and other["word_class"] == row["word_class"] and other is not row
         }
-        drawn[language, row["meaning"]] = draw(rng, urn, others.__contains__), phrasing
+        drawn[language, row["meaning"]] = draw(rng, urn, others), phrasing
     for language, row in words:
         word, correct = row[language], row["meaning"]
         wrong, phrasing = drawn[language, correct]
@@ -223,7 +224,7 @@ def comparisons() -> Iterator[Row]:
 
 
 def numbers() -> Iterator[tuple[str, str, str, str]]:
-    """Kind, dimension, greater and lesser number. No two pairs, in words or digits, hold the same two numbers."""
+    """Kind, dimension, greater and lesser number; no two numbers meet twice, be it in words or in digits."""
     rng = generator("numbers")
     seen: set[tuple[int, int]] = set()
     for band in table("number_bands"):

@@ -49,7 +49,7 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
     ),
     "country_language": (
         "The main language spoken in {the}{subject} is",
-        "Most people in {the}{subject} speak",
+        "In daily life, people in {the}{subject} mostly speak",
         "The newspapers in {the}{subject} are mostly written in",
     ),
     "country_continent": (
@@ -125,7 +125,7 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
     "thing_color": (
         "The usual color of {the}{subject} is",
         "Anyone who looks at {the}{subject} can see that its color is",
-        "A child who draws {the}{subject} picks a crayon whose color is",
+        "When people picture {the}{subject}, the color they see is",
     ),
 }
 
@@ -217,16 +217,12 @@ def counterfactual(fact: Fact, relation: Sequence[Fact]) -> str:
 
 def neighbours(fact: Fact, target_new: str, relation: Sequence[Fact]) -> list[dict[str, str]]:
     """Choose other subjects, those with the same object first; none for which ``target_new`` is right."""
-    others = [
-        other for other in relation if other.subject != fact.subject and not other.accepts(target_new)
-    ]
+    others = [other for other in relation if other.subject != fact.subject and not other.accepts(target_new)]
     others.sort(key=lambda other: (other.target != fact.target, rank("neighbour", fact.key, other.subject)))
     if len(others) < NEIGHBOURS:
         raise TableError(f"{fact.key}: {len(others)} neighbours exist and {NEIGHBOURS} are needed")
     template = TEMPLATES[fact.relation][0]
-    return [
-        {"prompt": other.prompt(template)[0], "target": other.target} for other in others[:NEIGHBOURS]
-    ]
+    return [{"prompt": other.prompt(template)[0], "target": other.target} for other in others[:NEIGHBOURS]]
 
 
 def slug(text: str) -> str:

@@ -33,7 +33,7 @@ _HOME = {
     "ActivationStore": "store",
     "Add": "control",
     "Contrast": "evaluation",
-    "Direction": "probing.direction",
+    "Direction": "probing",
     "LanguageModel": "model",
     "LogisticReader": "probing",
     "MeanDifference": "probing",

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. Results go to s
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -125,7 +126,7 @@ def info(store: Store, as_json: AsJson = False) -> None:
     """Show what a store holds, of which model, and whether it is complete."""
     from reprobe.store import ActivationStore
 
-    _show(ActivationStore.open(store).info(), as_json)
+    _show(dataclasses.asdict(ActivationStore.open(store).info()), as_json)
 
 
 @verb("reprobe verify cities.reprobe")
@@ -140,15 +141,15 @@ def verify(store: Store) -> None:
     _say(f"{store}: every byte is as it was written")
 
 
-READERS = ("logistic", "mean-difference", "pca")
-
-
 @verb("reprobe probe cities.reprobe --reader logistic --to truth.grid")
 def probe(
     store: Store,
-    reader: Annotated[str, typer.Option(help=" | ".join(READERS))] = "logistic",
+    reader: Annotated[
+        Literal["logistic", "mean-difference", "pca"], typer.Option(help="Which reader to train.")
+    ] = "logistic",
     sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")] = None,
     label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
+    positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
     folds: Annotated[int, typer.Option(help="Folds of the group-safe cross-validation.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
     to: Annotated[Path | None, typer.Option(help="Save the grid with all its directions here.")] = None,
@@ -158,20 +159,18 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """Train one reader at every site of a store, with group-safe cross-validation."""
-    from reprobe.probing import LogisticReader, MeanDifference, PCAReader
+    from reprobe.cli.demo import READERS
     from reprobe.probing import probe as run_probe
     from reprobe.progress import terminal
     from reprobe.store import ActivationStore
 
-    makers: dict[str, Any] = dict(zip(READERS, (LogisticReader, MeanDifference, PCAReader), strict=True))
-    if reader not in makers:
-        raise UsageError(f"unknown reader {reader!r}; one of {', '.join(READERS)}")
     for path in (to, direction):
         _refuse_existing(path, overwrite)
+    opened = ActivationStore.open(store)
     with terminal() as progress:
         grid = run_probe(
-            ActivationStore.open(store), makers[reader](), sites=sites, label=label, folds=folds, seed=seed,
-            progress=progress,
+            opened, READERS[reader](), sites=sites, label=label, positive=_label(opened.index, label, positive),
+            folds=folds, seed=seed, progress=progress,
         )
     if grid.note:
         _say(f"note: {grid.note}")
@@ -185,7 +184,7 @@ def probe(
         chosen = grid.selected
         _say(
             f"held-out accuracy of the best site, chosen on the other folds: {chosen.accuracy:.3f} "
-            f"[{chosen.low:.3f}, {chosen.high:.3f}]"
+            f"[{chosen.accuracy_low:.3f}, {chosen.accuracy_high:.3f}] (chance {chosen.chance:.2f})"
         )
 
 
@@ -279,9 +278,13 @@ def data_list(as_json: AsJson = False) -> None:
     """List the project's own data sets."""
     from reprobe.prompts import PromptSet, bundled
 
-    rows = [PromptSet.load(name).describe() for name in bundled()]
-    keys = ("name", "prompts", "groups", "pairs", "labels")
-    _table([{k: row[k] for k in keys if k in row} for row in rows], as_json)
+    sets = [PromptSet.load(name).describe() for name in bundled()]
+    rows = [
+        {"name": s.name, "prompts": s.prompts, "groups": s.groups, "pairs": s.pairs, "labels": _counts(s.labels),
+         "spans": _counts(s.spans)}
+        for s in sets
+    ]
+    _table(rows, as_json)
 
 
 @verb("reprobe data show cities --limit 5", on=data_app, name="show")
@@ -293,7 +296,7 @@ def data_show(
 
     prompts = PromptSet.load(data)
     if not as_json:
-        _show(prompts.describe(), False)
+        _show(dataclasses.asdict(prompts.describe()), False)
     _table(prompts.head(limit).frame.to_dicts(), as_json)
 
 
@@ -322,6 +325,13 @@ def _quiet_libraries() -> None:
 
     for name in ("transformers", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _label(index: Any, column: str, text: str | None) -> Any:
+    """A label as it stands in the index: typed text is a string, a label may be a number."""
+    if text is None or column not in index.columns:
+        return text
+    return next((value for value in index[column].unique() if str(value) == text), text)
 
 
 def _refuse_existing(path: Path | None, overwrite: bool) -> None:
@@ -361,6 +371,10 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     with contextlib.suppress(BrokenPipeError):
         console.print(table)
+
+
+def _counts(values: Any) -> str:
+    return ", ".join(f"{'none' if k is None else k}: {n}" for k, n in values.items())
 
 
 def _bytes(n: float) -> str:

@@ -5,14 +5,18 @@ folder, and a short summary. Everything here is done with public functions; it i
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import polars as pl
 
 import reprobe as rp
 from reprobe.errors import ArtifactExists
 from reprobe.methods import repe
+from reprobe.probing import Reader
 from reprobe.progress import Progress, silent
+from reprobe.provenance import versions
 from reprobe.report import results
 
 #: Truth is read at the end of a statement, mood at the end of a scene.
@@ -20,7 +24,9 @@ DATA_SETS = ("cities", "emotions")
 SITES = "resid.post@*,attn.heads@*"
 #: A text with two true statements and two false ones, to be read token by token.
 SCAN_TEXT = "Lyon is a city in France. Kyoto is a city in Brazil. Chicago is a city in the United States. Cairo is a city in Norway."
-#: Neutral openings that a mood can colour.
+#: The reader whose directions read that text.
+SCAN_READER = "mean-difference"
+#: A neutral opening that a mood can colour.
 STORY = "Anna came home from work, put her bag on the table and opened the letter. It said that"
 STRENGTHS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 MOOD = rp.Contrast(
@@ -43,6 +49,14 @@ NEUTRAL = (
 )
 
 
+#: Readers by the names under which their grids are saved.
+READERS: Mapping[str, Callable[[], Reader]] = {
+    "logistic": rp.LogisticReader,
+    "mean-difference": rp.MeanDifference,
+    "pca": rp.PCAReader,
+}
+
+
 def run_demo(
     out: Path,
     *,
@@ -54,44 +68,101 @@ def run_demo(
     """Extract, probe, scan, steer, report; returns the summary. Raises `ArtifactExists` if `out` holds anything."""
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ArtifactExists(f"{out} is not empty; choose another folder with --out, or pass --overwrite")
-    clock = Clock(say)
-    with clock.step(f"load {model}"):
+    steps: list[results.Step] = []
+
+    @contextmanager
+    def step(name: str, detail: str = "") -> Iterator[None]:
+        say(f"{name} …")
+        start = time.perf_counter()
+        yield
+        steps.append(results.Step(name, time.perf_counter() - start, detail))
+
+    with step("load", model):
         lm = rp.LanguageModel.load(model, progress=progress)
         lm.check()
-    folder = results.Folder.create(out, title=f"Truth and mood in {lm.name}")
-
-    stores = {}
+    grids: dict[tuple[str, str], rp.ProbeGrid] = {}
     for name in DATA_SETS:
-        with clock.step(f"extract {name}"):
-            stores[name] = rp.extract(
-                lm, rp.PromptSet.load(name), sites=SITES, to=out / f"{name}.reprobe", overwrite=overwrite,
-                progress=progress,
+        with step(f"extract {name}", f"{SITES} at the last token"):
+            store = rp.extract(
+                lm, name, sites=SITES, to=results.store_path(out, name), overwrite=overwrite, progress=progress
             )
-    readers = {"logistic": rp.LogisticReader(), "mean-difference": rp.MeanDifference(), "pca": rp.PCAReader()}
-    grids = {}
-    for name, store in stores.items():
-        with clock.step(f"probe {name}"):
-            for reader, estimator in readers.items():
-                grids[name, reader] = grid = rp.probe(store, estimator, progress=progress)
-                grid.save(folder.probe(f"{name}-{reader}"), overwrite=overwrite)
+        for reader, make in READERS.items():
+            with step(f"probe {name}", reader):
+                # Of two labels the greater is positive: 1 in cities; happiness has to be named.
+                positive = "happiness" if name == "emotions" else None
+                grid = rp.probe(store, make(), positive=positive, progress=progress)
+                (out / "probes").mkdir(exist_ok=True)
+                grid.save(results.probe_path(out, f"{name}-{reader}"), overwrite=overwrite)
+                grids[name, reader] = grid
 
-    truth = grids["cities", "mean-difference"]
-    blocks = {site: d for site, d in truth.directions.items() if site.part == "resid.post"}
-    with clock.step("scan"):
-        folder.write_scan("truth", repe.scan(lm, SCAN_TEXT, blocks), text=SCAN_TEXT, grid="cities-mean-difference")
+    truth = {site: d for site, d in grids["cities", SCAN_READER].directions.items() if site.part == "resid.post"}
+    with step("scan", "every token at every block"):
+        found = repe.scan(lm, SCAN_TEXT, truth)
+        results.write_scan(out, "truth", results.ScanResult(found, SCAN_TEXT, f"cities-{SCAN_READER}"))
 
     mood = grids["emotions", "mean-difference"].best(part="resid.post")
-    if mood.classes is not None and mood.classes[1] != "happiness":
-        mood = -mood
     mood.save(out / "happiness.safetensors", overwrite=overwrite)
-    with clock.step("steer"):
+    with step("steer", f"{len(STRENGTHS)} strengths at {mood.site}"):
         table = rp.dose_response(
-            lm, lambda strength: [rp.Add(mood, strength)], STRENGTHS, contrast=MOOD, neutral=NEUTRAL, story=STORY,
-            progress=progress,
+            lm, lambda strength: [rp.Add(mood, strength)], STRENGTHS,
+            contrast=MOOD, neutral=NEUTRAL, story=STORY, progress=progress,
         )
-        folder.write_steering("happiness", table, direction=mood, contrast=MOOD, neutral=NEUTRAL, story=STORY)
-    summary = _summary(lm.name, grids, table)
-    folder.finish(identity=lm.identity, steps=clock.steps, summary=summary)
-    with clock.step("report"):
-        page = rp.write_report(out)
-    return "\n".join([*summary, f"Report: {page}"])
+        done = results.SteeringResult(
+            table=table, contrast=MOOD, neutral=NEUTRAL, story=STORY, site=rp.Site.parse(str(mood.site)),
+            direction=mood.digest, intervention=f"strength × scale of happiness added at {mood.site}, on all tokens",
+        )
+        results.write_steering(out, "happiness", done)
+    summary = _summary(lm, grids, table, mood)
+    run = results.Run(
+        title=f"Truth and mood in {lm.name}",
+        steps=tuple(steps),
+        identity=lm.identity,
+        versions=versions(),
+        commands=_commands(model),
+        summary=tuple(summary),
+    )
+    results.write_run(out, run)
+    page = rp.write_report(out)
+    seconds = sum(s.seconds for s in steps)
+    return "\n".join([*summary, f"It took {seconds:.0f} s. The report: {page}"])
+
+
+def _summary(
+    lm: rp.LanguageModel, grids: Mapping[tuple[str, str], rp.ProbeGrid], table: pl.DataFrame, mood: rp.Direction
+) -> list[str]:
+    lines = []
+    for name, what in (("cities", "True and false statements about cities"), ("emotions", "Happy and sad scenes")):
+        grid = grids[name, "logistic"]
+        best, honest = grid.best(part="resid.post"), grid.selected
+        lines.append(
+            f"{what}: best block by a logistic reader {best.site}, held-out accuracy {best.metrics['accuracy']:.3f} "
+            f"[{best.metrics['accuracy_low']:.3f}, {best.metrics['accuracy_high']:.3f}]; with the site chosen on "
+            f"other folds, among all blocks and heads, {honest.accuracy:.3f} [{honest.accuracy_low:.3f}, "
+            f"{honest.accuracy_high:.3f}] (chance {honest.chance:.2f}, {honest.n} prompts, {honest.n_groups} groups)."
+        )
+    rows = table.sort("strength").to_dicts()
+    low, high = rows[0], rows[-1]
+    odds = [row["log_odds"] for row in rows]
+    rises = all(a < b for a, b in zip(odds, odds[1:], strict=False))
+    lines.append(
+        f"Steering {lm.name} along happiness at {mood.site} from {low['strength']:+g} to {high['strength']:+g} moves the "
+        f"log-odds of happy against sad words from {low['log_odds']:+.2f} to {high['log_odds']:+.2f} nats, "
+        f"{'rising at each of' if rises else 'but not rising at every one of'} {len(rows)} strengths; the price on "
+        f"neutral text is a KL of {low['kl']:.3f} and {high['kl']:.3f} nats per token."
+    )
+    return lines
+
+
+def _commands(model: str) -> tuple[str, ...]:
+    """What to type to do the same by hand."""
+    lines = []
+    for name in DATA_SETS:
+        lines.append(f"reprobe extract {model} {name} --sites '{SITES}' --at last --to {name}.reprobe")
+        positive = " --positive happiness" if name == "emotions" else ""
+        lines += [
+            f"reprobe probe {name}.reprobe --reader {reader}{positive} --to probes/{name}-{reader}.safetensors"
+            for reader in READERS
+        ]
+    lines.append(f"reprobe scan {model} '{SCAN_TEXT}' --grid probes/cities-{SCAN_READER}.safetensors")
+    lines.append(f"reprobe steer {model} '{STORY}' --direction happiness.safetensors --strength 4")
+    return tuple(lines)

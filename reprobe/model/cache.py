@@ -1,9 +1,9 @@
 """The cache: where fetched and converted weights live, and how something appears there whole or not at all.
 
-Enters: a target path below `cache_folder()` and a function that makes it. Leaves: the finished file or folder. It is
-made under a temporary name beside the target (same file system), flushed to disk and renamed, under a lock, so that
-neither a crash, a kill, Ctrl-C nor a second process can leave a half-written thing under the final name. Does not
-know what is cached.
+Enters: a target path below `cache_folder()` and a function that makes it. Leaves: the finished file or
+folder. It is made under a temporary name beside the target (same file system), flushed to disk and renamed,
+under a lock, so that neither a crash, a kill, Ctrl-C nor a second process can leave a half-written thing
+under the final name. Does not know what is cached.
 """
 
 import contextlib
@@ -35,9 +35,10 @@ def build(
 ) -> Path:
     """`target`, made first if it is not there or not `whole`.
 
-    `make` gets an empty temporary folder and leaves in it one entry named like `target`, a file or a folder. What it
-    raises passes through, after everything it wrote is removed; a full disk becomes `DiskFull`, a cache that cannot
-    be written `FetchFailed`. A process that finds another one building the same target waits for it.
+    `make` gets an empty temporary folder and leaves in it one entry named like `target`, a file or a folder.
+    What it raises passes through, after everything it wrote is removed; a full disk becomes `DiskFull`, a
+    cache that cannot be written `FetchFailed`. Where another process is building the same target, it is
+    waited for.
     """
     if whole(target):
         return target
@@ -72,8 +73,8 @@ def require_room(folder: Path, n_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _lock(target: Path, progress: Progress) -> Iterator[None]:
-    """An advisory lock that the kernel releases however its holder ends. The lock file itself stays: removing it
-    would let two processes hold locks on two files of the same name."""
+    """An advisory lock that the kernel releases however its holder ends. The lock file itself stays: removing
+    it would let two processes hold locks on two files of the same name."""
     with open(target.parent / f".{target.name}.lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +104,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def explained(target: Path) -> Iterator[None]:
-    """Turn what the operating system says while `target` is being written into `DiskFull` or `FetchFailed`."""
+    """Turn what the system says while `target` is being written into `DiskFull` or `FetchFailed`."""
     try:
         yield
     except DiskFull:

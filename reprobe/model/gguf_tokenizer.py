@@ -1,9 +1,9 @@
 """The vocabulary of a GGUF file, as a transformers tokenizer.
 
-Enters: a GGUF file. Leaves: tokenizer files in a folder, checked to give the same ids when they are loaded again.
-transformers builds the vocabulary, merges and added tokens; what it leaves to defaults is set here from the file's
-metadata: how text is split before merging, the prefix space, BOS and EOS, padding, the chat template. Does not know
-weights.
+Enters: a GGUF file. Leaves: tokenizer files in a folder, checked to give the same ids when they are loaded
+again. transformers builds the vocabulary, merges and added tokens; what it leaves to defaults is set here
+from the file's metadata: how text is split before merging, the prefix space, BOS and EOS, padding, the chat
+template. Does not know weights.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ class Vocabulary:
 class _Split:
     """How a byte-level vocabulary cuts text before merging.
 
-    `pattern` None is GPT-2's; `digits` cuts every digit off first; `whole` takes a piece that is a token as it is,
-    without merging; `bos` is whether BOS is added where the file does not say.
+    `pattern` None is GPT-2's; `digits` cuts every digit off first; `whole` takes a piece that is a token as
+    it is, without merging; `bos` is whether BOS is added where the file does not say.
     """
 
     pattern: str | None = None
@@ -99,13 +99,15 @@ _LLAMA3, _QWEN2 = _Split(_words(r"\p{N}{1,3}"), whole=True, bos=True), _Split(_w
 #: `tokenizer.ggml.pre` → how to split. The expressions are part of what those vocabularies are.
 SPLITS: Mapping[str, _Split] = (
     dict.fromkeys(("gpt-2", "gpt2", "granite-docling", "jais", "mpt", "olmo", "phi-2", "trillion"), _GPT2)
-    | dict.fromkeys(("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"), _DIGITS)
+    | dict.fromkeys(
+        ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"), _DIGITS
+    )
     | dict.fromkeys(("falcon3", "llama-bpe", "llama-v3", "llama3"), _LLAMA3)
     | dict.fromkeys(("deepseek-r1-qwen", "hunyuan", "qwen2", "stablelm2"), _QWEN2)
     | {"tekken": _Split(_CASED, whole=True, bos=True)}
 )
 
-#: Texts whose ids are compared before saving and after loading: spaces, digits, line ends, scripts, contractions.
+#: Texts whose ids are compared before saving and after loading: spaces, digits, line ends, scripts.
 _PROBES = (
     "The Eiffel Tower is located in the city of",
     " a  b   c\n\n12,345.6\t\tdon't WE'LL\r\n  3 x",
@@ -141,20 +143,22 @@ def convert(path: Path, vocabulary: Vocabulary, config: Any, folder: Path) -> No
     tokenizer.save_pretrained(folder)
     again = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in _PROBES:
-        if tokenizer(text).input_ids != again(text).input_ids:
-            raise ModelLoadFailed(f"transformers' {type(again).__name__} gives other ids than the file for {text!r}")
+        if tokenizer(text, verbose=False).input_ids != again(text, verbose=False).input_ids:
+            raise ModelLoadFailed(
+                f"{type(again).__name__} gives other ids for {text!r} than its vocabulary does"
+            )
 
 
 def _backend(path: Path, vocabulary: Vocabulary) -> Tokenizer:
     with _alone(path) as folder:
         built = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
-    backend = built.backend_tokenizer
+    backend: Tokenizer = built.backend_tokenizer
     bos = vocabulary.adds_bos
     if vocabulary.model == "gpt2":
         split = SPLITS.get(vocabulary.split or "")
         if split is None:
             raise ModelLoadFailed(
-                f"its vocabulary splits text in the way {vocabulary.split!r}; known are {', '.join(sorted(SPLITS))}"
+                f"its vocabulary splits text in the way {vocabulary.split!r}; known are {', '.join(SPLITS)}"
             )
         backend.pre_tokenizer = split.pre_tokenizer()
         backend.model.ignore_merges = split.whole
@@ -162,30 +166,34 @@ def _backend(path: Path, vocabulary: Vocabulary) -> Tokenizer:
     elif vocabulary.model == "llama":
         if not vocabulary.prefix_space and isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
             backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-            backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+            steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            backend.decoder = decoders.Sequence(steps)
         bos = True if bos is None else bos
     else:
-        raise ModelLoadFailed(f"its vocabulary is of the kind {vocabulary.model!r}; known are 'gpt2' and 'llama'")
-    _frame(backend, vocabulary.ids["bos_token_id"] if bos else None, vocabulary.adds_eos, vocabulary.ids["eos_token_id"])
+        raise ModelLoadFailed(f"its vocabulary is of the kind {vocabulary.model!r}; known are gpt2 and llama")
+    _frame(backend, vocabulary.ids, bos, vocabulary.adds_eos)
     return backend
 
 
-def _frame(backend: Tokenizer, bos: int | None, adds_eos: bool, eos: int | None) -> None:
+def _frame(backend: Tokenizer, ids: Mapping[str, int | None], bos: bool, eos: bool) -> None:
     """Put BOS before and EOS after every text, where the vocabulary wants them, and nothing else."""
-    before = [] if bos is None else [(backend.id_to_token(bos), bos)]
-    after = [(backend.id_to_token(eos), eos)] if adds_eos and eos is not None else []
 
-    def around(sequence: str) -> list[str]:
-        return [t for t, _ in before] + [sequence] + [t for t, _ in after]
+    def token(role: str, wanted: bool) -> list[tuple[str, int]]:
+        token_id = ids[f"{role}_token_id"]
+        text = None if token_id is None else backend.id_to_token(token_id)
+        return [(text, token_id)] if wanted and text is not None and token_id is not None else []
 
+    before, after = token("bos", bos), token("eos", eos)
+    around = [[t for t, _ in before], [t for t, _ in after]]
+    single, other = [*around[0], "$A", *around[1]], [*around[0], "$B", *around[1]]
     backend.post_processor = processors.TemplateProcessing(
-        single=around("$A"), pair=around("$A") + [f"{t}:1" for t in around("$B")], special_tokens=before + after
+        single=single, pair=single + [f"{t}:1" for t in other], special_tokens=before + after
     )
 
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[str]:
-    """A folder that holds nothing but the file: tokenizer files beside it would be taken instead of its own."""
+    """A folder that holds nothing but the file: tokenizer files beside it would be taken for its own."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / path.name).symlink_to(path)
         yield folder

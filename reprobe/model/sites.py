@@ -7,6 +7,7 @@ description.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ MODEL_PARTS = ("embed", "final")
 UNIT_PARTS = ("attn.heads", "mlp.neurons")
 
 _SITE = re.compile(r"(?P<part>[a-z.]+)(?:@(?P<layer>\d+)(?:\.(?P<unit>\d+))?)?")
-_PATTERN = re.compile(r"(?P<part>[a-z.]+)@(?P<layers>\*|-?\d*(?::-?\d*){1,2}|-?\d+)(?:\.(?P<unit>\*|\d+))?")
+_PATTERN = re.compile(
+    r"(?P<part>[a-z.]+)@(?P<layers>\*|(?:-?\d+)?(?::(?:-?\d+)?){1,2}|-?\d+)(?:\.(?P<unit>\*|\d+))?"
+)
 
 
-@dataclass(frozen=True, order=True)
+@functools.total_ordering
+@dataclass(frozen=True)
 class Site:
     """One place in a model: `part`, block index `layer` (None for `embed` and `final`), and `unit`.
 
@@ -60,6 +64,12 @@ class Site:
 
     def __str__(self) -> str:
         return self._text()
+
+    def __lt__(self, other: "Site") -> bool:  # by part, block, unit; a whole comes before its units
+        return self._key() < other._key()
+
+    def _key(self) -> tuple[str, int, int]:
+        return self.part, -1 if self.layer is None else self.layer, -1 if self.unit is None else self.unit
 
     def _text(self) -> str:
         layer = "" if self.layer is None else f"@{self.layer}"
@@ -154,7 +164,8 @@ def _expand_one(text: str, parts: Parts) -> list[Site]:
             f"'{text}' matches no block of {parts.model}{why}; blocks: 0–{n - 1}, parts: {parts._listing(None)}"
         )
     if unit == "*":
-        return [parts.require(Site(part, i, u)) for i in chosen for u in range(parts.units.get(part, 0))]
+        whole = [parts.require(Site(part, i)) for i in chosen]
+        return [Site(part, site.layer, u) for site in whole for u in range(parts.units[part])]
     return [parts.require(Site(part, i, None if unit is None else int(unit))) for i in chosen]
 
 

@@ -38,12 +38,8 @@ class Artifact:
 def to_bytes(kind: str, artifact: Artifact) -> bytes:
     """The file's bytes: a pure function of kind and content."""
     arrays = {name: np.ascontiguousarray(a) for name, a in artifact.arrays.items()}
-    envelope = {
-        "kind": kind,
-        "schema": SCHEMA,
-        "header": artifact.header,
-        "sha256": _checksum(artifact.header, arrays),
-    }
+    body = {"kind": kind, "schema": SCHEMA, "header": artifact.header}
+    envelope = body | {"sha256": _checksum(body, arrays)}
     # One metadata key only: safetensors writes several in an order that changes from run to run.
     return safetensors_bytes(arrays, metadata={_KEY: canonical_json(envelope)})
 
@@ -83,9 +79,10 @@ def read(path: Path, kind: str) -> Artifact:
         raise CorruptArtifact(f"{path} is a safetensors file, but reprobe did not write it")
     try:
         envelope = json.loads(text)
-        found, schema, header, checksum = (envelope[k] for k in ("kind", "schema", "header", "sha256"))
+        checksum = envelope.pop("sha256")
+        found, schema, header = (envelope[k] for k in ("kind", "schema", "header"))
         newer = schema > SCHEMA
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{path}: malformed header ({error!r})") from error
     if newer:
         raise UsageError(
@@ -93,15 +90,15 @@ def read(path: Path, kind: str) -> Artifact:
         )
     if found != kind:
         raise UsageError(f"{path} holds a {found}, not a {kind}")
-    if not isinstance(header, Mapping) or checksum != _checksum(dict(header), arrays):
+    if not isinstance(header, dict) or checksum != _checksum(envelope, arrays):
         raise CorruptArtifact(
             f"{path}: the content does not match its checksum; it was changed after writing"
         )
-    return Artifact(dict(header), arrays)
+    return Artifact(header, arrays)
 
 
-def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    h = hashlib.sha256(canonical_json(header).encode())
+def _checksum(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    h = hashlib.sha256(canonical_json(body).encode())
     for name, array in sorted(arrays.items()):
         h.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         h.update(np.ascontiguousarray(array).tobytes())

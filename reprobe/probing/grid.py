@@ -7,7 +7,7 @@ whole, and every scale, mean and threshold is fitted on training rows alone. Doe
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,6 @@ from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from reprobe.errors import UnknownSite, UsageError
-from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Parts, Site, expand
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
@@ -42,8 +41,6 @@ class Source(Protocol):
     def parts(self) -> Parts: ...
     @property
     def index(self) -> pl.DataFrame: ...
-    @property
-    def identity(self) -> ModelIdentity: ...
     @property
     def manifest(self) -> Any: ...
     def unit_width(self, part: str) -> int: ...
@@ -69,19 +66,22 @@ def probe(
     index column to predict and `positive` the label that scores above 0 (default: the greater of the two);
     rows without a label are left out, `where` keeps some of the others. `folds` hold whole groups, drawn by
     `seed`, which also draws the bootstrap. `n_jobs` threads (−1: one per processor). `reader` itself is
-    not fitted.
+    not fitted. A site takes folds + 1 fits for its results, and folds · (folds − 1) / 2 more for the nested
+    choice of a site, `ProbeGrid.selected`.
 
     Raises `UnknownSite` for a site that is not stored; `UnknownData` for a missing column; `UsageError` for
     labels that are not two, too few groups, NaN in the activations, or a site at which the reader finds no
     direction.
     """
+    if not isinstance(reader, Reader):
+        raise UsageError(f"probe takes a reader, such as MeanDifference(), not {reader!r}")
     rows = select_rows(store.index, label=label, positive=positive, where=where)
     if reader.uses_pairs and rows.pairs is not None and (rows.pairs < 0).any():
         alone = rows.prompts[int(np.argmax(rows.pairs < 0))]
         raise UsageError(
             f"{int((rows.pairs < 0).sum())} rows have no pair, e.g. prompt {alone!r}, and "
             f"{type(reader).__name__} reads pairs: "
-            ' leave them out with where=pl.col("pair").is_not_null()'
+            'leave them out with where=pl.col("pair").is_not_null()'
         )
     chosen = _sites(store, sites)
     fold = group_folds(rows.groups, rows.positive, folds, seed)
@@ -102,7 +102,7 @@ def probe(
     oof = np.stack([f.oof for f in found], axis=1)
     table = _table(chosen, found, oof, rows, bootstrap)
     provenance = {
-        "identity": store.identity.to_json(),
+        "identity": store.manifest.identity.to_json(),
         "prompts": store.manifest.prompts,
         "plan": dict(store.manifest.plan),
         "store": store.manifest.digest,
@@ -130,6 +130,7 @@ def probe(
         table=table,
         directions=directions,
         oof=oof,
+        inner=np.stack([f.inner for f in found], axis=1),
         positive=rows.positive,
         groups=rows.groups,
         fold=fold,
@@ -143,9 +144,13 @@ def probe(
 
 @dataclass(frozen=True)
 class _Found:
-    """What one site gave: held-out scores, their AUROC with its bounds, the direction fitted on all rows."""
+    """What one site gave: held-out scores, their AUROC with its bounds, the direction fitted on all rows.
+
+    `inner[k]` is the accuracy by cross-validation among the rows outside fold k; empty for two folds.
+    """
 
     oof: Float[np.ndarray, " n"]
+    inner: Float[np.ndarray, " folds"]
     auroc: float
     auroc_bounds: Float[np.ndarray, " 2"]
     direction: Direction
@@ -166,11 +171,20 @@ def _probe_site(
         )
         return fitted
 
+    folds = int(fold.max()) + 1
     oof = np.empty(len(X), dtype=np.float32)
+    right = np.zeros(folds)
     try:
-        for k in range(int(fold.max()) + 1):
+        for k in range(folds):
             held_out = fold == k
             oof[held_out] = fit(~held_out).decision_function(X[held_out])
+        # The inner folds are the outer ones, so a reader fitted without folds j and k serves both: tested on
+        # j it judges the site for fold k, tested on k for fold j. That halves the price of nesting.
+        for j, k in combinations(range(folds), 2) if folds > 2 else ():
+            inner = fit((fold != j) & (fold != k))
+            for tested, judged in ((j, k), (k, j)):
+                held_out = fold == tested
+                right[judged] += ((inner.decision_function(X[held_out]) > 0) == rows.positive[held_out]).sum()
         direction = fit(np.ones(len(X), dtype=bool)).direction_
     except UsageError as error:
         raise UsageError(
@@ -178,18 +192,20 @@ def _probe_site(
         ) from error
     # From here on float32, as saved, so that a loaded grid gives the very same numbers.
     return _Found(
-        oof, fold_auroc(oof, rows.positive, fold), bootstrap.auroc(oof, rows.positive, fold), direction
+        oof=oof,
+        inner=right / (len(X) - np.bincount(fold)) if folds > 2 else np.empty(0),
+        auroc=fold_auroc(oof, rows.positive, fold),
+        auroc_bounds=bootstrap.auroc(oof, rows.positive, fold),
+        direction=direction,
     )
 
 
 def _sites(store: Source, sites: str | Site | Iterable[str | Site] | None) -> tuple[Site, ...]:
     if sites is None:
         heads = {
-            s.layer: expand(f"attn.heads@{s.layer}.*", store.parts)
-            for s in store.sites
-            if s.part == "attn.heads"
+            s: expand(f"attn.heads@{s.layer}.*", store.parts) for s in store.sites if s.part == "attn.heads"
         }
-        return tuple(one for s in store.sites for one in (heads[s.layer] if s.part == "attn.heads" else (s,)))
+        return tuple(one for s in store.sites for one in heads.get(s, (s,)))
     chosen = expand(sites, store.parts)
     absent = [str(s) for s in chosen if s.whole not in store.sites]
     if absent:

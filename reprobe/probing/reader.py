@@ -37,8 +37,10 @@ class TrainingRows:
 
 @dataclass(frozen=True)
 class Plane:
-    """A fitted boundary: positive where h·normal > level. `normal` has any length but zero; `sign` as in
-    Direction."""
+    """A fitted boundary: positive where h·normal > level. `normal` may have any length but zero.
+
+    `sign` says how its sign was decided, as in `Direction`.
+    """
 
     normal: Float[np.ndarray, " width"]
     level: float

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -91,13 +92,13 @@ class PCAReader(Reader):
 
 
 class LogisticReader(Reader):
-    """Logistic regression with an L2 penalty, on features standardised by the training rows; intercept
-    unpenalised.
+    """Logistic regression with an L2 penalty on standardised features, and a free intercept.
 
-    `C` as in scikit-learn: the penalty is ‖w‖²/(2C) beside the summed loss, w in standardised units. The
-    solution is mapped back to raw activations, means included: the log-odds of a row are `h @ coef_ +
-    intercept_`, and `direction_` is the same plane with a unit normal. `gradient_` is the largest component
-    of the gradient of the mean penalised loss at the solution: the certificate that it is the optimum.
+    Means and standard deviations are those of the training rows. `C` as in scikit-learn: the penalty is
+    ‖w‖²/(2C) beside the summed loss, w in standardised units. The solution is mapped back to raw activations,
+    means included: the log-odds of a row are `h @ coef_ + intercept_`; `direction_` is the same plane with
+    a unit normal. `gradient_` is the largest component of the gradient of the mean penalised loss at the
+    solution: the certificate that it is the optimum.
     """
 
     def __init__(self, *, C: float = 1.0) -> None:
@@ -116,7 +117,7 @@ class LogisticReader(Reader):
         w, b = model.coef_[0], float(model.intercept_[0])
         if np.abs(w).max() <= 1e-12:
             raise UsageError("the two classes do not differ in any feature: every weight is zero")
-        residual = 1 / (1 + np.exp(-(Z @ w + b))) - rows.positive
+        residual = expit(Z @ w + b) - rows.positive
         self.gradient_ = float(
             max(np.abs(residual @ Z / len(Z) + w / (self.C * len(Z))).max(), abs(residual.mean()))
         )
@@ -159,7 +160,7 @@ def _pair_differences(
         if not counts.all():
             alone = int((counts == 0).sum())
             raise UsageError(
-                f"{alone} of {n} pairs have rows of one class only, and both sides of a pair are needed: leave "
+                f"{alone} of {n} pairs have rows of one class only; both sides of a pair are needed: leave "
                 "those rows out, or fit without pairs"
             )
         order = np.flatnonzero(side)[np.argsort(codes[side], kind="stable")]
@@ -170,8 +171,7 @@ def _pair_differences(
 
 
 def _random_differences(rows: TrainingRows, seed: int) -> Float[np.ndarray, "pairs width"]:
-    """Differences of rows of the two classes matched in random order; the surplus of the larger class is
-    unused.
+    """Differences of rows of the two classes matched in random order, as many as the smaller class has.
 
     The order is drawn over rows, not per class, so that swapped labels give the same pairs, turned round.
     """

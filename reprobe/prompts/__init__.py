@@ -4,7 +4,7 @@ Enters: data sets (bundled, files, public formats, Hugging Face). Leaves: a chec
 tokenizer and a `Position` its `TokenTable`. Does not know models.
 """
 
-from reprobe.prompts.bundled import bundled
+from reprobe.prompts.catalog import bundled
 from reprobe.prompts.chat import render
 from reprobe.prompts.content import Format
 from reprobe.prompts.facts import CounterFact, CounterFactFlat, KnownFacts, Relations

@@ -15,7 +15,7 @@ from reprobe.errors import DataError, UnsupportedOperation
 Messages = Sequence[Mapping[str, str]]
 
 #: Stands for the last message while its place is found; a template has no reason to change it.
-_MARK = "LASTMESSAGE"
+_MARK = "LAST-MESSAGE-MARK-7Q2"
 
 
 def render(messages: Messages, tokenizer: Any, *, add_generation_prompt: bool | None = None) -> str:

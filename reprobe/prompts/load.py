@@ -12,7 +12,7 @@ import polars as pl
 
 from reprobe.errors import UnknownData, UsageError
 from reprobe.prompts import content, hub
-from reprobe.prompts.bundled import bundled, folder
+from reprobe.prompts.catalog import bundled, folder
 from reprobe.prompts.columns import rename
 from reprobe.prompts.content import Format
 from reprobe.prompts.formats import choose

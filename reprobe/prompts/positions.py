@@ -25,7 +25,8 @@ class Position:
       not part of a prompt. `mean` is one row, the average over exactly the tokens of `all`.
     - `index:N`: token N from 0, from the end if negative. With truncation, of the tokens that are left.
     - `span:NAME:PICK`: the tokens that share at least one character with the span. Special tokens never do.
-      Every prompt has the span `text`, its whole text, so that `span:text:mean` leaves out BOS.
+      Every prompt has the span `text`, its whole text, so that `span:text:mean` leaves out BOS. Of messages
+      that is the rendered conversation, role names and the template's own words included.
     """
 
     pick: Pick | None = None

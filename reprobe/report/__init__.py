@@ -1,13 +1,17 @@
 """Results as figures and as one self-contained HTML page.
 
-    results  · the files of a results folder      figures  · matplotlib Figures for notebooks and papers
-    sections · what the page says                 style    · how figures look
-    blocks   · what sections are made of          svg      · a figure as part of a page
-    page     · the page itself
+results  · the files of a results folder      study    · probe grids that belong together
+curves   · accuracy over blocks, effect over strength
+maps     · accuracy of heads, scores of tokens
+points   · rows of one site                   style    · how figures look
+sections · what the page says                 blocks   · what sections are made of
+svg      · a figure as part of a page         page     · the page itself
 """
 
-from reprobe.report.figures import dose_curves, head_map, layer_curves, projections, scan_map, scatter
+from reprobe.report.curves import dose_curves, layer_curves
+from reprobe.report.maps import head_map, scan_map
 from reprobe.report.page import write_report
+from reprobe.report.points import projections, scatter
 from reprobe.report.results import (
     Results,
     Run,

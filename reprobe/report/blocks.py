@@ -1,7 +1,7 @@
 """What a section of the page is made of: paragraphs, facts, tables, figures, commands.
 
-Enters: text and figures. Leaves: frozen values that the template knows how to show. All text is escaped there; only
-the SVG of a figure is markup. Does not know what is reported.
+Enters: text and figures. Leaves: frozen values that the template knows how to show. All text is escaped
+there; only the SVG of a figure is markup. Does not know what is reported.
 """
 
 from collections.abc import Sequence
@@ -62,12 +62,11 @@ class Cards:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns whose heading ends in `#` hold numbers; `stack` turns rows into blocks where the page is narrow."""
+    """Columns whose heading ends in `#` hold numbers; `total` is a last line apart from the rows."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    stack: bool = False
     total: Sequence[Cell] = ()
     kind: ClassVar[str] = "table"
 
@@ -101,7 +100,16 @@ class Panels:
     kind: ClassVar[str] = "panels"
 
 
-Block = Prose | Quote | Cards | Table | Commands | Panels
+@dataclass(frozen=True)
+class Beside:
+    """A figure and the table that spells it out, side by side where there is room."""
+
+    panel: Panel
+    table: Table
+    kind: ClassVar[str] = "beside"
+
+
+Block = Prose | Quote | Cards | Table | Commands | Panels | Beside
 
 
 @dataclass(frozen=True)
@@ -114,4 +122,4 @@ class Section:
 def panel(figure: Figure, name: str, label: str, caption: str) -> Panel:
     """`name` is unique on the page; `label` is what a screen reader says in place of the figure."""
     broad = bool(figure.get_figwidth() > _BROAD)
-    return Panel(name, Markup(inline_svg(figure, name, label)), caption, broad)  # noqa: S704 (made by inline_svg)
+    return Panel(name, Markup(inline_svg(figure, name, label)), caption, broad)

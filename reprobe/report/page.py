@@ -1,7 +1,7 @@
 """The report: one HTML file with everything in it.
 
-Enters: a results folder. Leaves: a page that needs no network, adapts to light, dark, paper and phone, and is equal,
-byte for byte, for equal results. Does not know what the sections say.
+Enters: a results folder. Leaves: a page that needs no network, adapts to light, dark, paper and phone, and is
+equal, byte for byte, for equal results. Does not know what the sections say.
 """
 
 import base64
@@ -24,7 +24,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(folder: str | Path, to: str | Path | None = None) -> Path:
-    """Draw the report of a results folder into `to` (default: report.html in the folder), replacing an older report.
+    """Draw the report of a results folder into `to` (default: report.html there), replacing an older report.
 
     What is not in the folder is not in the report. Raises `ArtifactMissing` if there is no result at all,
     `CorruptArtifact` if one is damaged, `ArtifactExists` if `to` is something else than a report.
@@ -58,7 +58,7 @@ def render(results: Results) -> str:
         title=results.run.title if results.run else f"Results in {results.folder.absolute().name}",
         summary=results.run.summary if results.run else (),
         sections=shown,
-        css=Markup(css),  # noqa: S704 (our own files)
-        script=Markup(script),  # noqa: S704
+        css=Markup(css),
+        script=Markup(script),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; img-src data:",
     )

@@ -1,7 +1,7 @@
 """The files of a results folder: what was run, scans and steering, beside the stores and probe grids.
 
-Enters: a folder and result values. Leaves: durable files, and the same values read back. Whoever makes results and
-the report share these functions, and agree by them on the layout:
+Enters: a folder and result values. Leaves: durable files, and the same values read back. Whoever makes
+results and the report share these functions, and agree by them on the layout:
 
     DIR/run.json                    a `Run`
     DIR/NAME.reprobe/               stores
@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """What was run. `summary` are the findings in whole sentences, `commands` what to type to get them again."""
+    """What was run. `summary`: the findings in whole sentences; `commands`: how to get them again."""
 
     title: str
     steps: tuple[Step, ...] = ()
@@ -86,8 +86,9 @@ class ScanResult:
 class SteeringResult:
     """Effect against strength, and all that is needed to read it.
 
-    `table` is that of `evaluation.dose_response`, with the `contrast`, `neutral` texts and `story` it was called
-    with. `site` and `direction` (its digest) say what was steered along; `intervention` says it in words.
+    `table` is that of `evaluation.dose_response`, with the `contrast`, `neutral` texts and `story` it was
+    called with. `site` and `direction` (its digest) are those of the direction; `intervention` says in words
+    what was done with it.
     """
 
     table: pl.DataFrame
@@ -151,7 +152,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def write_scan(folder: str | Path, name: str, result: ScanResult) -> Path:
-    """Write scans/NAME.json, in place of one that is there. Raises `UsageError` for scores that are not finite."""
+    """Write scans/NAME.json, in place of one that is there. `UsageError` for NaN or infinite scores."""
     scan = result.scan
     if not np.isfinite(scan.scores).all():
         raise UsageError(f"scan {name!r} has scores that are NaN or infinite; it cannot be stored")
@@ -180,11 +181,11 @@ def read_scan(path: str | Path) -> ScanResult:
 
 
 def write_steering(folder: str | Path, name: str, result: SteeringResult) -> Path:
-    """Write steering/NAME.parquet and NAME.json, in place of what is there; returns the path of the latter."""
+    """Write steering/NAME.parquet and NAME.json, in place of what is there; returns the latter's path."""
     base = Path(folder) / "steering" / f"{_checked(name)}.json"
     base.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    result.table.select(*DOSE_COLUMNS).cast(DOSE_COLUMNS).rechunk().write_parquet(buffer)
+    result.table.select(*DOSE_COLUMNS).cast(pl.Schema(DOSE_COLUMNS)).rechunk().write_parquet(buffer)
     write_durably(base.with_name(f"{name}.parquet"), buffer.getvalue())
     value = {
         "table": digest_bytes(buffer.getvalue()),
@@ -218,27 +219,33 @@ def read_steering(path: str | Path) -> SteeringResult:
 def read_results(folder: str | Path) -> Results:
     """Everything in a results folder.
 
-    Raises `ArtifactMissing` if there is no such folder or no result in it, `CorruptArtifact` if one is damaged.
+    Raises `ArtifactMissing` if there is no such folder or no result in it, `CorruptArtifact` if one is
+    damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactMissing(f"there is no folder {folder}: make one with `reprobe demo --out {folder}`")
     for table in sorted((folder / "steering").glob("*.parquet")):
         if not table.with_suffix(".json").is_file():
-            raise CorruptArtifact(f"{table} has no {table.stem}.json beside it: writing it was interrupted; run it again")
+            raise CorruptArtifact(
+                f"{table} has no {table.stem}.json beside it: writing it was interrupted; run it again"
+            )
     results = Results(
         folder=folder,
         run=read_run(folder) if (folder / RUN).exists() else None,
-        stores={p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p) for p in _found(folder, f"*{STORE_SUFFIX}")},
+        stores={
+            p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p)
+            for p in _found(folder, f"*{STORE_SUFFIX}")
+        },
         grids={p.stem: ProbeGrid.load(p) for p in _found(folder / "probes", "*.safetensors")},
         scans={p.stem: read_scan(p) for p in _found(folder / "scans", "*.json")},
         steering={p.stem: read_steering(p) for p in _found(folder / "steering", "*.json")},
     )
     if results.run is None and not any((results.stores, results.grids, results.scans, results.steering)):
         raise ArtifactMissing(
-            f"{folder} holds no results. `reprobe demo --out {folder}` makes a full set; or put stores there as "
-            f"{folder}/NAME{STORE_SUFFIX} (reprobe extract --to) and grids as {folder}/probes/NAME.safetensors "
-            "(reprobe probe --to)."
+            f"{folder} holds no results. `reprobe demo --out {folder}` makes a full set; or put stores "
+            f"there as {folder}/NAME{STORE_SUFFIX} (reprobe extract --to) and grids as "
+            f"{folder}/probes/NAME.safetensors (reprobe probe --to)."
         )
     return results
 
@@ -246,12 +253,18 @@ def read_results(folder: str | Path) -> Results:
 def require_dose_table(table: pl.DataFrame) -> pl.DataFrame:
     """`table` itself if it is one of `evaluation.dose_response`; raises `UsageError` otherwise."""
     if absent := [c for c in DOSE_COLUMNS if c not in table.columns]:
-        raise UsageError(f"a dose-response table lacks {', '.join(absent)}; it has {', '.join(table.columns)}")
+        raise UsageError(
+            f"a dose-response table lacks {', '.join(absent)}; it has {', '.join(table.columns)}"
+        )
     if not len(table):
         raise UsageError("a dose-response table needs at least one strength; this one is empty")
     numbers = [c for c, kind in DOSE_COLUMNS.items() if kind == pl.Float64]
     for column in numbers:
-        if not (table[column].dtype.is_numeric() and table[column].is_finite().all() and not table[column].has_nulls()):
+        if not (
+            table[column].dtype.is_numeric()
+            and table[column].is_finite().all()
+            and not table[column].has_nulls()
+        ):
             raise UsageError(f"column {column!r} of a dose-response table must hold finite numbers")
     return table
 
@@ -262,7 +275,9 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot name a result: use letters, digits, '_', '-', '+' and '.', e.g. cities-pca")
+        raise UsageError(
+            f"{name!r} cannot name a result: use letters, digits, '_', '-', '+' and '.', e.g. cities-pca"
+        )
     return name
 
 

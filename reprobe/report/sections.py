@@ -1,14 +1,11 @@
 """What the report says, section by section.
 
-Enters: the results of a folder. Leaves: one `Section` per kind of result that is there; a kind that is missing is no
-section. Every caption says what is shown, how many rows in how many groups, and which interval. Does not know HTML.
+Enters: the results of a folder. Leaves: one `Section` per kind of result that is there; a kind that is
+missing is no section. Every caption says what is shown, how many rows in how many groups, and which interval.
+Does not know HTML.
 """
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import polars as pl
@@ -16,12 +13,14 @@ import polars as pl
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.intervals import LEVEL, RESAMPLES
-from reprobe.probing.probe_grid import ProbeGrid, Selected
+from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.provenance import digest_file
 from reprobe.report.blocks import (
+    Beside,
     Block,
     Card,
     Cards,
+    Cell,
     Commands,
     Digest,
     Panel,
@@ -32,58 +31,26 @@ from reprobe.report.blocks import (
     Table,
     panel,
 )
-from reprobe.report.figures import (
-    SCATTER_ROWS,
-    dose_curves,
-    head_map,
-    layer_curves,
-    projections,
-    reader_of,
-    saturation,
-    scan_map,
-    scatter,
-)
+from reprobe.report.curves import dose_curves, layer_curves
+from reprobe.report.maps import head_map, saturation, scan_map
+from reprobe.report.points import SCATTER_ROWS, projections, scatter
 from reprobe.report.results import Results, ScanResult, SteeringResult, probe_path
+from reprobe.report.study import (
+    Study,
+    best_line,
+    chosen,
+    class_name,
+    interval,
+    reader_of,
+    single_head,
+    studies,
+    whole_site,
+)
 from reprobe.store.reader import ActivationStore
 
-_INTERVAL = f"{LEVEL:.0%} percentile intervals of a cluster bootstrap over groups ({RESAMPLES:,} resamples)".replace(
-    "%", " %", 1
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """The grids that were made from the same rows with the same labels, by name, and their store if it is there."""
-
-    name: str
-    grids: dict[str, ProbeGrid]
-    store: ActivationStore | None
-
-    @cached_property
-    def first(self) -> ProbeGrid:
-        return next(iter(self.grids.values()))
-
-    @cached_property
-    def readers(self) -> dict[str, ProbeGrid]:
-        """Grids by reader; by their own name where two are of one reader."""
-        names = [reader_of(g) for g in self.grids.values()]
-        return {
-            reader if names.count(reader) == 1 else f"{reader} ({name})": grid
-            for reader, (name, grid) in zip(names, self.grids.items(), strict=True)
-        }
-
-    @property
-    def rows(self) -> str:
-        """n, groups, position and folds, in words."""
-        line = self.first.table.row(0, named=True)
-        plan = self.first.provenance.get("plan", {})
-        at = f", at {plan['at']!r}" if "at" in plan else ""
-        folds = int(self.first.fold.max()) + 1
-        return f"{self.name}: {line['n']:,} rows in {line['n_groups']:,} groups{at}; {folds} folds that keep groups whole"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(g.note for g in self.grids.values() if g.note))
+_LEVEL = f"{100 * LEVEL:.0f}\u00a0%"
+_INTERVAL = f"{_LEVEL} percentile intervals of a cluster bootstrap over groups ({RESAMPLES:,} resamples)"
+_HYPHEN = "\u2011"  # a hyphen at which no line ends
 
 
 def sections(results: Results) -> tuple[Section, ...]:
@@ -91,7 +58,9 @@ def sections(results: Results) -> tuple[Section, ...]:
     found = studies(results)
     made = (
         _overview(results),
-        *(make(found) for make in (_layers, _heads, _geometry)),
+        _layers(found),
+        _heads(found),
+        _geometry(found),
         _scans(results, found),
         _steering(results),
         _reproduce(results),
@@ -99,178 +68,173 @@ def sections(results: Results) -> tuple[Section, ...]:
     return tuple(s for s in made if s.blocks)
 
 
-def studies(results: Results) -> tuple[Study, ...]:
-    """The grids, put together by the rows and labels they were made from."""
-    stores = {store.manifest.digest: (name, store) for name, store in results.stores.items()}
-    together: dict[tuple[object, ...], dict[str, ProbeGrid]] = {}
-    for name, grid in results.grids.items():
-        key = tuple(grid.provenance.get(k) for k in ("store", "rows", "label"))
-        together.setdefault(key if key[0] else (name,), {})[name] = grid
-    out = []
-    for (digest, *rest), grids in together.items():
-        known = stores.get(str(digest))
-        name = known[0] if known else _common(list(grids))
-        label = rest[-1] if rest else "label"
-        out.append(Study(name if label == "label" else f"{name} ({label})", grids, known[1] if known else None))
-    return tuple(sorted(out, key=lambda s: s.name))
-
-
-# Sections
-
-
 def _overview(results: Results) -> Section:
-    cards = [_model_card(m) for m in _models(results)] + [_store_card(n, s) for n, s in results.stores.items()]
+    models = _models(results)
     blocks: list[Block] = []
-    if len(models := _models(results)) > 1:
-        blocks.append(Prose(f"These results are of {len(models)} different models; the sections say which is which."))
-    if results.run and results.run.versions:
-        cards.append(Card("Versions", sorted(results.run.versions.items())))
+    if len(models) > 1:
+        blocks.append(Prose(f"Caution: these results are of {len(models)} different models."))
+    cards = [_model_card(m) for m in models]
+    cards += [_store_card(name, store) for name, store in results.stores.items()]
     if cards:
         blocks.append(Cards(cards))
     if results.run and results.run.steps:
         steps = results.run.steps
+        total = ("total", _duration(sum(s.seconds for s in steps)), "")
+        rows = [(s.name, _duration(s.seconds), s.detail) for s in steps]
         blocks.append(
-            Table(
-                "What was done, in this order, and how long it took.",
-                ("Step", "Time#", "What"),
-                [(s.name, _duration(s.seconds), s.detail) for s in steps],
-                total=("total", _duration(sum(s.seconds for s in steps)), ""),
-            )
+            Table("What was done, and how long it took.", ("Step", "Time#", "What"), rows, total=total)
         )
+    if results.run and results.run.versions:
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(results.run.versions.items()))
+        blocks.append(Prose(f"Versions: {versions}."))
     return Section("overview", "What was run on what", blocks)
 
 
 def _layers(found: Sequence[Study]) -> Section:
     panels: list[Panel] = []
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for i, study in enumerate(found):
-        grids = {name: whole for name, grid in study.readers.items() if (whole := _whole(grid)) is not None}
-        if not grids:
+        if not (grids := study.readers_of(whole_site)):
             continue
-        chance = float(study.first.table["chance"][0])
         caption = (
-            f"Held-out accuracy at every block on {study.rows}. Bands: {_INTERVAL}. Dashed: always answering with the "
-            f"larger class ({chance:.3f}). {_sentences(study.notes)}"
+            f"Held-out accuracy at every block on {study.rows}. Bands: {_INTERVAL}. Dashed: always answering "
+            f"with the larger class ({study.chance:.3f}). {study.notes}"
         )
         figure = layer_curves(grids, title=study.name)
         panels.append(panel(figure, f"layers-{i}", f"Accuracy over blocks on {study.name}", caption.strip()))
         for name, grid in grids.items():
-            best = _best(grid)
-            rows.append(
-                (study.name, name, best["site"], _interval(best), f"{best['auroc']:.3f}", _chosen(grid.selected))
-            )
+            best = best_line(grid)
+            auroc = f"{best['auroc']:.3f}"
+            rows.append((study.name, name, best["site"], interval(best), auroc, chosen(grid)))
     if not panels:
         return Section("layers", "Accuracy over layers", ())
     table = Table(
-        "The best site of each curve. Its accuracy is the highest of all that were tried, which flatters it; in the last "
-        "column, the site is chosen for each fold by its accuracy on the other folds, which does not.",
-        ("Data", "Reader", "Best site", "Accuracy there [95 %]#", "AUROC#", "Accuracy, site chosen on other folds [95 %]#"),
+        "The best site of each curve. Its accuracy is the highest of all that were tried, which flatters "
+        "it. The last column is free of that: for each fold, the site is chosen by cross-validation among "
+        "the other folds.",
+        (
+            "Data",
+            "Reader",
+            "Best site",
+            "Accuracy there [95\u00a0%]#",
+            "AUROC#",
+            "Accuracy, site chosen on other folds [95\u00a0%]#",
+        ),
         rows,
     )
     return Section("layers", "Accuracy over layers", (Panels(panels), table))
 
 
 def _heads(found: Sequence[Study]) -> Section:
-    panels, rows = [], []
+    panels: list[Panel] = []
+    rows: list[tuple[Cell, ...]] = []
     for i, study in enumerate(found):
-        grids = {name: heads for name, grid in study.readers.items() if (heads := _only_heads(grid)) is not None}
-        if not grids:
+        if not (grids := study.readers_of(single_head)):
             continue
         values = np.concatenate([g.table["accuracy"].to_numpy() for g in grids.values()])
         limits = (float(values.min()), float(values.max()))
         for j, (name, grid) in enumerate(grids.items()):
-            table = grid.table
-            above = int((table["accuracy_low"] > table["chance"]).sum())
+            n, best = len(grid.table), best_line(grid)
+            above = grid.table.filter(pl.col("accuracy_low") > pl.col("chance")).height
             caption = (
-                f"Held-out accuracy of {name} at each attention head on {study.rows}. In {above} of {len(table)} heads the "
-                f"{LEVEL:.0%} interval lies above chance ({table['chance'][0]:.3f}); × marks the others, the frame the "
-                "highest accuracy. Colours are the same in all maps of this data set."
-            ).replace("95%", "95 %")
-            label = f"Accuracy of every head, {name} on {study.name}"
+                f"{name} on {study.name} ({study.size}): held-out accuracy of each attention head. The "
+                f"{_LEVEL} cluster-bootstrap interval lies above chance ({study.chance:.3f}) in {above} of "
+                f"{n} heads; × marks the others, the frame the highest."
+            )
             figure = head_map(grid, limits=limits, title=f"{study.name}, {name}")
+            label = f"Accuracy of every head, {name} on {study.name}"
             panels.append(panel(figure, f"heads-{i}-{j}", label, caption))
-            best = _best(grid)
-            by_chance = len(table) * (1 - LEVEL) / 2
-            rows.append(
-                (study.name, name, f"{above} of {len(table)}", f"{by_chance:.0f}", best["site"], _interval(best),
-                 _chosen(grid.selected))
-            )  # fmt: skip
+            counts = (f"{above} of {n}", f"{n * (1 - LEVEL) / 2:.0f}")
+            rows.append((study.name, name, *counts, best["site"], interval(best), chosen(grid)))
     if not panels:
         return Section("heads", "Accuracy of single heads", ())
     caution = Prose(
-        "The highest accuracy among many heads is biased upward: the head was picked because it came out highest on these "
-        "very rows. The last column of the table is free of that: for each fold, the head is chosen by its accuracy on the "
-        "other folds, and judged on this one."
+        "The highest accuracy among many heads is biased upward: the head was picked because it came out "
+        "highest on these very rows. The last column of the table is free of that: for each fold, the head "
+        "is chosen by cross-validation among the other folds, and judged on this one. Colours mean the "
+        "same in all maps of one data set."
     )
-    head = (
-        "Data", "Reader", "Heads above chance#", "Expected if none were#", "Highest head", "Accuracy there [95 %]#",
-        "Accuracy, head chosen on other folds [95 %]#",
-    )  # fmt: skip
-    table = Table("Heads whose interval lies above chance, and the highest of them.", head, rows)
+    table = Table(
+        "How many heads have an interval above chance, how many would if no head knew anything, and the "
+        "highest.",
+        (
+            "Data",
+            "Reader",
+            "Heads above chance#",
+            "Expected by chance#",
+            "Highest head",
+            "Accuracy there [95\u00a0%]#",
+            "Accuracy, head chosen on other folds [95\u00a0%]#",
+        ),
+        rows,
+    )
     return Section("heads", "Accuracy of single heads", (caution, Panels(panels), table))
 
 
 def _geometry(found: Sequence[Study]) -> Section:
     blocks: list[Block] = []
     for i, study in enumerate(found):
-        grids = {name: whole for name, grid in study.readers.items() if (whole := _whole(grid)) is not None}
-        if not grids:
+        if not (grids := study.readers_of(whole_site)):
             continue
-        reader = max(grids, key=lambda name: _best(grids[name])["accuracy"])
-        grid = grids[reader]
-        best = _best(grid)
-        site = Site.parse(best["site"])
+        lines = {name: best_line(grid) for name, grid in grids.items()}
+        reader = max(lines, key=lambda name: float(lines[name]["accuracy"]))
+        grid, site = grids[reader], Site.parse(lines[reader]["site"])
         panels = []
         if study.store is not None and study.store.complete:
-            n = len(grid.rows)
-            some = "" if n <= SCATTER_ROWS else f" ({SCATTER_ROWS:,} of {n:,} rows, evenly spaced)"
-            caption = (
-                f"{study.name} at {site}, the best site of {reader}: {min(n, SCATTER_ROWS):,} rows{some} on their first two "
-                "principal components, fitted on these rows (centred, not scaled). The arrow is the reader's direction "
-                "as it falls in this plane, drawn at a fixed length; the cosine says how much of it lies in the plane."
-            )
-            figure = scatter(study.store, site, grid=grid, title=f"{study.name}, {site}")
-            panels.append(panel(figure, f"pca-{i}", f"Principal components of {study.name} at {site}", caption))
+            panels.append(_scatter_panel(study, study.store, grid, site, f"pca-{i}"))
         elif study.store is not None:
             blocks.append(
-                Prose(f"The store of {study.name} is not complete, so its rows are not drawn: finish it with --resume.")
+                Prose(
+                    f"The store of {study.name} is not complete, so its rows are not drawn: finish it with "
+                    "reprobe extract … --resume."
+                )
             )
         caption = (
-            f"Scores of the same site by {reader}, each row scored by the fold that held it out ({study.rows}). Dotted: the "
-            f"decision boundary. Accuracy {_interval(best)}."
+            f"Scores at {site} by {reader}, each row scored by the fold that held it out ({study.rows}). "
+            f"Dotted: the decision boundary. Accuracy {interval(lines[reader])}."
         )
         figure = projections(grid, site, title=f"{study.name}, {reader}")
-        panels.append(panel(figure, f"scores-{i}", f"Held-out scores of {study.name} at {site}", caption))
+        label = f"Held-out scores of {study.name} at {site}"
+        panels.append(panel(figure, f"scores-{i}", label, caption))
         blocks.append(Panels(panels))
     return Section("geometry", "The best layer, row by row", blocks)
+
+
+def _scatter_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: Site, name: str) -> Panel:
+    n = len(grid.rows)
+    rows = f"{n:,} rows" if n <= SCATTER_ROWS else f"{SCATTER_ROWS:,} of {n:,} rows, drawn at random,"
+    caption = (
+        f"{study.name} at {site}, the best site of {reader_of(grid)}: {rows} on their first two principal "
+        "components, fitted on these rows (centred, not scaled). The arrow is the reader's direction as it "
+        "falls in this plane, drawn at a fixed length; the cosine says how much of it lies in the plane."
+    )
+    figure = scatter(store, site, grid=grid, title=f"{study.name}, {site}")
+    return panel(figure, name, f"Principal components of {study.name} at {site}", caption)
 
 
 def _scans(results: Results, found: Sequence[Study]) -> Section:
     blocks: list[Block] = []
     for i, (name, result) in enumerate(results.scans.items()):
-        figure = scan_map(result.scan)
-        blocks.append(Quote(result.text))
-        blocks.append(
-            Panels([panel(figure, f"scan-{i}", f"Score of every token at every block, {name}", _scan_caption(result, found))])
-        )
+        label = f"Score of every token at every block, {name}"
+        shown = panel(scan_map(result.scan), f"scan-{i}", label, _scan_caption(result, found))
+        blocks += [Quote(result.text), Panels([shown])]
     return Section("scans", "Reading a text, token by token", blocks)
 
 
 def _scan_caption(result: ScanResult, found: Sequence[Study]) -> str:
-    scan, of = result.scan, f"the directions of {result.grid}"
-    positive = "the positive class"
+    scan, of, positive = result.scan, result.grid, "the positive class"
     for study in found:
         if (grid := study.grids.get(result.grid)) is not None:
-            line = grid.table.row(0, named=True)
-            of = f"the directions of {reader_of(grid)} on {study.name} ({line['n']:,} rows in {line['n_groups']:,} groups)"
-            positive = f"the class {grid.classes[1]!r}"
+            of = f"{reader_of(grid)} on {study.name} ({study.size})"
+            positive = class_name(grid.classes[1])
     limit = saturation(scan)
     beyond = int((np.abs(scan.scores) > limit).sum())
     return (
-        f"LAT scan: {len(scan.tokens)} tokens × {len(scan.sites)} sites, read with {of}. A score is the signed distance "
-        f"from the decision boundary, in standard deviations of the training projections at that site; above 0 (blue) is "
-        f"{positive}. Colours saturate at ±{limit:.2f}; {beyond} of {scan.scores.size:,} scores lie beyond. The directions "
-        "were fitted at the position that the data were read at, and are applied here to every token."
+        f"LAT scan: {len(scan.tokens)} tokens × {len(scan.sites)} sites, read with the directions of {of}. "
+        "A score is the signed distance from the decision boundary, in standard deviations of the training "
+        f"projections at that site; above 0 (blue) is {positive}. Colours saturate at ±{limit:.2f}; "
+        f"{beyond:,} of {scan.scores.size:,} scores lie beyond. The directions were fitted at the position "
+        "that the data were read at, and are applied here to every token."
     )
 
 
@@ -279,66 +243,60 @@ def _steering(results: Results) -> Section:
     for i, (name, result) in enumerate(results.steering.items()):
         table, contrast = result.table.sort("strength"), result.contrast
         caption = (
-            f"{result.intervention}. Above: log-odds of {_words(contrast.positive)} over {_words(contrast.negative)} after "
-            f"{_many(contrast.prompts, 'prompt')}, mean over the prompts; bars: ± 1 standard deviation, over the prompts, of "
-            "the change against strength 0. Below: KL(unsteered ‖ steered) of the next-token distributions, mean over the "
-            f"tokens of {_many(result.neutral, 'neutral text')}."
+            f"{result.intervention}. Above: log-odds of {_words(contrast.positive)} over "
+            f"{_words(contrast.negative)} after {_many(contrast.prompts, 'prompt')}, mean over the prompts; "
+            "bars: ± 1 standard deviation, over the prompts, of the change against strength 0. Below: "
+            "KL(unsteered ‖ steered) of the next-token distributions, mean over the tokens of "
+            f"{_many(result.neutral, 'neutral text')}."
         )
         label = f"Effect and KL divergence against strength, {name}"
-        blocks += [
-            Panels([panel(dose_curves(table, title=name), f"dose-{i}", label, caption)]),
-            _texts(result, table),
-        ]
+        shown = panel(dose_curves(table, title=name), f"dose-{i}", label, caption)
+        blocks.append(Beside(shown, _continuations(result, table)))
     return Section("steering", "Steering: effect against strength", blocks)
 
 
-def _texts(result: SteeringResult, table: pl.DataFrame) -> Table:
+def _continuations(result: SteeringResult, table: pl.DataFrame) -> Table:
     rows = [
-        (f"{row['strength']:+g}" if row["strength"] else "0 (unsteered)", f"{row['log_odds']:+.2f}", f"{row['kl']:.3f}", row["text"].strip())
-        for row in table.iter_rows(named=True)
-    ]  # fmt: skip
+        (_signed(strength, "+g"), _signed(odds, "+.2f"), f"{kl:.3f}", text.strip())
+        for strength, odds, kl, text in table.select("strength", "log_odds", "kl", "text").iter_rows()
+    ]
     return Table(
-        f"Greedy continuations of “{result.story}” at each strength, with the log-odds (nats) and the KL from the unsteered "
-        f"model (nats per token). Direction at {result.site}, sha256 {result.direction[:12]}….",
-        ("Strength#", "Log-odds#", "KL#", "Text"),
+        f"Greedy continuations of “{result.story}” at each strength (0 is the unsteered model), with the "
+        f"log-odds in nats and the KL in nats per token. The direction was read at {result.site} (sha256 "
+        f"{result.direction[:12]}…).",
+        ("Strength#", f"Log{_HYPHEN}odds#", "KL#", "Text"),
         rows,
-        stack=True,
     )
 
 
 def _reproduce(results: Results) -> Section:
-    rows: list[tuple[str, str, Digest]] = []
+    rows: list[tuple[Cell, ...]] = []
     for model in _models(results):
         parts = {"weights": model.weights, "tokenizer": model.tokenizer, "chat template": model.template}
-        rows += [(what, model.name, Digest(d, True)) for what, d in parts.items() if d]
+        rows += [(what, model.name, Digest(d, whole=True)) for what, d in parts.items() if d]
     for name, store in results.stores.items():
-        rows.append(("prompts", name, Digest(store.manifest.prompts, True)))
-        rows.append(("store", name, Digest(store.manifest.digest, True)))
-    rows += [("probe grid", n, Digest(digest_file(probe_path(results.folder, n)), True)) for n in results.grids]
-    rows += [("direction", f"{n}, {s.site}", Digest(s.direction, True)) for n, s in results.steering.items()]
+        rows.append(("prompts", name, Digest(store.manifest.prompts, whole=True)))
+        rows.append(("store", name, Digest(store.manifest.digest, whole=True)))
+    for name in results.grids:
+        rows.append(("probe grid", name, Digest(digest_file(probe_path(results.folder, name)), whole=True)))
+    for name, steered in results.steering.items():
+        rows.append(("direction", f"{name}, {steered.site}", Digest(steered.direction, whole=True)))
     blocks: list[Block] = []
     if results.run and results.run.commands:
         blocks.append(Commands(results.run.commands))
     if rows:
-        blocks.append(
-            Table(
-                "Equal digests mean equal bytes; the digest of weights covers a sample of every tensor, and that of a store "
-                "its manifest, which holds the model, the prompts, the plan and the versions.",
-                ("What", "Name", "sha256"),
-                rows,
-                stack=True,
-            )
+        caption = (
+            "Equal digests mean equal content. That of the weights covers a sample of every tensor; that "
+            "of a store its manifest, which holds the model, the prompts, the plan and the versions."
         )
+        blocks.append(Table(caption, ("What", "Name", "sha256"), rows))
     return Section("reproduce", "How to get this again", blocks)
-
-
-# Parts of sections
 
 
 def _models(results: Results) -> tuple[ModelIdentity, ...]:
     """The different models that the results name."""
     named = [results.run.identity] if results.run and results.run.identity else []
-    named += [s.identity for s in results.stores.values()]
+    named += [store.identity for store in results.stores.values()]
     for grid in results.grids.values():
         if "identity" in grid.provenance:
             named.append(ModelIdentity.from_json(grid.provenance["identity"]))
@@ -350,7 +308,7 @@ def _models(results: Results) -> tuple[ModelIdentity, ...]:
 
 
 def _model_card(model: ModelIdentity) -> Card:
-    facts: list[tuple[str, str | Digest]] = [
+    facts: list[tuple[str, Cell]] = [
         ("revision", model.revision or "none named"),
         ("architecture", model.architecture),
         ("size", f"{model.n_layers} blocks, d_model {model.d_model}"),
@@ -366,15 +324,15 @@ def _model_card(model: ModelIdentity) -> Card:
 def _store_card(name: str, store: ActivationStore) -> Card:
     m, index = store.manifest, store.index
     counts = index["label"].drop_nulls().value_counts().sort("label")
-    labels = ", ".join(f"{v} ({n:,})" for v, n in counts.iter_rows())
+    labels = ", ".join(f"{value} ({n:,})" for value, n in counts.iter_rows())
     groups = index["group"].drop_nulls().n_unique()
     written = "" if store.complete else f" ({len(store.committed)} of {m.grid.n_shards} shards written)"
-    facts: list[tuple[str, str | Digest]] = [
+    facts: list[tuple[str, Cell]] = [
         ("rows", f"{store.rows:,} of {index['prompt'].n_unique():,} prompts{written}"),
         ("groups", f"{groups:,}" if groups else "none"),
         ("labels", (labels if len(counts) <= 6 else f"{len(counts):,} different") or "none"),
         ("position", str(m.plan.get("at", "not recorded"))),
-        ("sites", _ranges(m.sites[0].site.part if len(m.sites) == 1 else None, store)),
+        ("sites", _stored_sites(store)),
         ("stored as", f"{m.dtype}, {store.info().bytes_on_disk / 1e6:,.1f} MB"),
         ("model", m.identity.name),
         ("prompts", Digest(m.prompts)),
@@ -383,8 +341,8 @@ def _store_card(name: str, store: ActivationStore) -> Card:
     return Card(f"Data {name}", facts)
 
 
-def _ranges(only: str | None, store: ActivationStore) -> str:
-    """Parts with their blocks: resid.post@0–29, attn.heads@0–29 (9 × 64)."""
+def _stored_sites(store: ActivationStore) -> str:
+    """Parts with their blocks, and heads × width: resid.post@0–29, attn.heads@0–29 (9 × 64)."""
     out = []
     for part in dict.fromkeys(s.part for s in store.sites):
         stored = [s for s in store.manifest.sites if s.site.part == part]
@@ -405,50 +363,13 @@ def _runs(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
 
 
-def _restricted(grid: ProbeGrid, keep: Callable[[Site], bool]) -> ProbeGrid | None:
-    """The grid of some of its sites, so that choices are among those; None if there are none."""
-    mask = np.array([keep(s) for s in grid.sites], dtype=bool)
-    if not mask.any():
-        return None
-    return dataclasses.replace(
-        grid,
-        table=grid.table.filter(pl.Series(mask)),
-        directions={s: d for s, d in grid.directions.items() if keep(s)},
-        oof=grid.oof[:, mask],
-    )
-
-
-def _whole(grid: ProbeGrid) -> ProbeGrid | None:
-    return _restricted(grid, lambda s: s.unit is None)
-
-
-def _only_heads(grid: ProbeGrid) -> ProbeGrid | None:
-    return _restricted(grid, lambda s: s.part == "attn.heads" and s.unit is not None)
-
-
-def _best(grid: ProbeGrid) -> dict[str, object]:
-    """The table's line of `grid.best()`."""
-    site = str(grid.best().site)
-    return grid.table.row(by_predicate=pl.col("site") == site, named=True)
-
-
-def _interval(line: dict[str, object]) -> str:
-    return f"{line['accuracy']:.3f} [{line['accuracy_low']:.3f}, {line['accuracy_high']:.3f}]"
-
-
-def _chosen(selected: Selected) -> str:
-    return f"{selected.accuracy:.3f} [{selected.accuracy_low:.3f}, {selected.accuracy_high:.3f}]"
-
-
-def _common(names: Sequence[str]) -> str:
-    """What names of grids have in common: cities-pca and cities-logistic are of cities."""
-    words = [re.split(r"(?=[-_.])", n) for n in names]
-    shared = [w[0] for w in zip(*words, strict=False) if len(set(w)) == 1] if len(names) > 1 else words[0][:-1]
-    return "".join(shared) or names[0]
-
-
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {seconds % 60:02.0f} s"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def _signed(value: float, form: str) -> str:
+    """With a true minus sign, and 0 without any."""
+    return f"{value:{form}}".replace("-", "−") if value else "0"
 
 
 def _words(texts: Iterable[str]) -> str:
@@ -457,7 +378,3 @@ def _words(texts: Iterable[str]) -> str:
 
 def _many(texts: Sequence[str], what: str) -> str:
     return f"{len(texts)} {what}{'' if len(texts) == 1 else 's'}"
-
-
-def _sentences(notes: Iterator[str] | Sequence[str]) -> str:
-    return " ".join(notes)

@@ -1,11 +1,12 @@
 """How figures look, and where the values under the pointer are kept.
 
-Enters: axes. Leaves: axes in the house style, and `Plot`, a matplotlib Figure that remembers the value of each mark.
-Changes no matplotlib setting: every colour and size is given to the artists. Does not know what is drawn.
+Enters: axes. Leaves: axes in the house style, and `Plot`, a matplotlib Figure that remembers the value of
+each mark. Changes no matplotlib setting: every colour and size is given to the artists. Does not know what is
+drawn.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,15 +14,21 @@ from matplotlib.ticker import MaxNLocator
 
 #: The inks of a figure. On the page, these very colours become variables that a dark theme can change.
 INK, MUTED, GRID, PAPER = "#1c2127", "#59626d", "#dde2e7", "#fffffe"
-#: Series in order: Okabe & Ito's palette for all kinds of colour vision, without the yellow that paper swallows.
+#: Series in order: Okabe & Ito's palette for all kinds of colour vision, without the yellow, lost on paper.
 #: Each has its marker too, so that nothing is told by colour alone.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 #: Negative and positive class, in that order, in every figure; the same ends as the diverging map.
 NEGATIVE, POSITIVE = SERIES[1], SERIES[0]
+#: Stands out from every colour of the sequential map, in any theme.
+FRAME = "#cc3f00"
 SEQUENTIAL, DIVERGING = "cividis", "RdBu"
 
+#: Inches. Two such figures fill a page's width, and one is legible at a phone's.
+WIDTH = 4.7
 LABEL, TICK = 10.0, 9.0  # points
+
+Grid = Literal["x", "y", "both", "none"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class Plot(Figure):
         self.marks: list[Mark] = []
 
 
-def dress(axes: Axes, *, x: str, y: str, title: str | None = None, grid: str = "both") -> Axes:
-    """Name the axes and give them the house style; `grid` is "x", "y", "both" or "none"."""
+def dress(axes: Axes, *, x: str, y: str, title: str | None = None, grid: Grid = "both") -> Axes:
+    """Name the axes and give them the house style."""
     axes.set_facecolor("none")
     for name, spine in axes.spines.items():
         spine.set(color=MUTED, linewidth=0.8, visible=name in ("left", "bottom"))
@@ -56,7 +63,7 @@ def dress(axes: Axes, *, x: str, y: str, title: str | None = None, grid: str = "
         axes.set_title(title, loc="left", fontsize=LABEL, color=INK, fontweight="bold", parse_math=False)
     axes.set_axisbelow(True)
     if grid != "none":
-        axes.grid(visible=True, axis=grid, color=GRID, linewidth=0.7)  # type: ignore[arg-type]
+        axes.grid(visible=True, axis=grid, color=GRID, linewidth=0.7)
     return axes
 
 
@@ -70,9 +77,19 @@ def whole_ticks(axis: Any, most: int = 8) -> None:
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
 
 
-def legend(axes: Axes, **options: Any) -> None:
-    """A frameless legend."""
-    shown = axes.legend(frameon=False, fontsize=TICK, labelcolor=INK, borderaxespad=0.2, **options)
+def legend(figure: Figure, axes: Axes) -> None:
+    """The legend of `axes`, below the figure, where it covers no data."""
+    shown = figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=2,
+        frameon=False,
+        fontsize=TICK,
+        labelcolor=INK,
+        markerscale=1.3,
+        borderaxespad=0.0,
+        columnspacing=1.6,
+    )
     for text in shown.get_texts():
         text.set_parse_math(False)
 
@@ -80,7 +97,7 @@ def legend(axes: Axes, **options: Any) -> None:
 def colorbar(figure: Figure, mesh: Any, axes: Axes, label: str, **options: Any) -> Any:
     """A colour bar with its quantity and unit named."""
     bar = figure.colorbar(mesh, ax=axes, **options)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=TICK, width=0.8, length=3)
     bar.set_label(label, color=INK, fontsize=LABEL, parse_math=False)
     return bar

@@ -1,10 +1,10 @@
-"""A figure as SVG that belongs to a page: it takes the page's colours and fonts, and shows values under the pointer.
+"""A figure as SVG that belongs to a page: it takes its colours and fonts, and shows values under the pointer.
 
-Enters: a matplotlib figure. Leaves: one `<svg>` element as text, valid as XML and inside HTML, equal for equal
-figures. Does not know what the figure shows.
+Enters: a matplotlib figure. Leaves: one `<svg>` element as text, valid as XML and inside HTML, equal for
+equal figures. Does not know what the figure shows.
 
-The inks of `style` become CSS variables (`var(--ink)` …), so a theme changes them; ids are made unique to the figure;
-every mark becomes a transparent shape with a `<title>`.
+The inks of `style` become CSS variables (`var(--ink)` …), so a theme changes them; ids are made unique to the
+figure; every mark becomes a transparent shape with a `<title>`.
 """
 
 import io
@@ -12,6 +12,7 @@ import re
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} |
     color: f"--series-{i}" for i, color in enumerate(SERIES)
 }
 #: Settings of the figures on the page, whatever the user's own are.
-RC = {"svg.fonttype": "none", "svg.hashsalt": "reprobe", "font.family": ["sans-serif"]}
+RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "reprobe", "font.family": ["sans-serif"]}
 
 _SVG = "http://www.w3.org/2000/svg"
 _COLOR = re.compile("|".join(VARIABLES), re.IGNORECASE)
@@ -35,7 +36,7 @@ _POINTER = 5.0  # radius, in points, within which a point answers
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as one `<svg>`; `name` makes its ids unique on the page, `label` says what it is to a screen reader."""
+    """The figure as one `<svg>`; `name` makes its ids unique on the page, `label` is for screen readers."""
     root = ET.fromstring(_draw(figure))
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
@@ -112,7 +113,7 @@ def _own_ids(root: ET.Element, name: str) -> None:
 
 
 def _pointers(figure: Plot, width: float, height: float) -> ET.Element:
-    """Transparent shapes over the marks, in the order in which they were drawn, each with its value as title."""
+    """Transparent shapes over the marks, in the order of `marks`, each with its value as title."""
     group = ET.Element("g", {"class": "marks"})
     for mark, (x, y), (right, top) in _places(figure):
         if mark.size is None:

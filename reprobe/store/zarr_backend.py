@@ -77,21 +77,21 @@ class Decoder:
             self._array = zarr.open_array(
                 LocalStore(folder / ARRAYS, read_only=True), path=array_name(site), mode="r", zarr_format=3
             )
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception as error:  # damaged metadata can fail anywhere inside zarr
             raise CorruptArtifact(
-                f"{self._what} cannot be opened: {type(error).__name__}: {error}"
+                f"{self._what} cannot be opened ({type(error).__name__}: {error})"
             ) from error
 
     def read(self, start: int, stop: int, columns: slice) -> NDArray[np.generic]:
         """Rows `start` … `stop` − 1 of the columns; raises `CorruptArtifact` if a checksum is wrong."""
         try:
             return np.asarray(self._array[start:stop, columns])
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception as error:  # damaged bytes can fail anywhere inside zarr
             raise CorruptArtifact(
-                f"{self._what}: rows {start}–{stop - 1} cannot be read: {type(error).__name__}: {error}. "
-                "Run reprobe verify to see what is damaged."
+                f"{self._what}: rows {start}–{stop - 1} are damaged ({type(error).__name__}: {error}). "
+                "verify() lists all that is."
             ) from error

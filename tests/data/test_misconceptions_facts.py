@@ -201,17 +201,11 @@ def test_a_new_row_changes_no_choice_for_facts_whose_neighbours_and_objects_stay
         ("Chad\t-\tN'Djamena\n", "wrong number of cells"),
         ("Chad\t\tN'Djamena\t-\n", "wrong number of cells"),
         ("Chad \t-\tN'Djamena\t-\n", "stray spaces"),
-        ("ivory Coast\tan\tAbidjan\t-\n", None),
         ("Ivory Coast\ta\tAbidjan\t-\n", "'a' where 'an' is right"),
     ],
 )
-def test_a_table_row_that_would_read_wrongly_is_refused(
-    tmp_path: Path, line: str, complaint: str | None
-) -> None:
+def test_a_table_row_that_would_read_wrongly_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
     tables = copy_tables(tmp_path, "country_capital", line)
-    if complaint is None:
-        assert len(BUILD["build"](tables)) == len(FACTS) + 1
-        return
     with pytest.raises(BUILD["TableError"], match=complaint):
         BUILD["build"](tables)
 

@@ -293,6 +293,20 @@ def test_what_is_written_to_attn_out_and_mlp_out_is_what_the_stream_gets(name: s
     assert gap(logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+@torch.no_grad()
+def test_the_stack_runs_in_every_pass_with_the_head_and_without(name: str) -> None:
+    r = run(name)
+    passes: list[str] = []
+    handle = r.architecture.stack(r.net).register_forward_hook(lambda *_: passes.append("stack"))
+    try:
+        r.net(input_ids=tokens())
+        r.architecture.trunk(r.net)(input_ids=tokens())
+    finally:
+        handle.remove()
+    assert passes == ["stack", "stack"]
+
+
 def test_only_falcon_changes_a_tapped_tensor_after_the_hook_has_seen_it() -> None:
     changed = set()
     for name in tiny.FAMILIES:

@@ -63,7 +63,8 @@ def test_a_span_is_refused_if_the_template_changes_the_message(chat: Any) -> Non
     assert tokens_of(chat, messages, "span:word:last", spans=spans).n_rows.tolist() == [1]
     stripping = chat.chat_template.replace("m['content']", "m['content'] | trim")
     twice = chat.chat_template.replace("m['content']", "m['content'] + m['content']")
-    for template in (stripping, twice):
+    dropping = "<s>{{ messages[0]['role'] }}"
+    for template in (stripping, twice, dropping):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(chat, "chat_template", template)
             with pytest.raises(DataError, match=r"prompt 'm': .*does not copy that message verbatim"):

@@ -143,6 +143,14 @@ def test_comparisons_are_grouped_by_the_two_numbers_in_either_order(tmp_path: Pa
     assert prompts.frame["pair"].to_list() == ["9|11", "9|11", None]
 
 
+def test_only_one_true_and_one_false_statement_make_a_pair(tmp_path: Path) -> None:
+    said = [("Porto", 1), ("Porto", 0), ("Porto", 0), ("Graz", 1), ("Graz", 1)]
+    rows = [
+        {"statement": f"{city} {i}.", "label": label, "city": city} for i, (city, label) in enumerate(said)
+    ]
+    assert PromptSet.load(write_csv(tmp_path / "cities.csv", rows)).frame["pair"].null_count() == 5
+
+
 def test_translations_are_grouped_by_the_quoted_word(tmp_path: Path) -> None:
     rows = [
         {"statement": "The French word 'l'eau' means 'water'.", "label": 1},

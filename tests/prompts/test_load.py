@@ -79,6 +79,7 @@ def test_a_set_written_and_read_is_the_same_set(tmp_path: Path, rows: list[dict[
     assert back.has_groups == prompts.has_groups
     lines = (tmp_path / "a.jsonl").read_text("utf-8").splitlines()
     assert len({tuple(json.loads(line)) for line in lines}) == 1  # every row has the same keys
+    assert ("group" in json.loads(lines[0])) == prompts.has_groups
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -88,6 +89,22 @@ def test_every_bundled_data_set_loads_and_splits(name: str) -> None:
     assert prompts.has_groups
     assert len(prompts.split().test)
     assert all(text == text.strip() for text in prompts.frame["text"].drop_nulls())
+
+
+@pytest.mark.parametrize("wheel", [True, False])
+def test_bundled_data_is_found_in_a_wheel_and_in_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: bool
+) -> None:
+    monkeypatch.setattr("reprobe.prompts.catalog._HERE", tmp_path / "reprobe" / "prompts" / "bundled.py")
+    data = tmp_path / "reprobe" / "data" if wheel else tmp_path / "data"
+    data.mkdir(parents=True)
+    write_jsonl(data / "mine.jsonl", ROWS)
+    if not wheel:  # a folder named data beside site-packages' reprobe is nobody's
+        with pytest.raises(UnknownData, match="are in neither"):
+            bundled()
+        (tmp_path / "pyproject.toml").touch()
+    assert bundled() == ["mine"]
+    assert PromptSet.load("mine").ids == ["a-1", "a-2"]
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
@@ -123,6 +140,13 @@ def test_a_malformed_file_is_refused(tmp_path: Path, name: str, content: str, sa
     with pytest.raises(DataError) as caught:
         PromptSet.load(tmp_path / name)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_is_not_part_of_the_data(tmp_path: Path, suffix: str) -> None:
+    path = written(tmp_path, suffix)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert PromptSet.load(path).digest == PromptSet.from_records(ROWS).digest
 
 
 def test_columns_are_mapped_and_those_displaced_are_kept(tmp_path: Path) -> None:
@@ -213,6 +237,12 @@ def test_an_hf_address_names_a_data_set_and_a_split(hub_folder: Path) -> None:
     prompts = PromptSet.load(f"hf:{hub_folder}:default:train", text="question", label="kind", limit=3)
     assert prompts.texts == ["What is 0?", "What is 1?", "What is 2?"]
     assert prompts.name == "quiz"
+
+
+def test_where_there_is_one_split_it_need_not_be_named(hub_folder: Path) -> None:
+    (hub_folder / "test.jsonl").unlink()
+    assert len(PromptSet.load(f"hf:{hub_folder}", text="question")) == 6
+    assert len(PromptSet.load(f"hf:{hub_folder}:default", text="question")) == 6
 
 
 def test_an_hf_address_that_leads_nowhere_says_what_exists(hub_folder: Path) -> None:

@@ -123,8 +123,9 @@ def test_the_tokens_of_a_span_are_those_that_hold_its_characters(
     assert by_character <= set(part.rows.tolist())
     for row in part.rows:  # and none that holds no character of it
         first, past = encoding["offset_mapping"][row]
+        assert start < past
         assert first < end
-        assert past > start
+        assert first < past
     decoded = tokenizer.decode(part.tokens[part.rows], clean_up_tokenization_spaces=False)
     assert "".join(text[start:end].split()) in "".join(decoded.split())
     if name in ("plain", "with_bos"):
@@ -219,6 +220,20 @@ def test_the_span_text_is_what_truncation_leaves_of_it(bert: Any) -> None:
         ["The", "baker"],
     ]
     assert read(texts, bert, "span:text:first", context=4, truncate="right") == [["Nobody"], ["The"]]
+
+
+def test_an_index_counts_the_tokens_that_truncation_leaves(bert: Any) -> None:
+    texts = ["Nobody in Lisbon had seen the comet.", "The baker said no."]
+    assert read(texts, bert, "index:-2", context=4, truncate="right") == [["in"], ["baker"]]
+    assert read(texts, bert, "index:1", context=4, truncate="left") == [["comet"], ["no"]]
+    with pytest.raises(DataError, match=r"beyond the prompt in p0 \(4 tokens\), p1 \(4 tokens\)"):
+        table_of(texts, bert, "index:4", context=4, truncate="left")
+
+
+def test_blanks_between_words_are_not_read_where_the_tokenizer_gives_them_no_characters(trimmed: Any) -> None:
+    part = table_of(["The   baker"], trimmed, "span:both:all", spans=[{"both": [0, 11]}]).prompt(0)
+    assert "".join(trimmed.decode([t]) for t in part.tokens[part.rows]).split() == ["The", "baker"]
+    assert len(part.rows) < len(part.tokens) - 1
 
 
 def test_a_context_without_room_beside_the_special_tokens_is_refused(with_bos: Any) -> None:

@@ -46,23 +46,18 @@ class Server:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
 
-    def line(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
     def finish(self) -> int:
-        return int(self.line()["status"])
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
 
     def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        self._process.kill()  # it is waiting for orders, or still importing
+        self._process.communicate()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def server() -> Iterator[Server]:
+    """Started before the first test of the folder, so that its imports are done when it is needed."""
     running = Server()
     yield running
     running.stop()

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +117,25 @@ def _dies_at(operation: int) -> None:
         setattr(os, name, wrapped)
 
 
-def _on_small_disk(path: Path) -> dict[str, Any]:
-    """Fill a tmpfs of a few pages, then enlarge it and resume; what happened, as JSON."""
+def _own_namespace() -> None:
+    """A user and a mount namespace for this process alone, in which it may mount without being root."""
     ids = (os.getuid(), os.getgid())
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(0x10000000 | 0x00020000) != 0:  # a user and a mount namespace of our own
-        return {"skipped": f"unshare: {os.strerror(ctypes.get_errno())}"}
+    if libc.unshare(0x10000000 | 0x00020000) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
     for kind, own in zip("ug", ids, strict=True):
         Path(f"/proc/self/{kind}id_map").write_text(f"0 {own} 1")
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", path], capture_output=True)
-    if mount.returncode:
-        return {"skipped": f"mount: {mount.stderr.decode()}"}
+
+
+def _on_small_disk(path: Path) -> dict[str, Any]:
+    """Fill a tmpfs of a few pages, then enlarge it and resume; what happened, as JSON."""
+    try:
+        _own_namespace()
+        size = 20 * os.sysconf("SC_PAGE_SIZE")  # a file takes whole pages, and the store has 22 files
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
+    except (OSError, AttributeError, subprocess.CalledProcessError) as error:
+        return {"skipped": f"no disk of our own can be mounted here: {error}"}
     root = path / "s.reprobe"
     out: dict[str, Any] = {}
     try:
@@ -149,14 +157,7 @@ def _child(order: dict[str, Any]) -> None:
         return
     if "operation" in order:
         _dies_at(order["operation"])
-    else:  # the caller kills: say that the work begins
-        _say(os.getpid())
     fill(create(Path(order["path"]), **order["changes"]))
-
-
-def _say(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
 
 
 def _serve() -> None:
@@ -169,8 +170,12 @@ def _serve() -> None:
                 status = 0
             finally:
                 os._exit(status)
+        if "seconds" in order:
+            time.sleep(order["seconds"])
+            os.kill(pid, signal.SIGKILL)  # perhaps it has finished; not waited for, it keeps its id
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        _say({"status": status})
+        sys.stdout.write(f"{status}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

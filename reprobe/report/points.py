@@ -1,0 +1,172 @@
+"""Rows of one site: where they lie on their principal components, and how a reader scores them.
+
+Enters: a store, a grid. Leaves: a matplotlib Figure each, fit for a notebook or a paper, with every row or
+bar in `.marks`. Does not know the report.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float, Integer
+from matplotlib.axes import Axes
+
+from reprobe.errors import UsageError
+from reprobe.model.sites import Site
+from reprobe.probing.direction import Direction, Label
+from reprobe.probing.probe_grid import ProbeGrid
+from reprobe.report.study import class_name, listing
+from reprobe.report.style import INK, NEGATIVE, PAPER, POSITIVE, WIDTH, Mark, Plot, dress, legend, whole_ticks
+from reprobe.store.reader import ActivationStore
+
+#: Rows that a scatter draws and fits its components on, at most.
+SCATTER_ROWS = 1000
+
+
+def scatter(
+    store: ActivationStore,
+    site: str | Site,
+    *,
+    grid: ProbeGrid | None = None,
+    label: str = "label",
+    seed: int = 0,
+    title: str | None = None,
+) -> Plot:
+    """Rows of a site on their first two principal components, coloured by label.
+
+    With a `grid`, its rows and classes are shown, and an arrow along its direction at the site, as it falls
+    in this plane; without, the store's rows that have a `label`. At most `SCATTER_ROWS` rows, drawn at random
+    from `seed`, are shown, and the components are fitted on these very rows (centred, not scaled). Raises
+    `UsageError` unless there are two classes and at least three rows, or if the grid is of another store.
+    """
+    where = Site.parse(site) if isinstance(site, str) else site
+    points = _points(store, where, grid, label, seed)
+    plane = _plane(store.read(where, points.rows).double().numpy())
+    figure = Plot(WIDTH, 3.8)
+    x, y = (f"component {i + 1} ({100 * plane.share[i]:.0f} % of variance)" for i in range(2))
+    axes = dress(figure.subplots(), x=x, y=y, title=title)
+    for name, side, color, marker in (
+        (points.classes[0], ~points.positive, NEGATIVE, "s"),
+        (points.classes[1], points.positive, POSITIVE, "o"),
+    ):
+        at_x, at_y = plane.at[side].T
+        text = _with_count(name, side)
+        axes.scatter(at_x, at_y, s=13, c=color, marker=marker, alpha=0.55, linewidths=0, label=text)
+    for (px, py), prompt, positive in zip(plane.at, points.prompts, points.positive, strict=True):
+        figure.marks.append(Mark(axes, px, py, f"{prompt}: {class_name(points.classes[int(positive)])}"))
+    direction = None if grid is None else grid.directions.get(where)
+    if direction is not None:
+        _arrow(axes, plane, direction)
+    legend(figure, axes)
+    return figure
+
+
+def projections(grid: ProbeGrid, site: str | Site, *, title: str | None = None) -> Plot:
+    """How the two classes score at a site: histograms of held-out scores.
+
+    Each row is scored by the reader of the fold that held it out; the unit is the standard deviation of the
+    projections on the direction. Dotted: 0, where the decision changes. Raises `UsageError` if the grid has
+    no such site.
+    """
+    where = Site.parse(site) if isinstance(site, str) else site
+    if where not in grid.directions:
+        raise UsageError(f"'{where}' was not probed; the grid has {listing(grid.sites)}")
+    scores = grid.oof[:, grid.sites.index(where)].astype(np.float64) / grid.directions[where].scale
+    bins = np.histogram_bin_edges(scores, bins=min(40, max(10, len(scores) // 12)))
+    figure = Plot(WIDTH, 3.8)
+    x = "held-out score (standard deviations of the projections)"
+    axes = dress(figure.subplots(), x=x, y="rows", title=title, grid="y")
+    for name, side, color in (
+        (grid.classes[0], ~grid.positive, NEGATIVE),
+        (grid.classes[1], grid.positive, POSITIVE),
+    ):
+        counts, _ = np.histogram(scores[side], bins)
+        axes.stairs(counts, bins, fill=True, color=color, alpha=0.3)
+        axes.stairs(counts, bins, color=color, linewidth=1.4, label=_with_count(name, side))
+        for count, a, b in zip(counts, bins[:-1], bins[1:], strict=True):
+            if count:
+                text = f"{class_name(name)}: {count} rows from {a:.2f} to {b:.2f}"
+                figure.marks.append(Mark(axes, (a + b) / 2, count, text))
+    axes.axvline(0, color=INK, linewidth=1.2, linestyle=":")
+    whole_ticks(axes.yaxis)
+    legend(figure, axes)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Which rows of a store are drawn, and what they are."""
+
+    rows: Integer[np.ndarray, " n"]
+    positive: Bool[np.ndarray, " n"]
+    classes: tuple[Label, Label]
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Two principal axes, the rows' coordinates on them, and each axis' share of the variance."""
+
+    axes: Float[np.ndarray, "2 width"]
+    at: Float[np.ndarray, "n 2"]
+    share: Float[np.ndarray, " 2"]
+
+
+def _points(store: ActivationStore, site: Site, grid: ProbeGrid | None, label: str, seed: int) -> _Points:
+    index = store.index
+    if grid is not None:
+        if (of := grid.provenance.get("store")) not in (None, store.manifest.digest):
+            raise UsageError(f"the grid was made from another store ({of}), not from {store.path.name}")
+        rows, positive, classes = grid.rows, grid.positive, grid.classes
+    else:
+        if label not in index.columns:
+            raise UsageError(f"no column {label!r} in the index; it has {', '.join(index.columns)}")
+        found = index.filter(pl.col(label).is_not_null())
+        values = found[label].unique().sort().to_list()
+        if len(values) != 2:
+            raise UsageError(f"column {label!r} has {len(values)} labels; a scatter shows two classes")
+        rows, positive = found["row"].to_numpy(), (found[label] == values[1]).to_numpy()
+        classes = (values[0], values[1])
+    if len(rows) < 3:
+        raise UsageError(f"two principal components need at least three rows; '{site}' has {len(rows)}")
+    # Not every n-th row: labels often alternate, and then only one class would be left.
+    kept = np.arange(len(rows))
+    if len(rows) > SCATTER_ROWS:
+        kept = np.sort(np.random.default_rng(seed).choice(len(rows), SCATTER_ROWS, replace=False))
+    prompts = index["prompt"].cast(pl.String)[rows[kept]].to_list()
+    return _Points(np.asarray(rows)[kept], np.asarray(positive)[kept], classes, prompts)
+
+
+def _plane(X: Float[np.ndarray, "n width"]) -> _Plane:
+    """The first two principal axes, each turned so that its largest component is positive."""
+    if X.shape[1] < 2:
+        raise UsageError("two principal components need a site at least two wide")
+    centred = X - X.mean(axis=0)
+    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+    total = float((sizes**2).sum())
+    if total == 0:
+        raise UsageError("all rows are equal: they have no principal components")
+    axes = axes[:2]
+    axes = axes * np.sign(axes[[0, 1], np.abs(axes).argmax(axis=1)])[:, None]
+    return _Plane(axes, centred @ axes.T, sizes[:2] ** 2 / total)
+
+
+def _arrow(axes: Axes, plane: _Plane, direction: Direction) -> None:
+    """From the mean along the direction's shadow in the plane, at a length that suits the eye."""
+    shadow = plane.axes @ direction.vector
+    share = float(np.linalg.norm(shadow))
+    name = f"{direction.reader} (cosine {share:.2f} to this plane)"
+    if share < 1e-6:
+        axes.plot([], [], color=INK, linewidth=2, label=name)
+        return
+    spans = np.ptp(plane.at, axis=0)
+    tip = shadow * 0.3 / float(np.abs(shadow / spans).max())
+    for color, width, z in ((PAPER, 5.0, 5), (INK, 1.8, 6)):  # a halo first, to stand out from the points
+        shape = {"arrowstyle": "-|>,head_width=0.3,head_length=0.6", "color": color, "linewidth": width}
+        ends = {"shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", xy=(tip[0], tip[1]), xytext=(0, 0), zorder=z, arrowprops=shape | ends)
+    axes.plot([], [], color=INK, linewidth=2, label=name)
+
+
+def _with_count(label: Label, side: Bool[np.ndarray, " n"]) -> str:
+    return f"{class_name(label)} (n = {int(side.sum()):,})"

@@ -1,0 +1,33 @@
+"""What the child processes of the crash tests run: imported by a fork server, so that each child starts at once."""
+
+import resource
+from pathlib import Path
+
+import torch
+from tiny import tiny_net, tiny_tokenizer
+
+import reprobe as rp
+from reprobe.model.language_model import LanguageModel
+
+
+def model() -> LanguageModel:
+    torch.set_num_threads(1)
+    return LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny")
+
+
+def prompts(n: int) -> rp.PromptSet:
+    words = ("the cat", "a dog", "an owl", "the end of it", "on and on")
+    return rp.PromptSet.from_records({"id": f"{i:05d}", "text": f"{words[i % 5]} is number {i}"} for i in range(n))
+
+
+def run(path: Path, n: int, shard_rows: int, resume: bool) -> None:
+    """An extraction of n prompts at many sites."""
+    sites = "resid.post@*,attn.heads@*,mlp.neurons@*"
+    options = {"sites": sites, "at": "all", "batch_tokens": 64, "shard_rows": shard_rows}
+    rp.extract(model(), prompts(n), to=path, resume=resume, **options)
+
+
+def peak(path: Path, n: int, out: Path) -> None:
+    """Write the peak resident memory (MiB) of extracting n prompts."""
+    run(path, n, 256, resume=False)
+    out.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
