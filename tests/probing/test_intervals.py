@@ -19,7 +19,9 @@ def scored():
 
 def drawn_rows(groups, counts):
     """Row numbers of a resample, with repeats: each drawn group brings all its rows."""
-    return np.concatenate([np.repeat(np.flatnonzero(groups == g)[None], c, axis=0).ravel() for g, c in enumerate(counts)])
+    return np.concatenate(
+        [np.repeat(np.flatnonzero(groups == g)[None], c, axis=0).ravel() for g, c in enumerate(counts)]
+    )
 
 
 def test_auroc_is_the_mean_of_the_folds_own(scored):
@@ -76,6 +78,8 @@ def test_the_accuracy_interval_covers_the_truth_about_as_often_as_it_says():
     for _ in range(200):
         rate = rng.beta(6, 3, size=60)  # groups differ in difficulty; two thirds on average
         correct = rng.random(240) < np.repeat(rate, 4)
-        low, high = ClusterBootstrap.draw(groups, int(rng.integers(1 << 30)), resamples=300).accuracy(correct[:, None])
+        low, high = ClusterBootstrap.draw(groups, int(rng.integers(1 << 30)), resamples=300).accuracy(
+            correct[:, None]
+        )
         hits += bool(low[0] <= 2 / 3 <= high[0])
     assert 0.90 <= hits / 200 <= 0.985

@@ -124,8 +124,8 @@ def test_the_mean_difference_is_the_difference_of_the_means_with_its_midpoint():
     np.testing.assert_allclose(reader.decision_function([[2.5, 3.0]]), 0, atol=1e-12)
 
 
-# LAT on a case small enough to see: differences (4, 1), (4, −1), (4, 1), (4, −1). Their mean is along the first axis,
-# all their spread about it along the second.
+# LAT on a case small enough to see: differences (4, 1), (4, −1), (4, 1), (4, −1). Their mean is along the
+# first axis, all their spread about it along the second.
 DELTA = np.array([[4.0, 1.0], [4.0, -1.0], [4.0, 1.0], [4.0, -1.0]])
 LOW = np.array([[1.0, 2.0], [0.0, 5.0], [7.0, 1.0], [2.0, 2.0]])
 LAT_X, LAT_Y = np.concatenate([LOW + DELTA, LOW]), np.repeat([1, 0], 4)
@@ -145,7 +145,7 @@ def test_lat_by_hand_finds_the_mean_difference_and_centring_loses_it():
 def test_repe_is_centred_pca_of_differences_turned_round_at_random():
     rng = np.random.default_rng(3)
     low = rng.standard_normal((6, 4))
-    delta = rng.standard_normal((6, 4)) + [3, 1, 0, 0]
+    delta = rng.standard_normal((6, 4)) + np.array([3, 1, 0, 0])
     X, y, pairs = np.concatenate([low, low + delta]), np.repeat([0, 1], 6), np.tile(np.arange(6), 2)
     candidates = []
     for signs in itertools.product([-1, 1], repeat=6):
@@ -170,7 +170,8 @@ def test_uncentred_lat_is_the_first_right_singular_vector(n, width):
 
 
 def test_a_side_of_a_pair_with_several_rows_enters_by_its_mean_and_row_order_is_nothing():
-    X = np.concatenate([LAT_X, LAT_X[:4] + [9.0, -2.0], LAT_X[:4] - [9.0, -2.0]])  # the means stay
+    away = np.array([9.0, -2.0])
+    X = np.concatenate([LAT_X, LAT_X[:4] + away, LAT_X[:4] - away])  # the means stay
     y, pairs = np.concatenate([LAT_Y, np.ones(8)]), np.concatenate([LAT_PAIRS, LAT_PAIRS])
     order = np.random.default_rng(0).permutation(len(X))
     for kept in (np.arange(len(X)), order):
@@ -198,10 +199,14 @@ def test_logistic_equals_a_scikit_learn_pipeline_at_its_optimum(width, C, plante
     ).fit(data.X, data.y)
     reader = LogisticReader(C=C).fit(data.X, data.y)
     reference = pipeline.decision_function(data.X)
-    np.testing.assert_allclose(data.X @ reader.coef_ + reader.intercept_, reference, atol=1e-5 * np.abs(reference).max())
+    np.testing.assert_allclose(
+        data.X @ reader.coef_ + reader.intercept_, reference, atol=1e-5 * np.abs(reference).max()
+    )
     w = pipeline[1].coef_[0] / pipeline[0].scale_
     assert np.linalg.norm(reader.coef_ - w) <= 1e-5 * np.linalg.norm(w)
-    np.testing.assert_allclose(reader.decision_function(data.X), reference / np.linalg.norm(w), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        reader.decision_function(data.X), reference / np.linalg.norm(w), rtol=1e-4, atol=1e-6
+    )
     assert reader.coef_[3] == 0
     assert reader.gradient_ < 1e-7
 
