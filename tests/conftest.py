@@ -1,7 +1,7 @@
 """What all tests share."""
 
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # tiny matrices: threads cost more than they give
 def tiny_lm():
     """`tiny_lm(name, bos=True)`: a tiny random language model of a family, always the same."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def make(name: str, bos: bool = True) -> LanguageModel:
         return LanguageModel(tiny_net(name), tiny_tokenizer(bos=bos), name=f"tiny-{name}")
 

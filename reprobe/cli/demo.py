@@ -7,6 +7,7 @@ folder, and a short summary. Everything here is done with public functions; it i
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -23,7 +24,10 @@ from reprobe.report import results
 DATA_SETS = ("cities", "emotions")
 SITES = "resid.post@*,attn.heads@*"
 #: A text with two true statements and two false ones, to be read token by token.
-SCAN_TEXT = "Lyon is a city in France. Kyoto is a city in Brazil. Chicago is a city in the United States. Cairo is a city in Norway."
+SCAN_TEXT = (
+    "Lyon is a city in France. Kyoto is a city in Brazil. Chicago is a city in the United States. "
+    "Cairo is a city in Norway."
+)
 #: The reader whose directions read that text.
 SCAN_READER = "mean-difference"
 #: A neutral opening that a mood can colour.
@@ -143,10 +147,10 @@ def _summary(
     rows = table.sort("strength").to_dicts()
     low, high = rows[0], rows[-1]
     odds = [row["log_odds"] for row in rows]
-    rises = all(a < b for a, b in zip(odds, odds[1:], strict=False))
+    rises = all(a < b for a, b in pairwise(odds))
     lines.append(
-        f"Steering {lm.name} along happiness at {mood.site} from {low['strength']:+g} to {high['strength']:+g} moves the "
-        f"log-odds of happy against sad words from {low['log_odds']:+.2f} to {high['log_odds']:+.2f} nats, "
+        f"Steering {lm.name} along happiness at {mood.site} from {low['strength']:+g} to {high['strength']:+g} "
+        f"moves the log-odds of happy against sad words from {low['log_odds']:+.2f} to {high['log_odds']:+.2f} nats, "
         f"{'rising at each of' if rises else 'but not rising at every one of'} {len(rows)} strengths; the price on "
         f"neutral text is a KL of {low['kl']:.3f} and {high['kl']:.3f} nats per token."
     )

@@ -5,7 +5,6 @@ through the blocks only, as far as the last wanted site; wanted tokens are gathe
 while the next is computed. What is in memory at once is two shards and one pack, whatever the number of prompts.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -187,7 +186,7 @@ def prepare(
         raise UsageError("a store holds whole parts: extract 'attn.heads@12' and read head 3 as 'attn.heads@12.3'")
     position = at if isinstance(at, Position) else Position.parse(at)
     store_dtype = dtype if dtype is not None else str(lm.dtype).removeprefix("torch.")
-    table = tokenize(data, lm.tokenizer, at=position, context=sys.maxsize if lm.context is None else lm.context, truncate=truncate)
+    table = tokenize(data, lm.tokenizer, at=position, context=lm.context, truncate=truncate)
     budget = batch_tokens if batch_tokens is not None else BATCH_TOKENS.get(lm.device.type, BATCH_TOKENS["cpu"])
     row_bytes = [lm.width(site) * itemsize(store_dtype) for site in chosen]
     return Job(

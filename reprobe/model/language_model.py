@@ -27,15 +27,16 @@ from reprobe.errors import (
 )
 from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
+from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
 from reprobe.model.hooks import Prompts, board_of, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
-from reprobe.model.text import Message, Span, TokenisedText, Truncate, tokenise
+from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
 from reprobe.progress import Progress, silent
 
 #: One prompt: plain text, or chat messages.
-Prompt = str | Sequence[Message]
+Prompt = str | Messages
 Padding = Literal["left", "right"]
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
-from reprobe.errors import DataError, PromptTooLong, UsageError
+from reprobe.errors import DataError, PromptTooLong, UnsupportedOperation
+from reprobe.model.chat import Messages, last_content_start, render
 
-Message = Mapping[str, str]
 #: Characters start … end − 1.
 Span = tuple[int, int]
 Truncate = Literal["left", "right"]
@@ -31,7 +31,7 @@ class TokenisedText:
 
 def tokenise(
     tokenizer: Any,
-    prompts: Sequence[str | Sequence[Message]],
+    prompts: Sequence[str | Messages],
     *,
     spans: Sequence[Mapping[str, Span]] | None = None,
     suffixes: Sequence[str] | None = None,
@@ -43,86 +43,71 @@ def tokenise(
     Messages are rendered with the tokenizer's template, which brings its own special tokens; plain text gets the
     tokenizer's. `suffixes` are tokenised together with their prompts. More than `context` tokens raise
     `PromptTooLong` unless `truncate` says on which side to cut. Raises `DataError` for a prompt without tokens, a
-    span outside its text, or one that was cut away.
+    span outside its text, or one that was cut away; `UnsupportedOperation` if offsets are needed and not there.
     """
-    texts, special = [], []
-    for prompt in prompts:
-        text, adds = render(tokenizer, prompt)
-        texts.append(text)
-        special.append(adds)
-    ends = [len(t) for t in texts]
-    if suffixes is not None:
-        texts = [t + s for t, s in zip(texts, suffixes, strict=True)]
     offsets_needed = suffixes is not None or any(spans or ())
-    out: list[TokenisedText | None] = [None] * len(texts)
-    for adds in set(special):
-        chosen = [i for i, a in enumerate(special) if a == adds]
-        coded = encode_batch(tokenizer, [texts[i] for i in chosen], special=adds, offsets=offsets_needed)
-        for i, (ids, offsets, extra) in zip(chosen, coded, strict=True):
-            kept = cut(len(ids), extra, context, truncate, f"prompt {i}")
-            named = {} if spans is None else _placed(prompts[i], texts[i][: ends[i]], spans[i])
-            out[i] = TokenisedText(
-                ids[kept],
-                {name: _span_tokens(offsets[kept], extra[kept], span, name, i) for name, span in named.items()},
-                len(kept) if suffixes is None else _first_after(offsets[kept], extra[kept], ends[i]),
-            )
-    return [row for row in out if row is not None]
-
-
-def render(tokenizer: Any, prompt: str | Sequence[Message]) -> tuple[str, bool]:
-    """The text of a prompt, and whether the tokenizer should add its special tokens (a template adds its own).
-
-    A generation prompt is appended unless the assistant has spoken last.
-    """
-    if isinstance(prompt, str):
-        return prompt, True
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise UsageError(
-            "this tokenizer has no chat template, so messages cannot be rendered: give plain text, or set "
-            "tokenizer.chat_template to the template that the model was trained with"
+    if offsets_needed and not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedOperation(
+            f"a {type(tokenizer).__name__} does not say which characters its tokens come from, so spans and "
+            "continuations have no tokens; load the fast tokenizer"
         )
-    ask = prompt[-1]["role"] != "assistant"
-    text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=ask)
-    return text, False
-
-
-#: Token ids, character ranges (tokens, 2), and which tokens are special ones that the tokenizer added.
-Coded = tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, "tokens 2"], Bool[np.ndarray, " tokens"]]
-
-
-def encode_batch(tokenizer: Any, texts: Sequence[str], *, special: bool, offsets: bool) -> list[Coded]:
-    """Token ids of many texts at once, without padding or truncation."""
-    if offsets and not tokenizer.is_fast:
-        raise UsageError("this tokenizer gives no character offsets (it is not a fast one), so spans have no tokens")
-    found = tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        return_offsets_mapping=offsets,
-        return_special_tokens_mask=True,
-        return_attention_mask=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
+    special = special_ids(tokenizer)
     out = []
-    for i, ids in enumerate(found["input_ids"]):
-        where = found["offset_mapping"][i] if offsets else np.zeros((len(ids), 2))
+    for i, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else render(prompt, tokenizer)
+        coded = tokenizer(
+            text + (suffixes[i] if suffixes is not None else ""),
+            add_special_tokens=isinstance(prompt, str),
+            return_offsets_mapping=offsets_needed,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids = np.asarray(coded["input_ids"], dtype=np.int64)
+        if not len(ids):
+            raise DataError(f"prompt {i} has no tokens: an empty text, and a tokenizer that adds none")
+        kept = kept_tokens(ids, special, context, truncate, f"prompt {i}")
+        ids = ids[kept]
+        offsets = np.asarray(coded["offset_mapping"] if offsets_needed else [], dtype=np.int64).reshape(-1, 2)
+        # Special tokens stand for no text, wherever they come from.
+        if offsets_needed:
+            offsets = np.where(np.isin(ids, special)[:, None], -1, offsets[kept])
+        begin, end = offsets.T
+        named = {} if spans is None else _placed(tokenizer, prompt, text, spans[i])
         out.append(
-            (
-                np.asarray(ids, dtype=np.int32),
-                np.asarray(where, dtype=np.int64).reshape(-1, 2),
-                np.asarray(found["special_tokens_mask"][i], dtype=bool),
+            TokenisedText(
+                ids,
+                {name: _in_span(begin, end, span, name, i) for name, span in named.items()},
+                len(ids) if suffixes is None else _first_after(end, len(text)),
             )
         )
     return out
 
 
-def cut(
-    n: int, special: Bool[np.ndarray, " tokens"], context: int | None, truncate: Truncate | None, who: str
+def special_ids(tokenizer: Any) -> Int[np.ndarray, " ids"]:
+    """Ids of tokens that stand for no text.
+
+    The unknown token stands for text, unless it doubles as another special token (as in GPT-2).
+    """
+    ids = set(tokenizer.all_special_ids)
+    roles = [getattr(tokenizer, f"{r}_token_id", None) for r in ("bos", "eos", "sep", "cls", "pad")]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids |= {i for i, token in added.items() if token.special}
+    if unknown is not None and unknown not in roles:
+        ids.discard(unknown)
+    return np.array(sorted(ids), np.int64)
+
+
+def kept_tokens(
+    ids: Int[np.ndarray, " tokens"],
+    special: Int[np.ndarray, " ids"],
+    context: int | None,
+    truncate: Truncate | None,
+    who: str,
 ) -> Int[np.ndarray, " kept"]:
-    """Indices of the tokens that are kept of `n`; the leading special tokens survive a cut on the left."""
-    if n == 0:
-        raise DataError(f"{who} has no tokens: an empty text, and a tokenizer that adds none")
+    """Indices of the tokens of a prompt that stay. A cut on the left keeps the leading special tokens (BOS), one on
+    the right the trailing ones (SEP). Raises `PromptTooLong` if nothing may be cut, or those alone do not fit."""
+    n = len(ids)
     if context is None or n <= context:
         return np.arange(n)
     if truncate is None:
@@ -130,49 +115,41 @@ def cut(
             f"{who} has {n} tokens, the context is {context}; shorten it, or pass truncate='left' or 'right' "
             "(--truncate) to cut it"
         )
-    if truncate == "right":
-        return np.arange(context)
-    lead = int(np.argmin(special)) if not special.all() else 0  # the first token of the text itself
-    lead = min(lead, context - 1)
-    return np.concatenate([np.arange(lead), np.arange(n - context + lead, n)])
+    ordinary = np.flatnonzero(~np.isin(ids, special))
+    head, tail = (int(ordinary[0]), n - 1 - int(ordinary[-1])) if len(ordinary) else (n, 0)
+    fixed = head if truncate == "left" else tail
+    if fixed >= context:
+        raise PromptTooLong(
+            f"{who} has {n} tokens and cannot be cut to {context}: its {fixed} special tokens alone leave no room"
+        )
+    if truncate == "left":
+        return np.r_[:head, n - (context - head) : n]
+    return np.r_[: context - tail, n - tail : n]
 
 
-def in_span(
-    offsets: Int[np.ndarray, "tokens 2"], special: Bool[np.ndarray, " tokens"], span: Span
-) -> Int[np.ndarray, " in_span"]:
-    """Indices of the tokens that share at least one character with a span.
-
-    A character whose bytes are several tokens belongs to all of them.
-    """
-    start, end = span
-    found: np.ndarray = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start) & ~special)
-    return found
-
-
-def _span_tokens(offsets: np.ndarray, special: np.ndarray, span: Span, name: str, i: int) -> np.ndarray:
-    tokens = in_span(offsets, special, span)
+def _in_span(begin: np.ndarray, end: np.ndarray, span: Span, name: str, i: int) -> np.ndarray:
+    """Tokens that share at least one character with a span; one of several tokens of a character shares it too."""
+    tokens = np.flatnonzero((begin < span[1]) & (end > span[0]) & (end > begin))
     if not len(tokens):
         raise DataError(f"the span {name!r} of prompt {i}, characters {span[0]}–{span[1]}, holds no token (cut away?)")
     return tokens
 
 
-def _first_after(offsets: np.ndarray, special: np.ndarray, end: int) -> int:
-    """The first token that holds a character from `end` on."""
-    found = np.flatnonzero((offsets[:, 1] > end) & ~special)
+def _first_after(end: np.ndarray, characters: int) -> int:
+    """The first token that holds a character beyond the first `characters`."""
+    found = np.flatnonzero(end > characters)
     if not len(found):
         raise DataError("a continuation has no token of its own")
     return int(found[0])
 
 
-def _placed(prompt: str | Sequence[Message], text: str, spans: Mapping[str, Span]) -> dict[str, Span]:
+def _placed(
+    tokenizer: Any, prompt: str | Messages, text: str, spans: Mapping[str, Span]
+) -> dict[str, Span]:
     """Spans as characters of the rendered text; of messages they are characters of the last one's content."""
     within = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     for name, (start, end) in spans.items():
         if not 0 <= start < end <= len(within):
             raise DataError(f"the span {name!r} ({start}–{end}) is outside its text of {len(within)} characters")
-    if isinstance(prompt, str):
-        return dict(spans)
-    at = text.rfind(within)
-    if at < 0:
-        raise DataError("the template changes the content of the last message, so its spans cannot be placed")
-    return {name: (at + start, at + end) for name, (start, end) in spans.items()}
+    shift = 0 if isinstance(prompt, str) or not spans else last_content_start(prompt, tokenizer, text)
+    return {name: (start + shift, end + shift) for name, (start, end) in spans.items()}

@@ -85,15 +85,11 @@ def read(path: Path, kind: str) -> Artifact:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{path}: malformed header ({error!r})") from error
     if newer:
-        raise UsageError(
-            f"{path} was written by a newer reprobe (schema {schema}, this one reads {SCHEMA}): upgrade"
-        )
+        raise UsageError(f"{path} was written by a newer reprobe (schema {schema}, this one reads {SCHEMA}): upgrade")
     if found != kind:
         raise UsageError(f"{path} holds a {found}, not a {kind}")
     if not isinstance(header, dict) or checksum != _checksum(envelope, arrays):
-        raise CorruptArtifact(
-            f"{path}: the content does not match its checksum; it was changed after writing"
-        )
+        raise CorruptArtifact(f"{path}: the content does not match its checksum; it was changed after writing")
     return Artifact(header, arrays)
 
 

@@ -6,13 +6,13 @@ Enters: groups and labels of rows. Leaves: one fold number per row. Does not kno
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 from sklearn.model_selection import StratifiedGroupKFold
 
 from reprobe.errors import UsageError
 
 
-def group_folds(groups: Any, labels: Any, n_folds: int, seed: int) -> Int[np.ndarray, " rows"]:
+def group_folds(groups: Any, labels: Any, n_folds: int, seed: int) -> Integer[np.ndarray, " rows"]:
     """The fold, 0 … n_folds−1, in which each row is held out; every row of a group is in the same one.
 
     Each class is spread as evenly over the folds as whole groups allow (scikit-learn's StratifiedGroupKFold).
@@ -25,9 +25,7 @@ def group_folds(groups: Any, labels: Any, n_folds: int, seed: int) -> Int[np.nda
         raise UsageError(f"{n_folds} folds: cross-validation needs at least 2")
     n_groups = len(np.unique(groups))
     if n_groups < n_folds:
-        raise UsageError(
-            f"{n_groups} groups cannot make {n_folds} folds: a group is never split; ask for fewer folds"
-        )
+        raise UsageError(f"{n_groups} groups cannot make {n_folds} folds: a group is never split; ask for fewer folds")
     classes = np.unique(labels)
     for c in classes:
         holding = len(np.unique(groups[labels == c]))

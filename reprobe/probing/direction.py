@@ -61,14 +61,10 @@ class Direction:
             raise UsageError(f"a direction is one row of numbers, not an array of shape {vector.shape}")
         norm = float(np.linalg.norm(vector))
         if not abs(norm - 1) <= NORM_TOLERANCE:
-            raise UsageError(
-                f"the vector's norm is {norm}, not 1: use Direction.from_vector, which normalises"
-            )
+            raise UsageError(f"the vector's norm is {norm}, not 1: use Direction.from_vector, which normalises")
         offset, scale = float(self.offset), float(self.scale)
         if not np.isfinite(offset) or not 0 < scale < np.inf:
-            raise UsageError(
-                f"a direction needs a finite offset and a positive scale, not {offset} and {scale}"
-            )
+            raise UsageError(f"a direction needs a finite offset and a positive scale, not {offset} and {scale}")
         vector.setflags(write=False)
         fixed = {"vector": vector, "offset": offset, "scale": scale}
         fixed |= {name: _plain(getattr(self, name), name) for name in ("params", "metrics", "provenance")}
@@ -104,9 +100,7 @@ class Direction:
     def at(self, site: Site | str, provenance: Mapping[str, Any] | None = None) -> "Direction":
         """The same direction, said to be at `site`; `provenance` is added to what is known."""
         where = Site.parse(site) if isinstance(site, str) else site
-        return dataclasses.replace(
-            self, site=where, provenance=dict(self.provenance) | dict(provenance or {})
-        )
+        return dataclasses.replace(self, site=where, provenance=dict(self.provenance) | dict(provenance or {}))
 
     @property
     def width(self) -> int:
@@ -135,20 +129,16 @@ class Direction:
         return hash((self.site, self.vector.tobytes()))
 
     def __repr__(self) -> str:
-        return (
-            f"Direction({self.site or 'no site'}, width {self.width}, {self.reader}, scale {self.scale:.4g})"
-        )
+        return f"Direction({self.site or 'no site'}, width {self.width}, {self.reader}, scale {self.scale:.4g})"
 
     def project(self, h: Array) -> Array:
-        """h·vector: (…, width) → (…).
+        """h·vector: (…, width) → (…); of a single row, a scalar.
 
         NumPy rows are computed in float64. Tensors are computed in float32, float64 ones in float64, on their
         device and in their graph.
         """
         if h.shape[-1:] != (self.width,):
-            raise UsageError(
-                f"{self!r} reads rows of width {self.width}, not an array of shape {tuple(h.shape)}"
-            )
+            raise UsageError(f"{self!r} reads rows of width {self.width}, not an array of shape {tuple(h.shape)}")
         if isinstance(h, torch.Tensor):
             rows = h if h.dtype == torch.float64 else h.float()
             return rows @ torch.tensor(self.vector, dtype=rows.dtype, device=rows.device)
@@ -162,9 +152,7 @@ class Direction:
     def cosine(self, other: "Direction") -> float:
         """The cosine between two directions of equal width; their sites may differ."""
         if self.width != other.width:
-            raise UsageError(
-                f"no cosine between widths {self.width} ({self.site}) and {other.width} ({other.site})"
-            )
+            raise UsageError(f"no cosine between widths {self.width} ({self.site}) and {other.width} ({other.site})")
         return float(np.clip(self.vector @ other.vector, -1.0, 1.0))
 
     # Algebra. A direction stands for its step and for the function scale · score(h); both are linear in what
@@ -223,9 +211,7 @@ class Direction:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the vector, as plain JSON."""
-        out: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vector"
-        }
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vector"}
         out["site"] = None if self.site is None else str(self.site)
         out["classes"] = None if self.classes is None else list(self.classes)
         return out

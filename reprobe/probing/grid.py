@@ -93,8 +93,7 @@ def probe(
     with threadpool_limits(1, user_api="blas"):
         run = Parallel(n_jobs=n_jobs, backend="threading", return_as="generator")
         tasks = (
-            delayed(_probe_site)(reader, site, X, rows, fold, bootstrap)
-            for site, X in _reads(store, chosen, rows)
+            delayed(_probe_site)(reader, site, X, rows, fold, bootstrap) for site, X in _reads(store, chosen, rows)
         )
         for one in run(tasks):
             found.append(one)
@@ -166,9 +165,7 @@ def _probe_site(
 ) -> _Found:
     def fit(kept: np.ndarray) -> Reader:
         pairs = None if rows.pairs is None else rows.pairs[kept]
-        fitted: Reader = clone(reader).fit(
-            X[kept], rows.positive[kept], groups=rows.groups[kept], pairs=pairs
-        )
+        fitted: Reader = clone(reader).fit(X[kept], rows.positive[kept], groups=rows.groups[kept], pairs=pairs)
         return fitted
 
     folds = int(fold.max()) + 1
@@ -187,9 +184,7 @@ def _probe_site(
                 right[judged] += ((inner.decision_function(X[held_out]) > 0) == rows.positive[held_out]).sum()
         direction = fit(np.ones(len(X), dtype=bool)).direction_
     except UsageError as error:
-        raise UsageError(
-            f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)"
-        ) from error
+        raise UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)") from error
     # From here on float32, as saved, so that a loaded grid gives the very same numbers.
     return _Found(
         oof=oof,
@@ -202,9 +197,7 @@ def _probe_site(
 
 def _sites(store: Source, sites: str | Site | Iterable[str | Site] | None) -> tuple[Site, ...]:
     if sites is None:
-        heads = {
-            s: expand(f"attn.heads@{s.layer}.*", store.parts) for s in store.sites if s.part == "attn.heads"
-        }
+        heads = {s: expand(f"attn.heads@{s.layer}.*", store.parts) for s in store.sites if s.part == "attn.heads"}
         return tuple(one for s in store.sites for one in heads.get(s, (s,)))
     chosen = expand(sites, store.parts)
     absent = [str(s) for s in chosen if s.whole not in store.sites]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from scipy.stats import rankdata
 
 RESAMPLES = 1000
@@ -26,13 +26,11 @@ class ClusterBootstrap:
     """`counts[g, b]` is how often group g is in resample b; `groups` the group of each row. Serves every site
     alike."""
 
-    counts: Int[np.ndarray, "groups resamples"]
-    groups: Int[np.ndarray, " rows"]
+    counts: Integer[np.ndarray, "groups resamples"]
+    groups: Integer[np.ndarray, " rows"]
 
     @classmethod
-    def draw(
-        cls, groups: Int[np.ndarray, " rows"], seed: int, resamples: int = RESAMPLES
-    ) -> "ClusterBootstrap":
+    def draw(cls, groups: Integer[np.ndarray, " rows"], seed: int, resamples: int = RESAMPLES) -> "ClusterBootstrap":
         """Resamples of the groups 0 … n−1 named by `groups`."""
         n = int(groups.max()) + 1
         rng = np.random.default_rng(seed)
@@ -56,7 +54,7 @@ class ClusterBootstrap:
         self,
         scores: Float[np.ndarray, " rows"],
         positive: Bool[np.ndarray, " rows"],
-        folds: Int[np.ndarray, " rows"],
+        folds: Integer[np.ndarray, " rows"],
     ) -> Float[np.ndarray, " 2"]:
         """Lower and upper bound of `fold_auroc`. A fold that a resample leaves without one class does not
         count in it.
@@ -91,7 +89,7 @@ class ClusterBootstrap:
 
 
 def fold_auroc(
-    scores: Float[np.ndarray, " rows"], positive: Bool[np.ndarray, " rows"], folds: Int[np.ndarray, " rows"]
+    scores: Float[np.ndarray, " rows"], positive: Bool[np.ndarray, " rows"], folds: Integer[np.ndarray, " rows"]
 ) -> float:
     """The mean over folds of the AUROC within each fold; ties count half.
 

@@ -88,16 +88,21 @@ class ProbeGrid:
         """The sites probed, in the order of the table and of the columns of `oof`."""
         return tuple(self.directions)
 
-    def best(self, by: str = "accuracy") -> Direction:
+    def best(self, by: str = "accuracy", *, part: str | None = None) -> Direction:
         """The direction of the site with the highest `by`; of equals, the first by layer, then by head.
 
-        Its metrics are the site's own line of the table. They are the maximum over the sites searched, so
-        they flatter it: `selected` does not.
+        With `part`, the best among the sites of that part only. Its metrics are the site's own line of the table.
+        They are the maximum over the sites searched, so they flatter it: `selected` does not.
         """
         numeric = [c for c, kind in COLUMNS.items() if kind == pl.Float64 and c != "chance"]
         if by not in numeric:
             raise UsageError(f"by={by!r}: a grid can be ranked by {', '.join(numeric)}")
-        return self.directions[self.sites[self._first_best(self.table[by].to_numpy())]]
+        values = self.table[by].to_numpy()
+        if part is not None:
+            if part not in (have := {site.part for site in self.sites}):
+                raise UsageError(f"no site of {part!r} was probed; parts here: {', '.join(sorted(have))}")
+            values = np.where([site.part == part for site in self.sites], values, -np.inf)
+        return self.directions[self.sites[self._first_best(values)]]
 
     @cached_property
     def selected(self) -> Selected:
@@ -146,9 +151,7 @@ class ProbeGrid:
         shared = {"provenance", "classes"}
         header = {
             "table": self.table.to_dict(as_series=False),
-            "directions": [
-                {k: v for k, v in d.to_json().items() if k not in shared} for d in self.directions.values()
-            ],
+            "directions": [{k: v for k, v in d.to_json().items() if k not in shared} for d in self.directions.values()],
             "classes": list(self.classes),
             "note": self.note,
             "seed": self.seed,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
@@ -21,7 +21,7 @@ from reprobe.errors import NotFitted, UsageError
 from reprobe.probing.direction import Direction
 
 
-class ReaderNotFitted(NotFitted, NotFittedError):  # type: ignore[misc]  # noqa: N818
+class ReaderNotFitted(NotFitted, NotFittedError):  # type: ignore[misc]
     """A reader was used before `fit`. Also the error that scikit-learn's tools look for."""
 
 
@@ -32,7 +32,7 @@ class TrainingRows:
 
     X: Float[np.ndarray, "rows width"]
     positive: Bool[np.ndarray, " rows"]
-    pairs: Int[np.ndarray, " rows"] | None
+    pairs: Integer[np.ndarray, " rows"] | None
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,9 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
                 f"y is {type_of_target(y)}, with {len(self.classes_)} classes: {found}"
                 f"{', …' if len(self.classes_) > 6 else ''}. Keep the rows of two of them."
             )
-        rows = TrainingRows(
-            X, codes == 1, _pair_codes(pairs) if self.uses_pairs and pairs is not None else None
-        )
+        rows = TrainingRows(X, codes == 1, _pair_codes(pairs) if self.uses_pairs and pairs is not None else None)
         plane = self._fit_plane(rows)
+        negative, positive = self.classes_.tolist()
         length = float(np.linalg.norm(plane.normal))
         unit = plane.normal / length
         self.direction_ = Direction(
@@ -100,7 +99,7 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
             sign=plane.sign,
             reader=type(self).__name__,
             params=self.get_params(),
-            classes=(self.classes_[0], self.classes_[1]),
+            classes=(negative, positive),
         )
         return self
 
@@ -151,7 +150,7 @@ def _require_finite(X: Float[np.ndarray, "rows width"]) -> None:
         raise UsageError(f"X contains NaN or infinity (inf) in {bad.size} of {len(X)} rows: {shown}")
 
 
-def _pair_codes(pairs: Any) -> Int[np.ndarray, " rows"]:
+def _pair_codes(pairs: Any) -> Integer[np.ndarray, " rows"]:
     names = np.asarray(as_array(pairs), dtype=object)
     missing = np.flatnonzero([p is None or p != p for p in names])
     if missing.size:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -26,10 +26,10 @@ class ProbeRows:
     covers which tokens of which prompts these are, with label and group.
     """
 
-    rows: Int[np.ndarray, " n"]
+    rows: Integer[np.ndarray, " n"]
     positive: Bool[np.ndarray, " n"]
-    groups: Int[np.ndarray, " n"]
-    pairs: Int[np.ndarray, " n"] | None
+    groups: Integer[np.ndarray, " n"]
+    pairs: Integer[np.ndarray, " n"] | None
     classes: tuple[Label, Label]
     prompts: tuple[str, ...]
     note: str
@@ -98,9 +98,7 @@ def select_rows(
         classes=classes,
         prompts=tuple(frame["prompt"]),
         note=" ".join(notes),
-        digest=digest_lines(
-            f"{prompt!r} {position} {value!r} {group}" for prompt, position, value, group in lines
-        ),
+        digest=digest_lines(f"{prompt!r} {position} {value!r} {group}" for prompt, position, value, group in lines),
     )
 
 
@@ -125,20 +123,18 @@ def _classes(labels: pl.Series, name: str, positive: Label | None) -> tuple[Labe
     return next(v for v in found if v != positive), positive
 
 
-def _codes(names: pl.Series) -> Int[np.ndarray, " n"] | None:
+def _codes(names: pl.Series) -> Integer[np.ndarray, " n"] | None:
     if names.is_null().all():
         return None
     ranks = names.rank("dense").fill_null(0).cast(pl.Int64).to_numpy()
     return ranks - 1
 
 
-def _joined(groups: Int[np.ndarray, " n"], pairs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+def _joined(groups: Integer[np.ndarray, " n"], pairs: Integer[np.ndarray, " n"]) -> Integer[np.ndarray, " n"]:
     """Groups merged where rows of one pair lie in several."""
     n_groups, paired = int(groups.max()) + 1, pairs >= 0
     edges = (groups[paired], n_groups + pairs[paired])
     size = n_groups + int(pairs.max()) + 1
-    _, component = connected_components(
-        coo_matrix((np.ones(len(edges[0])), edges), shape=(size, size)), directed=False
-    )
+    _, component = connected_components(coo_matrix((np.ones(len(edges[0])), edges), shape=(size, size)), directed=False)
     joined: np.ndarray = np.unique(component[groups], return_inverse=True)[1]
     return joined

@@ -5,7 +5,6 @@ tokenizer and a `Position` its `TokenTable`. Does not know models.
 """
 
 from reprobe.prompts.catalog import bundled
-from reprobe.prompts.chat import render
 from reprobe.prompts.content import Format
 from reprobe.prompts.facts import CounterFact, CounterFactFlat, KnownFacts, Relations
 from reprobe.prompts.formats import FORMATS, Table
@@ -37,6 +36,5 @@ __all__ = [
     "bundled",
     "concat",
     "index_frame",
-    "render",
     "tokenize",
 ]

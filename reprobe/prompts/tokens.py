@@ -7,14 +7,15 @@ offsets, and nowhere else. Does not know models, packs or padding.
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from reprobe.errors import DataError, PromptTooLong, UnsupportedOperation, UsageError
-from reprobe.prompts.chat import last_content_start, render
+from reprobe.model.chat import last_content_start, render
+from reprobe.model.text import Truncate, kept_tokens, special_ids
 from reprobe.prompts.columns import WHOLE, some
 from reprobe.prompts.positions import Position
 from reprobe.prompts.prompt_set import PromptSet
@@ -22,7 +23,6 @@ from reprobe.prompts.prompt_set import PromptSet
 #: Prompts encoded at a time: enough for the tokenizer's threads, few enough that offsets need no memory.
 CHUNK = 4096
 
-Truncate = Literal["left", "right"]
 Ints = NDArray[np.int64]
 
 
@@ -78,14 +78,14 @@ def tokenize(
     tokenizer: Any,
     *,
     at: Position,
-    context: int,
+    context: int | None,
     truncate: Truncate | None = None,
     add_generation_prompt: bool | None = None,
 ) -> TokenTable:
     """All prompts as tokens, with those at `at` marked.
 
     Texts get the special tokens the tokenizer adds; messages are rendered by its chat template
-    (`chat.render`), which brings its own. No prompt may have more than `context` tokens: `PromptTooLong`,
+    (`chat.render`), which brings its own. No prompt may have more than `context` tokens (None: no limit): `PromptTooLong`,
     unless `truncate` says which side is cut. Special tokens at that side's end stay ("left" keeps BOS,
     "right" keeps SEP).
 
@@ -102,13 +102,13 @@ def tokenize(
         raise UsageError(
             f"truncate={truncate!r}: cut on the 'left' or the 'right', or None to refuse long prompts"
         )
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     parts: list[_Part] = []
     too_long: list[tuple[int, str]] = []
     for frame in prompts.frame.iter_slices(CHUNK):
         encoded = _encode(frame, tokenizer, at, add_generation_prompt)
         lengths = np.diff(encoded.starts)
-        if truncate is None:
+        if truncate is None and context is not None:
             over = np.flatnonzero(lengths > context)
             too_long += [(int(lengths[i]), encoded.ids[i]) for i in over]
         if not too_long:  # otherwise only lengths still matter, for the message
@@ -264,7 +264,7 @@ def _span_characters(frame: pl.DataFrame, name: str, texts: list[str], shift: In
     return found["start"].to_numpy() + shift, found["end"].to_numpy() + shift
 
 
-def _wanted(chunk: _Encoded, at: Position, special: Ints, context: int, truncate: Truncate | None) -> _Part:
+def _wanted(chunk: _Encoded, at: Position, special: Ints, context: int | None, truncate: Truncate | None) -> _Part:
     """The chunk cut to `context`, and the wanted tokens of what is left."""
     n = len(chunk.ids)
     keep, cut = _kept(chunk, special, context, truncate)
@@ -298,25 +298,16 @@ def _wanted(chunk: _Encoded, at: Position, special: Ints, context: int, truncate
 
 
 def _kept(
-    chunk: _Encoded, special: Ints, context: int, truncate: Truncate | None
+    chunk: _Encoded, special: Ints, context: int | None, truncate: Truncate | None
 ) -> tuple[NDArray[np.bool_], bool]:
     """Which tokens are left after truncation, (total,), and whether any was cut."""
     keep = np.ones(len(chunk.tokens), np.bool_)
-    over = np.flatnonzero(np.diff(chunk.starts) > context) if truncate is not None else np.zeros(0, np.int64)
+    over = np.zeros(0, np.int64) if context is None else np.flatnonzero(np.diff(chunk.starts) > context)
     for i in over:
         start, end = chunk.starts[i], chunk.starts[i + 1]
-        ordinary = np.flatnonzero(~np.isin(chunk.tokens[start:end], special))
-        head, tail = (ordinary[0], end - start - 1 - ordinary[-1]) if len(ordinary) else (end - start, 0)
-        fixed = head if truncate == "left" else tail
-        if fixed >= context:
-            raise PromptTooLong(
-                f"prompt {chunk.ids[i]!r} has {end - start} tokens and cannot be cut to {context}: its "
-                f"{fixed} special tokens alone leave no room"
-            )
-        if truncate == "left":
-            keep[start + head : end - (context - head)] = False
-        else:
-            keep[start + context - tail : end - tail] = False
+        stays = kept_tokens(chunk.tokens[start:end], special, context, truncate, f"prompt {chunk.ids[i]!r}")
+        keep[start:end] = False
+        keep[start + stays] = True
     return keep, bool(len(over))
 
 
@@ -349,21 +340,6 @@ def _pick(inside: NDArray[np.bool_], at: Position, owner: Ints) -> Ints:
         return hits
     ends = np.flatnonzero(np.diff(owner[hits], append=-1) != 0)  # the last hit of each prompt
     return hits[ends] if at.pick == "last" else hits[np.concatenate([[0], ends[:-1] + 1])]
-
-
-def _special_ids(tokenizer: Any) -> Ints:
-    """Ids of tokens that stand for no text.
-
-    The unknown token stands for text, unless it doubles as another special token (as in GPT-2).
-    """
-    ids = set(tokenizer.all_special_ids)
-    roles = [getattr(tokenizer, f"{r}_token_id", None) for r in ("bos", "eos", "sep", "cls", "pad")]
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids |= {i for i, token in added.items() if token.special}
-    if unknown is not None and unknown not in roles:
-        ids.discard(unknown)
-    return np.array(sorted(ids), np.int64)
 
 
 def _starts(lengths: Ints) -> Ints:

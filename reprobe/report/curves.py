@@ -25,6 +25,7 @@ from reprobe.report.style import (
     WIDTH,
     Mark,
     Plot,
+    clipped,
     dress,
     legend,
     whole_ticks,
@@ -41,9 +42,7 @@ def layer_curves(grids: Mapping[str, ProbeGrid] | Iterable[ProbeGrid], *, title:
     curves = [(name, _curve(grid)) for name, grid in named.items()]
     parts = sorted({p for _, table in curves for p in table["panel"]}, key=_part_order)
     if not parts:
-        raise UsageError(
-            "layer_curves needs a grid with whole sites, such as resid.post@*; for heads use head_map"
-        )
+        raise UsageError("layer_curves needs a grid with whole sites, such as resid.post@*; for heads use head_map")
     last = max(int(table["x"].max()) for _, table in curves if len(table))  # type: ignore[arg-type]
     figure = Plot(WIDTH, 0.4 + 2.7 * len(parts))
     panels = figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
@@ -60,7 +59,7 @@ def layer_curves(grids: Mapping[str, ProbeGrid] | Iterable[ProbeGrid], *, title:
     _name_ends(panels[-1], curves, last)
     legend(figure, panels[0])
     if title and len(parts) > 1:
-        heading = figure.suptitle(title, x=0.01, ha="left", fontsize=LABEL, color=INK, fontweight="bold")
+        heading = figure.suptitle(clipped(title, 40), x=0.01, ha="left", fontsize=LABEL, color=INK, fontweight="bold")
         heading.set_parse_math(False)
     return figure
 
@@ -97,9 +96,7 @@ def dose_curves(table: pl.DataFrame, *, title: str | None = None) -> Plot:
 def _by_reader(grids: list[ProbeGrid]) -> dict[str, ProbeGrid]:
     names = [reader_of(g) for g in grids]
     if doubled := sorted({n for n in names if names.count(n) > 1}):
-        raise UsageError(
-            f"several grids are of {', '.join(doubled)}: name them, layer_curves({{name: grid, …}})"
-        )
+        raise UsageError(f"several grids are of {', '.join(doubled)}: name them, layer_curves({{name: grid, …}})")
     return dict(zip(names, grids, strict=True))
 
 

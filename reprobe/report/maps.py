@@ -28,14 +28,16 @@ from reprobe.report.style import (
     WIDTH,
     Mark,
     Plot,
+    clipped,
     colorbar,
     dress,
     whole_ticks,
     write,
 )
 
-#: A scan's colours reach as far as this share of its magnitudes.
-SATURATION = 0.98
+#: A scan's colours reach as far as this share of its magnitudes. A few tokens and early blocks have scores many
+#: times those of all others, which would be pale if the colours reached that far.
+SATURATION = 0.9
 #: Cells beyond which a map is drawn as one image, without values under the pointer.
 _MANY_CELLS = 10_000
 _LONG_TOKEN = 24
@@ -170,4 +172,4 @@ def _shown(token: str) -> str:
     """A token as a tick label: without the blank before a word, never invisible, never long."""
     text = token.removeprefix(" ").replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text) or "␣"
-    return text if len(text) <= _LONG_TOKEN else text[: _LONG_TOKEN - 1] + "…"
+    return clipped(text, _LONG_TOKEN)

@@ -21,6 +21,8 @@ from reprobe.store.reader import ActivationStore
 
 #: Rows that a scatter draws and fits its components on, at most.
 SCATTER_ROWS = 1000
+#: A direction nearer to a right angle with the plane than this has no arrow: its shadow there would mislead.
+LEAST_COSINE = 0.1
 
 
 def scatter(
@@ -152,20 +154,20 @@ def _plane(X: Float[np.ndarray, "n width"]) -> _Plane:
 
 
 def _arrow(axes: Axes, plane: _Plane, direction: Direction) -> None:
-    """From the mean along the direction's shadow in the plane, at a length that suits the eye."""
+    """From the mean along the direction's shadow in the plane, the longer the more of it lies in the plane."""
     shadow = plane.axes @ direction.vector
     share = float(np.linalg.norm(shadow))
-    name = f"{direction.reader} (cosine {share:.2f} to this plane)"
-    if share < 1e-6:
-        axes.plot([], [], color=INK, linewidth=2, label=name)
+    if share < LEAST_COSINE:
+        name = f"{direction.reader}: not in this plane, cosine {share:.2f}"
+        axes.plot([], [], linestyle="none", label=name)
         return
     spans = np.ptp(plane.at, axis=0)
-    tip = shadow * 0.3 / float(np.abs(shadow / spans).max())
+    tip = shadow * 0.5 * share / float(np.abs(shadow / spans).max())
     for color, width, z in ((PAPER, 5.0, 5), (INK, 1.8, 6)):  # a halo first, to stand out from the points
         shape = {"arrowstyle": "-|>,head_width=0.3,head_length=0.6", "color": color, "linewidth": width}
         ends = {"shrinkA": 0, "shrinkB": 0}
         axes.annotate("", xy=(tip[0], tip[1]), xytext=(0, 0), zorder=z, arrowprops=shape | ends)
-    axes.plot([], [], color=INK, linewidth=2, label=name)
+    axes.plot([], [], color=INK, linewidth=2, label=f"{direction.reader}: cosine {share:.2f}")
 
 
 def _with_count(label: Label, side: Bool[np.ndarray, " n"]) -> str:

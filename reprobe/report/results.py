@@ -139,9 +139,7 @@ def read_run(folder: str | Path) -> Run:
         identity = value.pop("identity")
         return Run(
             title=_text(value.pop("title")),
-            steps=tuple(
-                Step(_text(s["name"]), float(s["seconds"]), _text(s["detail"])) for s in value.pop("steps")
-            ),
+            steps=tuple(Step(_text(s["name"]), float(s["seconds"]), _text(s["detail"])) for s in value.pop("steps")),
             identity=None if identity is None else ModelIdentity.from_json(identity),
             versions={k: _text(v) for k, v in value.pop("versions").items()},
             commands=_texts(value.pop("commands")),
@@ -233,10 +231,7 @@ def read_results(folder: str | Path) -> Results:
     results = Results(
         folder=folder,
         run=read_run(folder) if (folder / RUN).exists() else None,
-        stores={
-            p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p)
-            for p in _found(folder, f"*{STORE_SUFFIX}")
-        },
+        stores={p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p) for p in _found(folder, f"*{STORE_SUFFIX}")},
         grids={p.stem: ProbeGrid.load(p) for p in _found(folder / "probes", "*.safetensors")},
         scans={p.stem: read_scan(p) for p in _found(folder / "scans", "*.json")},
         steering={p.stem: read_steering(p) for p in _found(folder / "steering", "*.json")},
@@ -253,18 +248,12 @@ def read_results(folder: str | Path) -> Results:
 def require_dose_table(table: pl.DataFrame) -> pl.DataFrame:
     """`table` itself if it is one of `evaluation.dose_response`; raises `UsageError` otherwise."""
     if absent := [c for c in DOSE_COLUMNS if c not in table.columns]:
-        raise UsageError(
-            f"a dose-response table lacks {', '.join(absent)}; it has {', '.join(table.columns)}"
-        )
+        raise UsageError(f"a dose-response table lacks {', '.join(absent)}; it has {', '.join(table.columns)}")
     if not len(table):
         raise UsageError("a dose-response table needs at least one strength; this one is empty")
     numbers = [c for c, kind in DOSE_COLUMNS.items() if kind == pl.Float64]
     for column in numbers:
-        if not (
-            table[column].dtype.is_numeric()
-            and table[column].is_finite().all()
-            and not table[column].has_nulls()
-        ):
+        if not (table[column].dtype.is_numeric() and table[column].is_finite().all() and not table[column].has_nulls()):
             raise UsageError(f"column {column!r} of a dose-response table must hold finite numbers")
     return table
 
@@ -275,9 +264,7 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"{name!r} cannot name a result: use letters, digits, '_', '-', '+' and '.', e.g. cities-pca"
-        )
+        raise UsageError(f"{name!r} cannot name a result: use letters, digits, '_', '-', '+' and '.', e.g. cities-pca")
     return name
 
 

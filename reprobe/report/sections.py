@@ -33,7 +33,7 @@ from reprobe.report.blocks import (
 )
 from reprobe.report.curves import dose_curves, layer_curves
 from reprobe.report.maps import head_map, saturation, scan_map
-from reprobe.report.points import SCATTER_ROWS, projections, scatter
+from reprobe.report.points import LEAST_COSINE, SCATTER_ROWS, projections, scatter
 from reprobe.report.results import Results, ScanResult, SteeringResult, probe_path
 from reprobe.report.study import (
     Study,
@@ -81,9 +81,7 @@ def _overview(results: Results) -> Section:
         steps = results.run.steps
         total = ("total", _duration(sum(s.seconds for s in steps)), "")
         rows = [(s.name, _duration(s.seconds), s.detail) for s in steps]
-        blocks.append(
-            Table("What was done, and how long it took.", ("Step", "Time#", "What"), rows, total=total)
-        )
+        blocks.append(Table("What was done, and how long it took.", ("Step", "Time#", "What"), rows, total=total))
     if results.run and results.run.versions:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(results.run.versions.items()))
         blocks.append(Prose(f"Versions: {versions}."))
@@ -155,8 +153,7 @@ def _heads(found: Sequence[Study]) -> Section:
         "same in all maps of one data set."
     )
     table = Table(
-        "How many heads have an interval above chance, how many would if no head knew anything, and the "
-        "highest.",
+        "How many heads have an interval above chance, how many would if no head knew anything, and the highest.",
         (
             "Data",
             "Reader",
@@ -205,8 +202,9 @@ def _scatter_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: 
     rows = f"{n:,} rows" if n <= SCATTER_ROWS else f"{SCATTER_ROWS:,} of {n:,} rows, drawn at random,"
     caption = (
         f"{study.name} at {site}, the best site of {reader_of(grid)}: {rows} on their first two principal "
-        "components, fitted on these rows (centred, not scaled). The arrow is the reader's direction as it "
-        "falls in this plane, drawn at a fixed length; the cosine says how much of it lies in the plane."
+        "components, fitted on these rows (centred, not scaled). The arrow is the reader's direction as "
+        f"far as it lies in this plane: half the plot long at cosine 1, not drawn below {LEAST_COSINE}. "
+        "Components follow variance, and what a reader finds need not vary much."
     )
     figure = scatter(store, site, grid=grid, title=f"{study.name}, {site}")
     return panel(figure, name, f"Principal components of {study.name} at {site}", caption)
@@ -243,7 +241,7 @@ def _steering(results: Results) -> Section:
     for i, (name, result) in enumerate(results.steering.items()):
         table, contrast = result.table.sort("strength"), result.contrast
         caption = (
-            f"{result.intervention}. Above: log-odds of {_words(contrast.positive)} over "
+            f"{_capital(result.intervention)}. Above: log-odds of {_words(contrast.positive)} over "
             f"{_words(contrast.negative)} after {_many(contrast.prompts, 'prompt')}, mean over the prompts; "
             "bars: ± 1 standard deviation, over the prompts, of the change against strength 0. Below: "
             "KL(unsteered ‖ steered) of the next-token distributions, mean over the tokens of "
@@ -370,6 +368,10 @@ def _duration(seconds: float) -> str:
 def _signed(value: float, form: str) -> str:
     """With a true minus sign, and 0 without any."""
     return f"{value:{form}}".replace("-", "−") if value else "0"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _words(texts: Iterable[str]) -> str:

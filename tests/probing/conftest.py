@@ -30,9 +30,7 @@ class MemoryStore:
     def parts(self) -> Parts:
         n = 1 + max(s.layer or 0 for s in self.sites)
         of_layer = tuple(frozenset(s.part for s in self.sites if s.layer == i) for i in range(n))
-        heads = {
-            s.part: t.shape[1] // self.head_dim for s, t in self.arrays.items() if s.part == "attn.heads"
-        }
+        heads = {s.part: t.shape[1] // self.head_dim for s, t in self.arrays.items() if s.part == "attn.heads"}
         return Parts("a model", of_layer, heads)
 
     @property
@@ -88,9 +86,7 @@ def store_of():
     """`store_of({site: rows}, labels, group=…, pair=…)`: a store in memory."""
 
     def make(arrays: dict[str, Any], labels: Any, **index: Any) -> MemoryStore:
-        tensors = {
-            Site.parse(s): torch.as_tensor(np.asarray(a), dtype=torch.float32) for s, a in arrays.items()
-        }
+        tensors = {Site.parse(s): torch.as_tensor(np.asarray(a), dtype=torch.float32) for s, a in arrays.items()}
         return MemoryStore(tensors, make_index(labels, **index))
 
     return make

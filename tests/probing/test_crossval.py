@@ -23,9 +23,7 @@ def test_no_group_is_split_and_every_side_has_both_classes(rows, n_folds, seed, 
     for k in range(n_folds):
         assert set(labels[folds == k]) == set(labels[folds != k]) == set(labels)
     shuffled = np.array(order.sample(range(len(rows)), len(rows)))
-    np.testing.assert_array_equal(
-        group_folds(groups[shuffled], labels[shuffled], n_folds, seed), folds[shuffled]
-    )
+    np.testing.assert_array_equal(group_folds(groups[shuffled], labels[shuffled], n_folds, seed), folds[shuffled])
 
 
 def test_folds_are_even_and_drawn_by_the_seed():

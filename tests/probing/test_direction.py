@@ -23,9 +23,7 @@ from reprobe.probing.direction import Direction
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 finite = st.floats(-1e6, 1e6).filter(lambda x: abs(x) > 1e-3)
-vectors = arrays(np.float64, st.integers(1, 9), elements=st.floats(-1e6, 1e6)).filter(
-    lambda v: np.abs(v).max() > 1e-3
-)
+vectors = arrays(np.float64, st.integers(1, 9), elements=st.floats(-1e6, 1e6)).filter(lambda v: np.abs(v).max() > 1e-3)
 plain = st.recursive(
     st.none()
     | st.booleans()

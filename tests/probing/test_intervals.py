@@ -78,8 +78,6 @@ def test_the_accuracy_interval_covers_the_truth_about_as_often_as_it_says():
     for _ in range(200):
         rate = rng.beta(6, 3, size=60)  # groups differ in difficulty; two thirds on average
         correct = rng.random(240) < np.repeat(rate, 4)
-        low, high = ClusterBootstrap.draw(groups, int(rng.integers(1 << 30)), resamples=300).accuracy(
-            correct[:, None]
-        )
+        low, high = ClusterBootstrap.draw(groups, int(rng.integers(1 << 30)), resamples=300).accuracy(correct[:, None])
         hits += bool(low[0] <= 2 / 3 <= high[0])
     assert 0.90 <= hits / 200 <= 0.985

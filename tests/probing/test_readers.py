@@ -204,9 +204,7 @@ def test_logistic_equals_a_scikit_learn_pipeline_at_its_optimum(width, C, plante
     )
     w = pipeline[1].coef_[0] / pipeline[0].scale_
     assert np.linalg.norm(reader.coef_ - w) <= 1e-5 * np.linalg.norm(w)
-    np.testing.assert_allclose(
-        reader.decision_function(data.X), reference / np.linalg.norm(w), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(reader.decision_function(data.X), reference / np.linalg.norm(w), rtol=1e-4, atol=1e-6)
     assert reader.coef_[3] == 0
     assert reader.gradient_ < 1e-7
 

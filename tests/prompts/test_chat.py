@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from reprobe.errors import DataError, UnsupportedOperation
-from reprobe.prompts import Position, PromptSet, TokenTable, render, tokenize
+from reprobe.model.chat import render
+from reprobe.prompts import Position, PromptSet, TokenTable, tokenize
 
 USER = [{"role": "user", "content": "Is the bread old?"}]
 ANSWERED = [*USER, {"role": "assistant", "content": "Yes, the bread is old."}]

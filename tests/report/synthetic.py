@@ -194,8 +194,7 @@ def make_steering() -> SteeringResult:
         " read it. It was from her sister, who lived in the city and wrote once a year.",
         " smiled. It was from her sister, who was coming to visit in the spring.",
         " laughed out loud. Her sister was coming home, and they would spend the whole summer together!",
-        f" joy joy joy! {NASTY} Such a wonderful wonderful day, the best day, the happiest, thank you, "
-        "thank you",
+        f" joy joy joy! {NASTY} Such a wonderful wonderful day, the best day, the happiest, thank you, thank you",
     ]
     return SteeringResult(
         table=pl.DataFrame(

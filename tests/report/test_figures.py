@@ -11,6 +11,7 @@ import pytest
 from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from report import synthetic
 from sklearn.decomposition import PCA
 
@@ -202,12 +203,26 @@ def test_a_scatter_shows_the_principal_components_of_its_rows(store: ActivationS
     assert figure.axes[0].get_ylabel() == f"component 2 ({share[1]:.0f} % of variance)"
 
 
-def test_a_scatter_names_how_much_of_the_direction_lies_in_its_plane(store: ActivationStore, grid: ProbeGrid):
-    axes_of_plane = PCA(2).fit(store.read(SITE).double().numpy()).components_
-    share = np.linalg.norm(axes_of_plane @ grid.directions[SITE].vector)
-    texts = [t.get_text() for t in scatter(store, SITE, grid=grid).legends[0].get_texts()]
-    assert f"LogisticReader (cosine {share:.2f} to this plane)" in texts
-    assert not any("plane" in t.get_text() for t in scatter(store, SITE).legends[0].get_texts())
+def test_a_scatter_draws_a_direction_as_far_as_it_lies_in_the_plane(store: ActivationStore, grid: ProbeGrid):
+    plane = PCA(2).fit(store.read(SITE).double().numpy()[grid.rows]).components_
+
+    def drawn(vector: np.ndarray) -> tuple[float, str]:
+        direction = dataclasses.replace(grid.directions[SITE], vector=vector / np.linalg.norm(vector))
+        figure = scatter(store, SITE, grid=dataclasses.replace(grid, directions={SITE: direction}))
+        dots = np.concatenate([np.asarray(c.get_offsets()) for c in figure.axes[0].collections])
+        arrows = {tuple(np.abs(a.xy) / np.ptp(dots, axis=0)) for a in figure.axes[0].texts}
+        assert len(arrows) <= 1
+        return max(map(max, arrows), default=0), figure.legends[0].get_texts()[-1].get_text()
+
+    other = grid.directions[SITE].vector - plane.T @ plane @ grid.directions[SITE].vector
+    other /= np.linalg.norm(other)
+    assert drawn(plane[0]) == (pytest.approx(0.5), "LogisticReader: cosine 1.00")
+    assert drawn(0.6 * plane[0] + 0.8 * other) == (
+        pytest.approx(0.3),
+        "LogisticReader: cosine 0.60",
+    )
+    assert drawn(other) == (0, "LogisticReader: not in this plane, cosine 0.00")
+    assert not any("cosine" in t.get_text() for t in scatter(store, SITE).legends[0].get_texts())
 
 
 def test_a_scatter_of_many_rows_keeps_both_of_two_alternating_classes(tmp_path: Path):
@@ -253,6 +268,21 @@ def test_dose_curves_have_one_axis_per_quantity_and_the_spread_as_bars():
     assert effect.get_position().y0 > price.get_position().y1, "panels, not twin axes"
     with pytest.raises(UsageError, match="lacks kl"):
         dose_curves(table.drop("kl"))
+
+
+def test_long_names_are_cut_rather_than_cut_off(store: ActivationStore, grid: ProbeGrid):
+    long = dataclasses.replace(grid, classes=("sad " * 30, "happy " * 30))
+    named = layer_curves({"a reader of a very long name " * 4: grid}, title="title " * 30)
+    for figure in (scatter(store, SITE, grid=long), projections(long, SITE, title="title " * 30), named):
+        figure.draw_without_rendering()
+        texts = [t for axes in figure.axes for t in (axes.xaxis.label, axes.yaxis.label)]
+        texts += [t for axes in figure.axes for t in axes.get_children() if isinstance(t, Text) and t.get_text()]
+        texts += figure.legends[0].get_texts()
+        assert len(texts) >= 5
+        for text in texts:
+            box = text.get_window_extent()
+            assert box.x0 >= -1, text
+            assert box.x1 <= figure.bbox.width + 1, text
 
 
 def test_every_axis_is_named(store: ActivationStore, grid: ProbeGrid):

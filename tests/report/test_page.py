@@ -75,9 +75,7 @@ def sections_of(page: str) -> list[str]:
 def test_a_full_folder_has_every_section_once_and_in_order(page: str):
     assert sections_of(page) == SECTIONS
     outline = Outline(page)
-    assert [link for link in outline.links if link in {f"#{s}" for s in SECTIONS}] == [
-        f"#{s}" for s in SECTIONS
-    ]
+    assert [link for link in outline.links if link in {f"#{s}" for s in SECTIONS}] == [f"#{s}" for s in SECTIONS]
     assert outline.tags.count("h1") == 1
     assert outline.tags.count("h2") == len(SECTIONS)
 
@@ -112,9 +110,7 @@ def test_texts_of_data_and_models_are_shown_and_never_obeyed(tmp_path: Path):
     nasty = synthetic.NASTY
     scan, steering = synthetic.make_scan(nasty), synthetic.make_steering()
     write_scan(tmp_path, "x", scan)
-    write_steering(
-        tmp_path, "x", dataclasses.replace(steering, story=nasty, intervention=nasty, neutral=(nasty,))
-    )
+    write_steering(tmp_path, "x", dataclasses.replace(steering, story=nasty, intervention=nasty, neutral=(nasty,)))
     write_run(tmp_path, Run(nasty, (), synthetic.IDENTITY, {nasty: nasty}, (nasty,), (nasty,)))
     page = write_report(tmp_path).read_text()
     outline = Outline(page)
@@ -158,9 +154,7 @@ def test_the_tables_say_the_best_site_and_the_honest_number(full: Path, page: st
     assert f"{best['accuracy']:.3f} [{best['accuracy_low']:.3f}, {best['accuracy_high']:.3f}]" in layers
     # Among blocks alone: by fold, the first of the best on the other folds, pooled.
     correct = ((grid.oof > 0) == grid.positive[:, None])[:, blocks]
-    right = sum(
-        int(correct[grid.fold == k, grid.inner[k, blocks].argmax()].sum()) for k in range(len(grid.inner))
-    )
+    right = sum(int(correct[grid.fold == k, grid.inner[k, blocks].argmax()].sum()) for k in range(len(grid.inner)))
     assert f"{right / len(grid.rows):.3f} [" in layers
 
 

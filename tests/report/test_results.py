@@ -207,8 +207,6 @@ def test_everything_in_a_folder_is_found_by_name(full: Path):
     assert results.run is not None
     assert list(results.stores) == ["cities", "emotions"]
     assert list(results.grids) == [
-        f"{data}-{reader}"
-        for data in ("cities", "emotions")
-        for reader in ("logistic", "mean-difference", "pca")
+        f"{data}-{reader}" for data in ("cities", "emotions") for reader in ("logistic", "mean-difference", "pca")
     ]
     assert (list(results.scans), list(results.steering)) == (["capitals"], ["happiness"])

@@ -86,9 +86,7 @@ def test_ids_of_two_figures_do_not_meet_and_all_references_resolve(grid: ProbeGr
 
 
 def test_the_label_and_the_marks_cannot_break_out_of_the_markup():
-    root = ET.fromstring(
-        inline_svg(scan_map(synthetic.make_scan(synthetic.NASTY).scan), "x", synthetic.NASTY)
-    )
+    root = ET.fromstring(inline_svg(scan_map(synthetic.make_scan(synthetic.NASTY).scan), "x", synthetic.NASTY))
     assert root.get("aria-label") == synthetic.NASTY
     assert not list(root.iter(f"{SVG}script"))
 
