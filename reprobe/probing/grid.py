@@ -24,7 +24,7 @@ from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected
-from reprobe.probing.reader import Reader, as_array
+from reprobe.probing.reader import Reader, TrainingRows, as_array
 from reprobe.probing.rows import ProbeRows, select_rows
 from reprobe.progress import Progress, silent
 from reprobe.provenance import versions
@@ -164,8 +164,9 @@ def _probe_site(
     bootstrap: ClusterBootstrap,
 ) -> _Found:
     def fit(kept: np.ndarray) -> Reader:
-        pairs = None if rows.pairs is None else rows.pairs[kept]
-        fitted: Reader = clone(reader).fit(X[kept], rows.positive[kept], groups=rows.groups[kept], pairs=pairs)
+        # Pairs keep their numbers in the store; a fold's own are counted from 0.
+        pairs = None if rows.pairs is None or not reader.uses_pairs else np.unique(rows.pairs[kept], return_inverse=True)[1]
+        fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], pairs))
         return fitted
 
     folds = int(fold.max()) + 1
@@ -174,14 +175,14 @@ def _probe_site(
     try:
         for k in range(folds):
             held_out = fold == k
-            oof[held_out] = fit(~held_out).decision_function(X[held_out])
+            oof[held_out] = fit(~held_out).direction_.score(X[held_out])
         # The inner folds are the outer ones, so a reader fitted without folds j and k serves both: tested on
         # j it judges the site for fold k, tested on k for fold j. That halves the price of nesting.
         for j, k in combinations(range(folds), 2) if folds > 2 else ():
             inner = fit((fold != j) & (fold != k))
             for tested, judged in ((j, k), (k, j)):
                 held_out = fold == tested
-                right[judged] += ((inner.decision_function(X[held_out]) > 0) == rows.positive[held_out]).sum()
+                right[judged] += ((inner.direction_.score(X[held_out]) > 0) == rows.positive[held_out]).sum()
         direction = fit(np.ones(len(X), dtype=bool)).direction_
     except UsageError as error:
         raise UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)") from error

@@ -86,7 +86,18 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
                 f"y is {type_of_target(y)}, with {len(self.classes_)} classes: {found}"
                 f"{', …' if len(self.classes_) > 6 else ''}. Keep the rows of two of them."
             )
-        rows = TrainingRows(X, codes == 1, _pair_codes(pairs) if self.uses_pairs and pairs is not None else None)
+        codes_of_pairs = _pair_codes(pairs) if self.uses_pairs and pairs is not None else None
+        return self.fit_rows(TrainingRows(X, codes == 1, codes_of_pairs))
+
+    def fit_rows(self, rows: TrainingRows) -> Self:
+        """Fit on rows that have been checked: finite, float64, of both classes.
+
+        What `fit` does once its arguments are sound; thousands of fits on the same checked rows call it directly.
+        The classes are those of an earlier `fit`, or False and True.
+        """
+        if not hasattr(self, "classes_"):
+            self.classes_ = np.array([False, True])
+        self.n_features_in_ = rows.X.shape[1]
         plane = self._fit_plane(rows)
         negative, positive = self.classes_.tolist()
         length = float(np.linalg.norm(plane.normal))
@@ -95,7 +106,7 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
             None,
             unit / np.linalg.norm(unit),  # twice: a very short normal loses digits in its norm
             offset=plane.level / length,
-            scale=float(np.std(X @ unit)),
+            scale=float(np.std(rows.X @ unit)),
             sign=plane.sign,
             reader=type(self).__name__,
             params=self.get_params(),

@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
-from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from reprobe.errors import UsageError
+from reprobe.probing.logistic import solve
 from reprobe.probing.reader import Plane, Reader, TrainingRows, require_direction
 
 __all__ = ["LogisticReader", "MeanDifference", "PCAReader", "Reader"]
@@ -107,14 +106,10 @@ class LogisticReader(Reader):
             raise UsageError(f"C={self.C!r}: the inverse strength of the penalty is a positive number")
         scaler = StandardScaler().fit(rows.X)  # gives constant features the scale 1, and with it weight 0
         Z = scaler.transform(rows.X)
-        # Same optimum, by measurement: Newton is the faster to 1e-6 where its width × width Hessian is small.
-        solver = "newton-cholesky" if Z.shape[1] <= NEWTON_WIDTH else "lbfgs"
-        model = LogisticRegression(C=self.C, solver=solver, tol=TOLERANCE, max_iter=10_000).fit(Z, rows.positive)
-        w, b = model.coef_[0], float(model.intercept_[0])
+        found = solve(Z, rows.positive, self.C)
+        w, b, self.gradient_ = found.weights, found.intercept, found.gradient
         if np.abs(w).max() <= 1e-12:
             raise UsageError("the two classes do not differ in any feature: every weight is zero")
-        residual = expit(Z @ w + b) - rows.positive
-        self.gradient_ = float(max(np.abs(residual @ Z / len(Z) + w / (self.C * len(Z))).max(), abs(residual.mean())))
         if self.gradient_ > CERTIFICATE:
             raise UsageError(
                 f"logistic regression stopped before its optimum (gradient {self.gradient_:.1e}, wanted "
@@ -125,10 +120,8 @@ class LogisticReader(Reader):
         return Plane(self.coef_, -self.intercept_, "the positive class has the higher log-odds")
 
 
-#: Widest input for which `LogisticReader` uses Newton's method.
-NEWTON_WIDTH = 128
-#: Gradient at which its solvers stop, and the largest with which a fit is accepted.
-TOLERANCE, CERTIFICATE = 1e-9, 1e-6
+#: Largest gradient with which a logistic fit is accepted.
+CERTIFICATE = 1e-6
 
 
 def _main_axis(rows: Float[np.ndarray, "n width"]) -> Float[np.ndarray, " width"]:

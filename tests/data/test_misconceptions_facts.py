@@ -97,17 +97,13 @@ def test_an_answer_belongs_to_one_label_only() -> None:
 
 
 def test_the_length_of_an_answer_says_nothing_about_its_label() -> None:
-    lengths = {
-        label: [len(row["answer"]) for row in MISCONCEPTIONS if row["label"] == label] for label in (0, 1)
-    }
+    lengths = {label: [len(row["answer"]) for row in MISCONCEPTIONS if row["label"] == label] for label in (0, 1)}
     means = {label: sum(values) / len(values) for label, values in lengths.items()}
     assert abs(means[1] - means[0]) < 1.0  # characters, of about 56
 
 
 def test_the_words_of_an_answer_say_little_about_its_label_in_questions_not_seen() -> None:
-    reader = make_pipeline(
-        CountVectorizer(token_pattern=r"(?u)\b\w+\b"), LogisticRegression(C=0.1, max_iter=1000)
-    )
+    reader = make_pipeline(CountVectorizer(token_pattern=r"(?u)\b\w+\b"), LogisticRegression(C=0.1, max_iter=1000))
     scores = cross_val_score(
         reader,
         [row["answer"] for row in MISCONCEPTIONS],
