@@ -40,7 +40,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stand
 Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Use directions of another model, knowingly.")]
 
 
-
 def verb(example: str, on: typer.Typer = app, name: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a command whose help ends with `example` and whose errors become messages and exit codes."""
 
@@ -109,7 +108,13 @@ def extract(
     prompts = PromptSet.load(data, limit=limit)
     lm = _load(model, dtype=dtype, device=device, revision=revision)
     job = prepare(
-        lm, prompts, sites=sites, at=at, dtype=store_dtype, batch_tokens=batch_tokens, truncate=truncate,
+        lm,
+        prompts,
+        sites=sites,
+        at=at,
+        dtype=store_dtype,
+        batch_tokens=batch_tokens,
+        truncate=truncate,
         shard_rows=shard_rows,
     )
     _say(
@@ -169,8 +174,14 @@ def probe(
     opened = ActivationStore.open(store)
     with terminal() as progress:
         grid = run_probe(
-            opened, READERS[reader](), sites=sites, label=label, positive=_label(opened.index, label, positive),
-            folds=folds, seed=seed, progress=progress,
+            opened,
+            READERS[reader](),
+            sites=sites,
+            label=label,
+            positive=_label(opened.index, label, positive),
+            folds=folds,
+            seed=seed,
+            progress=progress,
         )
     if grid.note:
         _say(f"note: {grid.note}")
@@ -251,9 +262,7 @@ def steer(
     vector = rp.Direction.load(direction)
     lm = _load(model, dtype=dtype, device=device, revision=revision)
     item: Any = (
-        rp.Ablate(vector, site=site, tokens=tokens)
-        if ablate
-        else rp.Add(vector, strength, site=site, tokens=tokens)
+        rp.Ablate(vector, site=site, tokens=tokens) if ablate else rp.Add(vector, strength, site=site, tokens=tokens)
     )
     plain = lm.generate(prompt, max_new_tokens=max_new_tokens)[0]
     with rp.steer(lm, item, allow_mismatch=allow_mismatch):
@@ -280,8 +289,14 @@ def data_list(as_json: AsJson = False) -> None:
 
     sets = [PromptSet.load(name).describe() for name in bundled()]
     rows = [
-        {"name": s.name, "prompts": s.prompts, "groups": s.groups, "pairs": s.pairs, "labels": _counts(s.labels),
-         "spans": _counts(s.spans)}
+        {
+            "name": s.name,
+            "prompts": s.prompts,
+            "groups": s.groups,
+            "pairs": s.pairs,
+            "labels": _counts(s.labels),
+            "spans": _counts(s.spans),
+        }
         for s in sets
     ]
     _table(rows, as_json)

@@ -108,12 +108,22 @@ def run_demo(
     mood.save(out / "happiness.safetensors", overwrite=overwrite)
     with step("steer", f"{len(STRENGTHS)} strengths at {mood.site}"):
         table = rp.dose_response(
-            lm, lambda strength: [rp.Add(mood, strength)], STRENGTHS,
-            contrast=MOOD, neutral=NEUTRAL, story=STORY, progress=progress,
+            lm,
+            lambda strength: [rp.Add(mood, strength)],
+            STRENGTHS,
+            contrast=MOOD,
+            neutral=NEUTRAL,
+            story=STORY,
+            progress=progress,
         )
         done = results.SteeringResult(
-            table=table, contrast=MOOD, neutral=NEUTRAL, story=STORY, site=rp.Site.parse(str(mood.site)),
-            direction=mood.digest, intervention=f"strength × scale of happiness added at {mood.site}, on all tokens",
+            table=table,
+            contrast=MOOD,
+            neutral=NEUTRAL,
+            story=STORY,
+            site=rp.Site.parse(str(mood.site)),
+            direction=mood.digest,
+            intervention=f"strength × scale of happiness added at {mood.site}, on all tokens",
         )
         results.write_steering(out, "happiness", done)
     summary = _summary(lm, grids, table, mood)

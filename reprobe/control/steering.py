@@ -28,6 +28,8 @@ def steer(lm: LanguageModel, *interventions: Operator, allow_mismatch: bool = Fa
             made_with.require_same(here, f"the direction at {item.direction.site}", allow_mismatch=allow_mismatch)
         width, have = lm.width(item.site), len(item.direction.vector)
         if width != have:
-            raise UsageError(f"a direction of width {have} does not fit {item.site} of {lm.name}, which is {width} wide")
+            raise UsageError(
+                f"a direction of width {have} does not fit {item.site} of {lm.name}, which is {width} wide"
+            )
     with intervene(lm, interventions):
         yield

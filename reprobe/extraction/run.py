@@ -112,9 +112,7 @@ class Job:
         """Width of one head or neuron, for the parts that have units."""
         return self.lm.width(Site(site.part, site.layer, 0)) if site.part in UNIT_PARTS else None
 
-    def _shards(
-        self, missing: Sequence[Shard], progress: Progress
-    ) -> Iterator[tuple[Shard, dict[Site, Tensor]]]:
+    def _shards(self, missing: Sequence[Shard], progress: Progress) -> Iterator[tuple[Shard, dict[Site, Tensor]]]:
         """Fill the missing shards one after the other. A pack whose rows span two of them runs once."""
         counts = np.ones(len(self.prompts), dtype=np.int64) if self.table.pooled else np.diff(self.table.row_starts)
         ends = np.concatenate([[0], np.cumsum(counts[self.plan.order])])[self.plan.cuts]
@@ -227,7 +225,13 @@ def extract(
     which prompt and token a row is.
     """
     job = prepare(
-        lm, prompts, sites=sites, at=at, dtype=dtype, batch_tokens=batch_tokens, truncate=truncate,
+        lm,
+        prompts,
+        sites=sites,
+        at=at,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        truncate=truncate,
         shard_rows=shard_rows,
     )
     return job.run(to, resume=resume, overwrite=overwrite, progress=progress)

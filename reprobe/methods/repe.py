@@ -28,9 +28,7 @@ class Scan:
     scores: Float[np.ndarray, "sites tokens"]
 
 
-def scan(
-    lm: LanguageModel, text: str, directions: Mapping[Site, Direction], *, allow_mismatch: bool = False
-) -> Scan:
+def scan(lm: LanguageModel, text: str, directions: Mapping[Site, Direction], *, allow_mismatch: bool = False) -> Scan:
     """Read every token of `text` at every direction's site.
 
     A score is (h·v̂ − offset) / scale. Raises `IdentityMismatch` for directions of another model.

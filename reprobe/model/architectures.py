@@ -49,7 +49,7 @@ class Architecture:
 
     @property
     def kind(self) -> Kind:
-        """"encoder" networks can be read, not written."""
+        """ "encoder" networks can be read, not written."""
         return self.row.kind
 
     @property

@@ -32,9 +32,7 @@ def render(messages: Messages, tokenizer: Any, *, add_generation_prompt: bool | 
         )
     opened = messages[-1]["role"] != "assistant" if add_generation_prompt is None else add_generation_prompt
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=opened
-        )
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=opened)
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template refuses the conversation: {error}") from error
     return str(text)

@@ -155,9 +155,7 @@ _BERT = Family(
     forest=_never,
     not_covered={
         "it is set up as a decoder (is_decoder)": lambda c: bool(c.is_decoder),
-        "its MLP runs on pieces of the sequence (chunk_size_feed_forward)": lambda c: (
-            c.chunk_size_feed_forward > 0
-        ),
+        "its MLP runs on pieces of the sequence (chunk_size_feed_forward)": lambda c: c.chunk_size_feed_forward > 0,
     },
 )
 
@@ -201,9 +199,7 @@ FAMILIES: Mapping[str, Family] = {
         stack="decoder",
         final="final_layer_norm",
         not_covered={
-            "its norms follow the residual sums (do_layer_norm_before=False)": lambda c: (
-                not c.do_layer_norm_before
-            ),
+            "its norms follow the residual sums (do_layer_norm_before=False)": lambda c: not c.do_layer_norm_before,
             "its embeddings are projected to another width (word_embed_proj_dim)": lambda c: (
                 c.word_embed_proj_dim != c.hidden_size
             ),

@@ -183,9 +183,7 @@ def _scale_rope(config: Any, stated: Mapping[str, Any], tensors: Mapping[str, An
         if values.shape == expected.shape and np.allclose(values, expected, rtol=1e-4):
             rope.update(rope_type="llama3", factor=factor, **_LLAMA3)
             return
-    raise ModelLoadFailed(
-        f"its rotary frequencies are scaled in a way that is not known here (type {kind!r})"
-    )
+    raise ModelLoadFailed(f"its rotary frequencies are scaled in a way that is not known here (type {kind!r})")
 
 
 def _llama3_factors(
@@ -217,9 +215,7 @@ def match(name: str, net: Any, tensors: Mapping[str, Any]) -> list[Match]:
     used = {m.tensor.name for m in found} | {"rope_freqs.weight"}
     spare = [f"{t} {tuple(reversed(tensors[t].shape.tolist()))}" for t in tensors if t not in used]
     if missing or spare:
-        raise ModelLoadFailed(
-            f"{type(net).__name__} would lack {_some(missing)}, and has no place for {_some(spare)}"
-        )
+        raise ModelLoadFailed(f"{type(net).__name__} would lack {_some(missing)}, and has no place for {_some(spare)}")
     return found
 
 

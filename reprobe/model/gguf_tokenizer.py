@@ -99,9 +99,7 @@ _LLAMA3, _QWEN2 = _Split(_words(r"\p{N}{1,3}"), whole=True, bos=True), _Split(_w
 #: `tokenizer.ggml.pre` → how to split. The expressions are part of what those vocabularies are.
 SPLITS: Mapping[str, _Split] = (
     dict.fromkeys(("gpt-2", "gpt2", "granite-docling", "jais", "mpt", "olmo", "phi-2", "trillion"), _GPT2)
-    | dict.fromkeys(
-        ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"), _DIGITS
-    )
+    | dict.fromkeys(("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"), _DIGITS)
     | dict.fromkeys(("falcon3", "llama-bpe", "llama-v3", "llama3"), _LLAMA3)
     | dict.fromkeys(("deepseek-r1-qwen", "hunyuan", "qwen2", "stablelm2"), _QWEN2)
     | {"tekken": _Split(_CASED, whole=True, bos=True)}
@@ -144,9 +142,7 @@ def convert(path: Path, vocabulary: Vocabulary, config: Any, folder: Path) -> No
     again = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in _PROBES:
         if tokenizer(text, verbose=False).input_ids != again(text, verbose=False).input_ids:
-            raise ModelLoadFailed(
-                f"{type(again).__name__} gives other ids for {text!r} than its vocabulary does"
-            )
+            raise ModelLoadFailed(f"{type(again).__name__} gives other ids for {text!r} than its vocabulary does")
 
 
 def _backend(path: Path, vocabulary: Vocabulary) -> Tokenizer:

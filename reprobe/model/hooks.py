@@ -80,7 +80,7 @@ class Intervention(Protocol):
 Observer = Callable[[Site, Tensor], None]
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: everything wanted has been seen
+class _Stop(Exception):
     """Ends a forward pass after the last wanted site."""
 
 
@@ -178,7 +178,7 @@ class Board:
         change = _chain(steps)
 
         def step(raw: Tensor) -> Tensor:
-            h = raw.unflatten(0, self._shape)
+            h = raw.view(*self._shape, raw.shape[-1])
             new = change(h)
             return raw if new is h else new.flatten(0, 1)
 

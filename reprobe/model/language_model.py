@@ -207,8 +207,9 @@ class LanguageModel:
             raise UsageError(f"{len(batch)} prompts but {len(spans)} span mappings; give one mapping per prompt")
         limit = None if self.context is None else self.context - room
         if limit is not None and limit < 1:
-            raise PromptTooLong(f"{room} new tokens leave no room for a prompt: the context of {self.name} is "
-                                f"{self.context} tokens")
+            raise PromptTooLong(
+                f"{room} new tokens leave no room for a prompt: the context of {self.name} is {self.context} tokens"
+            )
         return tokenise(self.tokenizer, batch, spans=spans, context=limit, truncate=truncate)
 
     def _pad(self, rows: Sequence[TokenisedText], padding: Padding) -> Encoded:
@@ -257,13 +258,21 @@ class LanguageModel:
 
     @overload
     def logits(
-        self, prompts: Prompt | Sequence[Prompt], *, at: Literal["last"] = "last",
-        spans: Sequence[Mapping[str, Span]] | None = None, padding: Padding = "left",
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        at: Literal["last"] = "last",
+        spans: Sequence[Mapping[str, Span]] | None = None,
+        padding: Padding = "left",
     ) -> Float[Tensor, "prompts vocab"]: ...
     @overload
     def logits(
-        self, prompts: Prompt | Sequence[Prompt], *, at: Literal["all"],
-        spans: Sequence[Mapping[str, Span]] | None = None, padding: Padding = "left",
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        at: Literal["all"],
+        spans: Sequence[Mapping[str, Span]] | None = None,
+        padding: Padding = "left",
     ) -> list[Float[Tensor, "tokens vocab"]]: ...
     @torch.no_grad()
     def logits(
@@ -312,15 +321,19 @@ class LanguageModel:
         """
         self._need_decoder("logprobs")
         batch = _batch(prompts)
-        lists = [continuations] if isinstance(prompts, str) or _is_chat(prompts) else continuations
+        lists: list[Any] = [continuations] if isinstance(prompts, str) or _is_chat(prompts) else list(continuations)
         if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
         if any(not c for _, c in flat):
             raise UsageError("an empty continuation has no log-probability")
         rows = tokenise(
-            self.tokenizer, [batch[i] for i, _ in flat], suffixes=[c for _, c in flat],
-            spans=None, context=self.context, truncate=None,
+            self.tokenizer,
+            [batch[i] for i, _ in flat],
+            suffixes=[c for _, c in flat],
+            spans=None,
+            context=self.context,
+            truncate=None,
         )
         out = [np.zeros(len(group)) for group in lists]
         slots = [(i, k) for i, group in enumerate(lists) for k in range(len(group))]

@@ -22,9 +22,7 @@ MODEL_PARTS = ("embed", "final")
 UNIT_PARTS = ("attn.heads", "mlp.neurons")
 
 _SITE = re.compile(r"(?P<part>[a-z.]+)(?:@(?P<layer>\d+)(?:\.(?P<unit>\d+))?)?")
-_PATTERN = re.compile(
-    r"(?P<part>[a-z.]+)@(?P<layers>\*|(?:-?\d+)?(?::(?:-?\d+)?){1,2}|-?\d+)(?:\.(?P<unit>\*|\d+))?"
-)
+_PATTERN = re.compile(r"(?P<part>[a-z.]+)@(?P<layers>\*|(?:-?\d+)?(?::(?:-?\d+)?){1,2}|-?\d+)(?:\.(?P<unit>\*|\d+))?")
 
 
 @functools.total_ordering
@@ -173,7 +171,7 @@ def _slice(text: str, layers: str) -> tuple[int | None, int | None, int | None]:
     if layers == "*":
         return None, None, None
     fields = [int(f) if f else None for f in layers.split(":")]
-    start, stop, step = (fields + [None, None])[:3]
+    start, stop, step = [*fields, None, None][:3]
     if step == 0:
         raise UnknownSite(f"'{text}': the step of a slice cannot be 0")
     return start, stop, step

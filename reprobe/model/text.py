@@ -123,8 +123,8 @@ def kept_tokens(
             f"{who} has {n} tokens and cannot be cut to {context}: its {fixed} special tokens alone leave no room"
         )
     if truncate == "left":
-        return np.r_[:head, n - (context - head) : n]
-    return np.r_[: context - tail, n - tail : n]
+        return np.concatenate([np.arange(head), np.arange(n - (context - head), n)])
+    return np.concatenate([np.arange(context - tail), np.arange(n - tail, n)])
 
 
 def _in_span(begin: np.ndarray, end: np.ndarray, span: Span, name: str, i: int) -> np.ndarray:
@@ -143,9 +143,7 @@ def _first_after(end: np.ndarray, characters: int) -> int:
     return int(found[0])
 
 
-def _placed(
-    tokenizer: Any, prompt: str | Messages, text: str, spans: Mapping[str, Span]
-) -> dict[str, Span]:
+def _placed(tokenizer: Any, prompt: str | Messages, text: str, spans: Mapping[str, Span]) -> dict[str, Span]:
     """Spans as characters of the rendered text; of messages they are characters of the last one's content."""
     within = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     for name, (start, end) in spans.items():

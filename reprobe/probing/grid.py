@@ -165,7 +165,9 @@ def _probe_site(
 ) -> _Found:
     def fit(kept: np.ndarray) -> Reader:
         # Pairs keep their numbers in the store; a fold's own are counted from 0.
-        pairs = None if rows.pairs is None or not reader.uses_pairs else np.unique(rows.pairs[kept], return_inverse=True)[1]
+        pairs = (
+            None if rows.pairs is None or not reader.uses_pairs else np.unique(rows.pairs[kept], return_inverse=True)[1]
+        )
         fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], pairs))
         return fitted
 

@@ -79,9 +79,7 @@ def from_records(records: Iterable[Mapping[str, Any]], name: str) -> pl.DataFram
     rows = list(records)
     keys = dict.fromkeys(k for row in rows for k in row)
     spans = (
-        [pl.Series("spans", [_span_list(r.get("spans"), r.get("id")) for r in rows], SPANS)]
-        if "spans" in keys
-        else []
+        [pl.Series("spans", [_span_list(r.get("spans"), r.get("id")) for r in rows], SPANS)] if "spans" in keys else []
     )
     others = (_series(key, [row.get(key) for row in rows], name) for key in keys if key != "spans")
     return pl.DataFrame([*others, *spans])
@@ -137,9 +135,7 @@ def _ids(column: pl.Series, name: str) -> pl.Series:
     if empty.any():
         raise DataError(f"{name}: empty id in rows {some(empty.arg_true())} (counted from 0)")
     if ids.n_unique() < ids.len():
-        raise DataError(
-            f"{name}: duplicate ids: {some(ids.filter(ids.is_duplicated()).unique(maintain_order=True))}"
-        )
+        raise DataError(f"{name}: duplicate ids: {some(ids.filter(ids.is_duplicated()).unique(maintain_order=True))}")
     return ids
 
 
@@ -177,9 +173,7 @@ def _group(column: pl.Series, pair: pl.Series, ids: pl.Series, name: str) -> pl.
         return pl.select(pl.coalesce(pair, ids).alias("group")).to_series()
     group = _string(column, ids, name)
     if group.null_count():
-        raise DataError(
-            f"{name}: no group in {some(ids.filter(group.is_null()))}; give every prompt a group, or none"
-        )
+        raise DataError(f"{name}: no group in {some(ids.filter(group.is_null()))}; give every prompt a group, or none")
     return group
 
 
@@ -221,9 +215,7 @@ def _spans(column: pl.Series, ids: pl.Series, name: str) -> pl.Series:
     if column.dtype == SPANS:
         return pl.select(column.fill_null([]).alias("spans")).to_series()
     if column.dtype == pl.String:
-        return pl.Series(
-            "spans", [_span_list(_json(v, i, name), i) for v, i in zip(column, ids, strict=True)], SPANS
-        )
+        return pl.Series("spans", [_span_list(_json(v, i, name), i) for v, i in zip(column, ids, strict=True)], SPANS)
     return pl.Series("spans", [_span_list(v, i) for v, i in zip(column, ids, strict=True)], SPANS)
 
 
@@ -265,9 +257,7 @@ def _check_prompts(frame: pl.DataFrame, name: str) -> None:
 def _check_spans(frame: pl.DataFrame, name: str) -> None:
     content = pl.col("messages").list.last().struct.field("content")
     each = (
-        frame.select(
-            "id", pl.coalesce("text", content).str.len_chars().cast(pl.Int64).alias("length"), "spans"
-        )
+        frame.select("id", pl.coalesce("text", content).str.len_chars().cast(pl.Int64).alias("length"), "spans")
         .explode("spans")
         .drop_nulls("spans")
         .rename({"spans": "span"})

@@ -108,9 +108,7 @@ def read(path: Path, limit: int | None) -> Content:
                 return Content(path, "json", value)
     except (json.JSONDecodeError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path} is not a valid {path.suffix} file: {error}") from error
-    raise UnknownData(
-        f"{path}: prompts are read from .jsonl, .json, .csv and .parquet files, not from {path.suffix!r}"
-    )
+    raise UnknownData(f"{path}: prompts are read from .jsonl, .json, .csv and .parquet files, not from {path.suffix!r}")
 
 
 def _lines(path: Path, limit: int | None) -> list[Any]:

@@ -78,9 +78,7 @@ class CounterFact:
             rewrite = content.field(source, "requested_rewrite", i)
             subject = content.text(rewrite, "subject", i)
             prompt, span = fill(content.text(rewrite, "prompt", i), subject)
-            true, new = (
-                content.text(content.field(rewrite, k, i), "str", i) for k in ("target_true", "target_new")
-            )
+            true, new = (content.text(content.field(rewrite, k, i), "str", i) for k in ("target_true", "target_new"))
             kept = ("attribute_prompts", "generation_prompts")
             rows.append(
                 _fact(
@@ -237,9 +235,7 @@ def _prompts(content: Content, value: Any, i: int) -> list[str]:
     """A prompt or a list of prompts, as a list."""
     listed = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(p, str) for p in listed):
-        raise DataError(
-            f"{content.path}: prompts of row {i + 1} must be a string or a list of strings, not {value!r}"
-        )
+        raise DataError(f"{content.path}: prompts of row {i + 1} must be a string or a list of strings, not {value!r}")
     return listed
 
 

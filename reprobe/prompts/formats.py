@@ -34,9 +34,7 @@ class Table:
         frame = rename(content.value, self.columns, content.stem)
         if content.kind == "parquet":
             return frame
-        return frame.with_columns(
-            typed(c) for c in frame.get_columns() if c.name == "label" or c.name not in CANONICAL
-        )
+        return frame.with_columns(typed(c) for c in frame.get_columns() if c.name == "label" or c.name not in CANONICAL)
 
 
 #: Every format, by name.
@@ -81,9 +79,7 @@ def choose(content: Content, columns: Mapping[str, str | None], format_: str | F
     found = ", ".join(sorted(content.keys)) or "no named columns"
     listed = "\n".join(f"  {f.name}: {f.needs}" for f in fitting or FORMATS.values())
     if fitting:
-        raise DataError(
-            f"{content.path} fits several formats (it has {found}); name one with format=…:\n{listed}"
-        )
+        raise DataError(f"{content.path} fits several formats (it has {found}); name one with format=…:\n{listed}")
     raise DataError(
         f"{content.path} is in no known format (it has {found}); name its columns, e.g. text='statement', or "
         f"bring it into one of these:\n{listed}"

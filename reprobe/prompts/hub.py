@@ -34,16 +34,12 @@ def fetch(address: str, limit: int | None) -> pl.DataFrame:
         if config is not None and config not in configs:
             raise unknown("config", config, configs, f"hf:{name}")
         if config is None and len(configs) > 1 and "default" not in configs:
-            raise UnknownData(
-                f"hf:{name} has several configs; write hf:{name}:CONFIG with one of {', '.join(configs)}"
-            )
+            raise UnknownData(f"hf:{name} has several configs; write hf:{name}:CONFIG with one of {', '.join(configs)}")
         splits = datasets.get_dataset_split_names(name, config)
         if split is not None and split not in splits:
             raise unknown("split", split, splits, f"hf:{name}")
         if split is None and len(splits) > 1:
-            raise UnknownData(
-                f"hf:{name} has several splits; write hf:{name}::SPLIT with one of {', '.join(splits)}"
-            )
+            raise UnknownData(f"hf:{name} has several splits; write hf:{name}::SPLIT with one of {', '.join(splits)}")
         loaded = datasets.load_dataset(name, config, split=split or splits[0], streaming=limit is not None)
         return frame(loaded, limit, f"hf:{name}")
     except FileNotFoundError as error:  # not on the hub, no such folder, or no data in it
@@ -71,8 +67,7 @@ def frame(dataset: Any, limit: int | None, name: str) -> pl.DataFrame:
         return from_records(itertools.islice(dataset, limit), name)
     if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise UsageError(
-            f"{name} has several splits: pass one of {', '.join(dataset)}, "
-            f"e.g. dataset[{next(iter(dataset))!r}]"
+            f"{name} has several splits: pass one of {', '.join(dataset)}, e.g. dataset[{next(iter(dataset))!r}]"
         )
     raise UsageError(f"from_hf takes a datasets.Dataset or IterableDataset, not a {type(dataset).__name__}")
 

@@ -31,9 +31,7 @@ def read(
     checked(limit)
     if source.startswith("hf:"):
         if format is not None:
-            raise UsageError(
-                "hf: data sets are tables; format is for files. Name the columns, e.g. text='question'"
-            )
+            raise UsageError("hf: data sets are tables; format is for files. Name the columns, e.g. text='question'")
         address = source.removeprefix("hf:")
         name = Path(address.split(":")[0]).name
         return rename(hub.fetch(address, limit), columns, name), name

@@ -52,9 +52,7 @@ class Position:
             return cls(pick=_PICKS[span[2]], span=span[1])
         if word.startswith("span:"):
             name = word.split(":")[1] or WHOLE
-            raise UsageError(
-                f"not a position: {text!r}; of a span, say which tokens: span:{name}:last|first|mean|all"
-            )
+            raise UsageError(f"not a position: {text!r}; of a span, say which tokens: span:{name}:last|first|mean|all")
         raise UsageError(f"not a position: {text!r}; positions: {FORMS}")
 
     @property

@@ -134,9 +134,7 @@ class PromptSet:
 
         A null and an absent value are the same content; 1 and 1.0 are not.
         """
-        return digest_lines(
-            json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in self._rows()
-        )
+        return digest_lines(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in self._rows())
 
     def filter(self, *conditions: pl.Expr) -> "PromptSet":
         """The prompts for which all polars `conditions` hold; `DataError` if there are none."""
@@ -154,17 +152,13 @@ class PromptSet:
             if column not in self.frame.columns:
                 raise unknown("column", column, self.frame.columns, self.name)
         conditions = [
-            pl.col(c).is_in(list(v))
-            if isinstance(v, Collection) and not isinstance(v, str)
-            else pl.col(c) == v
+            pl.col(c).is_in(list(v)) if isinstance(v, Collection) and not isinstance(v, str) else pl.col(c) == v
             for c, v in values.items()
         ]
         try:
             return self.filter(*conditions)
         except pl.exceptions.PolarsError as error:
-            raise UsageError(
-                f"{self.name}: {values!r} cannot be compared with these columns: {error}"
-            ) from error
+            raise UsageError(f"{self.name}: {values!r} cannot be compared with these columns: {error}") from error
 
     def head(self, n: int) -> "PromptSet":
         """The first `n` prompts, or all if there are fewer."""
@@ -185,15 +179,9 @@ class PromptSet:
         if self.frame[by].null_count():
             lacking = self.frame.filter(pl.col(by).is_null())["id"]
             raise DataError(f"{self.name}: cannot split by {by!r}, which is null in {some(lacking)}")
-        cut = (
-            self.frame.group_by("group").agg(pl.col(by).n_unique()).filter(pl.col(by) > 1)
-            if by != "group"
-            else None
-        )
+        cut = self.frame.group_by("group").agg(pl.col(by).n_unique()).filter(pl.col(by) > 1) if by != "group" else None
         if cut is not None and cut.height:
-            raise DataError(
-                f"{self.name}: splitting by {by!r} would cut groups, e.g. {some(cut['group'].sort())}"
-            )
+            raise DataError(f"{self.name}: splitting by {by!r} would cut groups, e.g. {some(cut['group'].sort())}")
         sizes = self.frame.group_by(by).len().sort(by)
         if sizes.height < 2:
             raise DataError(f"{self.name}: one {by} only ({sizes[by][0]!r}), so there is nothing to hold out")
@@ -235,9 +223,7 @@ class PromptSet:
         absent |= set() if self.has_groups else {"group"}
         absent |= set() if self.span_names else {"spans"}
         keys = [c for c in self.frame.columns if c not in absent]
-        lines = (
-            json.dumps({k: row.get(k) for k in keys}, ensure_ascii=False, default=str) for row in self._rows()
-        )
+        lines = (json.dumps({k: row.get(k) for k in keys}, ensure_ascii=False, default=str) for row in self._rows())
         write_durably(target, "".join(line + "\n" for line in lines).encode())
 
     def _rows(self) -> Iterator[dict[str, Any]]:

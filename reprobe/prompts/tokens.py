@@ -85,8 +85,8 @@ def tokenize(
     """All prompts as tokens, with those at `at` marked.
 
     Texts get the special tokens the tokenizer adds; messages are rendered by its chat template
-    (`chat.render`), which brings its own. No prompt may have more than `context` tokens (None: no limit): `PromptTooLong`,
-    unless `truncate` says which side is cut. Special tokens at that side's end stay ("left" keeps BOS,
+    (`chat.render`), which brings its own. No prompt may have more than `context` tokens (None: no limit):
+    `PromptTooLong`, unless `truncate` says which side is cut. Special tokens at that side's end stay ("left" keeps BOS,
     "right" keeps SEP).
 
     Raises `DataError`, naming the prompts, if one has no token, has no token at `at`, lacks the span, or lost
@@ -99,9 +99,7 @@ def tokenize(
             "characters its tokens come from. Load the fast one, or read at last, all, mean or index:N"
         )
     if truncate not in (None, "left", "right"):
-        raise UsageError(
-            f"truncate={truncate!r}: cut on the 'left' or the 'right', or None to refuse long prompts"
-        )
+        raise UsageError(f"truncate={truncate!r}: cut on the 'left' or the 'right', or None to refuse long prompts")
     special = special_ids(tokenizer)
     parts: list[_Part] = []
     too_long: list[tuple[int, str]] = []
@@ -129,9 +127,7 @@ def tokenize(
     )
 
 
-def index_frame(
-    prompts: PromptSet, table: TokenTable, order: NDArray[np.integer[Any]] | None = None
-) -> pl.DataFrame:
+def index_frame(prompts: PromptSet, table: TokenTable, order: NDArray[np.integer[Any]] | None = None) -> pl.DataFrame:
     """What each row of a store is: one line per row, prompts in `order` (their numbers; as given if None).
 
     Columns: row (Int64, from 0), prompt (its id), position and token (Int32; null where a row is pooled),
@@ -140,9 +136,7 @@ def index_frame(
     if prompts.ids != table.ids:
         raise DataError(f"the token table is not of {prompts.name}: the prompt ids differ")
     chosen = np.arange(len(table)) if order is None else np.asarray(order, np.int64)
-    if len(np.unique(chosen)) != len(chosen) or (
-        len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(table)
-    ):
+    if len(np.unique(chosen)) != len(chosen) or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(table)):
         raise UsageError(f"order must hold numbers of prompts, 0–{len(table) - 1}, each once")
     counts = table.n_rows[chosen]
     prompt = np.repeat(chosen, counts)
@@ -188,9 +182,7 @@ class _Part:
     n_rows: Ints
 
 
-def _encode(
-    frame: pl.DataFrame, tokenizer: Any, at: Position, add_generation_prompt: bool | None
-) -> _Encoded:
+def _encode(frame: pl.DataFrame, tokenizer: Any, at: Position, add_generation_prompt: bool | None) -> _Encoded:
     ids = frame["id"].to_list()
     texts = frame["text"].to_list()
     chats = [i for i, text in enumerate(texts) if text is None]
@@ -252,9 +244,7 @@ def _span_characters(frame: pl.DataFrame, name: str, texts: list[str], shift: In
     """First and past-the-last character of the span in each prompt's text."""
     if name == WHOLE:
         return np.zeros(len(texts), np.int64), np.fromiter(map(len, texts), np.int64, len(texts))
-    of = (
-        pl.col("spans").list.eval(pl.element().filter(pl.element().struct.field("name") == name)).list.first()
-    )
+    of = pl.col("spans").list.eval(pl.element().filter(pl.element().struct.field("name") == name)).list.first()
     found = frame.select(of.struct.field("start"), of.struct.field("end"))
     lacking = frame.filter(found["start"].is_null())
     if lacking.height:
@@ -278,9 +268,7 @@ def _wanted(chunk: _Encoded, at: Position, special: Ints, context: int | None, t
         lost = hits[~keep[hits]]
         if len(lost):
             who = (chunk.ids[i] for i in np.unique(owner[lost]))
-            raise DataError(
-                f"'{at}' was cut away by truncation in {some(who)}; cut on the other side, or shorten them"
-            )
+            raise DataError(f"'{at}' was cut away by truncation in {some(who)}; cut on the other side, or shorten them")
         rows, n_rows = number[hits], np.bincount(owner[hits], minlength=n)
     elif at.index is not None:
         index = at.index + kept if at.index < 0 else np.full(n, at.index)
@@ -327,9 +315,7 @@ def _in_span(
     empty = np.flatnonzero(np.bincount(owner[inside], minlength=len(chunk.ids)) == 0)
     if len(empty):
         who = some(chunk.ids[i] for i in empty)
-        raise DataError(
-            f"span {at.span!r} covers no token in {who} (only blanks or special tokens stand there)"
-        )
+        raise DataError(f"span {at.span!r} covers no token in {who} (only blanks or special tokens stand there)")
     return inside
 
 

@@ -53,9 +53,7 @@ def _cut(batch: Batch[Arrays], start: int, stop: int) -> Batch[Arrays]:
 
 
 def _joined(a: Batch[Arrays], b: Batch[Arrays]) -> Batch[Arrays]:
-    return Batch(
-        np.concatenate([a.rows, b.rows]), {s: np.concatenate([v, b.values[s]]) for s, v in a.values.items()}
-    )
+    return Batch(np.concatenate([a.rows, b.rows]), {s: np.concatenate([v, b.values[s]]) for s, v in a.values.items()})
 
 
 def _copied(batch: Batch[Arrays]) -> Batch[Arrays]:

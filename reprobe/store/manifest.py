@@ -35,18 +35,14 @@ class StoredSite:
 
     def __post_init__(self) -> None:
         if self.site.unit is not None:
-            raise UsageError(
-                f"a store holds whole sites: store '{self.site.whole}', then read '{self.site}' from it"
-            )
+            raise UsageError(f"a store holds whole sites: store '{self.site.whole}', then read '{self.site}' from it")
         for name, value in (("width", self.width), ("unit_width", self.unit_width)):
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"'{self.site}': {name} is {value!r}, it must be a whole number, at least 1")
         if (self.unit_width is not None) != (self.site.part in UNIT_PARTS):
             raise UsageError(f"'{self.site}': only {' and '.join(UNIT_PARTS)} have, and need, a unit_width")
         if self.unit_width is not None and self.width % self.unit_width:
-            raise UsageError(
-                f"'{self.site}': width {self.width} is not a multiple of unit_width {self.unit_width}"
-            )
+            raise UsageError(f"'{self.site}': width {self.width} is not a multiple of unit_width {self.unit_width}")
 
     @property
     def units(self) -> int:
@@ -78,14 +74,10 @@ class Manifest:
             raise UsageError(f"a store needs sites, each once; got: {', '.join(names) or 'none'}")
         for stored in self.sites:
             if (stored.site.layer or 0) >= self.identity.n_layers:
-                raise UnknownSite(
-                    f"'{stored.site}': {self.identity.name} has blocks 0–{self.identity.n_layers - 1}"
-                )
+                raise UnknownSite(f"'{stored.site}': {self.identity.name} has blocks 0–{self.identity.n_layers - 1}")
         for part in UNIT_PARTS:
             if len(widths := {s.unit_width for s in self.sites if s.site.part == part}) > 1:
-                raise UsageError(
-                    f"{part}: unit_width must be the same in all blocks, got {sorted(map(str, widths))}"
-                )
+                raise UsageError(f"{part}: unit_width must be the same in all blocks, got {sorted(map(str, widths))}")
         try:
             plain = json.loads(canonical_json(dict(self.plan)))  # tuples become lists, as after reading
         except (TypeError, ValueError) as error:
@@ -119,9 +111,7 @@ class Manifest:
             "prompts": self.prompts,
             "plan": dict(self.plan),
             "plan_digest": digest(self.plan),
-            "sites": [
-                {"site": str(s.site), "width": s.width, "unit_width": s.unit_width} for s in self.sites
-            ],
+            "sites": [{"site": str(s.site), "width": s.width, "unit_width": s.unit_width} for s in self.sites],
             "units": self.units,
             "n_layers": self.n_layers,
             "dtype": self.dtype,
@@ -144,9 +134,7 @@ class Manifest:
     def from_bytes(cls, data: bytes, what: str) -> "Manifest":
         """The manifest that `to_bytes` wrote; raises `CorruptArtifact`, naming `what`, for anything else."""
         if MARK not in data:
-            raise CorruptArtifact(
-                f"{what} is not the manifest of a reprobe store, or is damaged beyond recognition"
-            )
+            raise CorruptArtifact(f"{what} is not the manifest of a reprobe store, or is damaged beyond recognition")
         value = unseal(data, what)
         if value.get("schema") != SCHEMA:
             raise CorruptArtifact(
@@ -159,9 +147,7 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError, CorruptArtifact) as error:
             raise CorruptArtifact(f"{what} is malformed: {type(error).__name__}: {error}") from error
         if not same:
-            raise CorruptArtifact(
-                f"{what} contradicts itself, or has fields that no version of reprobe writes"
-            )
+            raise CorruptArtifact(f"{what} contradicts itself, or has fields that no version of reprobe writes")
         return manifest
 
     @classmethod
@@ -175,9 +161,7 @@ class Manifest:
             identity=ModelIdentity.from_json(value["identity"]),
             prompts=value["prompts"],
             plan=value["plan"],
-            sites=tuple(
-                StoredSite(Site.parse(s["site"]), s["width"], s["unit_width"]) for s in value["sites"]
-            ),
+            sites=tuple(StoredSite(Site.parse(s["site"]), s["width"], s["unit_width"]) for s in value["sites"]),
             dtype=value["dtype"],
             grid=Grid(value["rows"], value["shard_rows"], value["chunk_rows"]),
             files=value["files"],

@@ -266,7 +266,4 @@ class ActivationStore:
             lambda window: {site: self._read(site, window) for site in sites},
             batch_rows,
         )
-        return (
-            Batch(b.rows, {site: decode(v, self.manifest.dtype) for site, v in b.values.items()})
-            for b in found
-        )
+        return (Batch(b.rows, {site: decode(v, self.manifest.dtype) for site, v in b.values.items()}) for b in found)

@@ -70,11 +70,7 @@ def row_numbers(rows: Rows, n: int) -> "range | RowNumbers":
 def shards_of(wanted: "range | RowNumbers", grid: Grid) -> tuple[int, ...]:
     """Shards that hold wanted rows, ascending."""
     if isinstance(wanted, range):
-        return (
-            tuple(range(wanted.start // grid.shard_rows, -(-wanted.stop // grid.shard_rows)))
-            if wanted
-            else ()
-        )
+        return tuple(range(wanted.start // grid.shard_rows, -(-wanted.stop // grid.shard_rows))) if wanted else ()
     return tuple(np.unique(wanted // grid.shard_rows).tolist())
 
 

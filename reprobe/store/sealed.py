@@ -30,13 +30,9 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8"))
         canonical = canonical_json(value).encode()
     except (ValueError, RecursionError) as error:
-        raise CorruptArtifact(
-            f"{what} is not readable JSON ({error}): it was damaged after writing"
-        ) from error
+        raise CorruptArtifact(f"{what} is not readable JSON ({error}): it was damaged after writing") from error
     if not isinstance(value, dict) or _SEAL not in value or canonical != data:
-        raise CorruptArtifact(
-            f"{what} is not as it was written: bytes were changed, or it was edited by hand"
-        )
+        raise CorruptArtifact(f"{what} is not as it was written: bytes were changed, or it was edited by hand")
     body = {k: v for k, v in value.items() if k != _SEAL}
     if value[_SEAL] != digest(body):
         raise CorruptArtifact(f"{what} does not match its own digest: it was damaged or edited after writing")

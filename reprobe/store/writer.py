@@ -164,14 +164,10 @@ class StoreWriter:
         if set(values) != set(want):
             missing = ", ".join(str(s) for s in want if s not in values) or "none"
             extra = ", ".join(str(s) for s in values if s not in want) or "none"
-            raise UsageError(
-                f"shard {shard.number} needs every site of the store; missing: {missing}; extra: {extra}"
-            )
+            raise UsageError(f"shard {shard.number} needs every site of the store; missing: {missing}; extra: {extra}")
         for site, shape in want.items():
             if tuple(values[site].shape) != shape:
-                raise UsageError(
-                    f"'{site}' of shard {shard.number}: shape {tuple(values[site].shape)}, not {shape}"
-                )
+                raise UsageError(f"'{site}' of shard {shard.number}: shape {tuple(values[site].shape)}, not {shape}")
         return {site: encode(values[site], self.manifest.dtype) for site in want}
 
     def close(self) -> None:
@@ -189,9 +185,7 @@ class StoreWriter:
 
 def _checked(index: pl.DataFrame) -> pl.DataFrame:
     if absent := [c for c in INDEX_COLUMNS if c not in index.columns]:
-        raise UsageError(
-            f"the index lacks the columns {', '.join(absent)}; it has {', '.join(index.columns)}"
-        )
+        raise UsageError(f"the index lacks the columns {', '.join(absent)}; it has {', '.join(index.columns)}")
     if not index.height:
         raise UsageError("the index has no rows: there is nothing to store")
     row = index["row"]

@@ -80,9 +80,7 @@ class Decoder:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # damaged metadata can fail anywhere inside zarr
-            raise CorruptArtifact(
-                f"{self._what} cannot be opened ({type(error).__name__}: {error})"
-            ) from error
+            raise CorruptArtifact(f"{self._what} cannot be opened ({type(error).__name__}: {error})") from error
 
     def read(self, start: int, stop: int, columns: slice) -> NDArray[np.generic]:
         """Rows `start` … `stop` − 1 of the columns; raises `CorruptArtifact` if a checksum is wrong."""

@@ -32,7 +32,13 @@ def steps(lm, prompts, spans, *, use_cache=True, n=3, **options):
         return scores
 
     lm.generate(
-        prompts, spans=spans, max_new_tokens=n, min_new_tokens=n, use_cache=use_cache, logits_processor=[record], **options
+        prompts,
+        spans=spans,
+        max_new_tokens=n,
+        min_new_tokens=n,
+        use_cache=use_cache,
+        logits_processor=[record],
+        **options,
     )
     return torch.stack(seen)
 
@@ -81,13 +87,15 @@ def test_each_scope_changes_its_own_tokens_and_no_other(tiny_lm, scope):
 
     batch = lm.encode(PROMPTS, spans=SPANS)
     moved = [
-        ((a - b).abs().amax(-1) > 1e-6)
-        for a, b in zip(states(rp.Add(d, 5.0, tokens=scope)), states(), strict=True)
+        ((a - b).abs().amax(-1) > 1e-6) for a, b in zip(states(rp.Add(d, 5.0, tokens=scope)), states(), strict=True)
     ]
     columns = torch.arange(batch.real.shape[1])
-    last = (columns == (columns * batch.real).amax(1, keepdim=True))
+    last = columns == (columns * batch.real).amax(1, keepdim=True)
     in_prompt = {
-        "all": batch.real, "prompt": batch.real, "generated": torch.zeros_like(batch.real), "last": last,
+        "all": batch.real,
+        "prompt": batch.real,
+        "generated": torch.zeros_like(batch.real),
+        "last": last,
         "span:who": batch.spans["who"],
     }[scope]
     assert torch.equal(moved[0], in_prompt)
@@ -129,12 +137,17 @@ def test_add_equals_a_plain_hook_that_adds_the_vector(tiny_lm):
     assert torch.allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["resid.pre", "attn.heads", "attn.out", "resid.mid", "mlp.neurons", "mlp.out", "resid.post"])
+@pytest.mark.parametrize(
+    "part", ["resid.pre", "attn.heads", "attn.out", "resid.mid", "mlp.neurons", "mlp.out", "resid.post"]
+)
 @pytest.mark.parametrize("name", ["gpt2", "opt", "granite", "gemma2", "olmo2", "bloom", "gptj"])
 def test_what_is_written_at_a_site_is_what_is_then_read_there(tiny_lm, name, part):
     lm = tiny_lm(name)
     if part not in lm.parts.of_layer[1]:
-        with pytest.raises(UnknownSite), rp.steer(lm, rp.Add(rp.Direction.from_vector(f"{part}@1", np.ones(lm.d_model)))):
+        with (
+            pytest.raises(UnknownSite),
+            rp.steer(lm, rp.Add(rp.Direction.from_vector(f"{part}@1", np.ones(lm.d_model)))),
+        ):
             pass
         return
     d = direction(lm, part)
@@ -209,9 +222,14 @@ def test_zero_strength_is_the_identity_and_nothing_stays_behind(tiny_lm):
     before = lm.logits(PROMPTS)
     with rp.steer(lm, rp.Add(direction(lm), 0.0)):
         assert torch.equal(lm.logits(PROMPTS), before)
-    with pytest.raises(RuntimeError, match="in the middle"), rp.steer(lm, rp.Add(direction(lm), 3.0)):
-        lm.logits(PROMPTS)
-        raise RuntimeError("in the middle")
+
+    def fails():
+        with rp.steer(lm, rp.Add(direction(lm), 3.0)):
+            lm.logits(PROMPTS)
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fails()
     assert torch.equal(lm.logits(PROMPTS), before)
     assert not [m for m in lm.net.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not board_of(lm)._handles
@@ -235,7 +253,11 @@ def test_a_direct_call_of_the_network_is_steered_with_its_own_mask(tiny_lm):
         want = lm.logits(PROMPTS)
         got = lm.net(**lm.inputs(batch)).logits[:, -1]
         text = lm.net.generate(
-            input_ids=batch.input_ids, attention_mask=batch.real.long(), max_new_tokens=5, do_sample=False, pad_token_id=0
+            input_ids=batch.input_ids,
+            attention_mask=batch.real.long(),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
         )
         ours = lm.generate(PROMPTS, max_new_tokens=5)
     assert close(got, want)
@@ -250,8 +272,8 @@ def test_a_direct_call_that_cannot_be_steered_rightly_is_refused(tiny_lm):
         lm.net(**lm.inputs(batch), use_cache=False)
     with rp.steer(lm, rp.Add(d, tokens="span:who")), pytest.raises(UnsupportedOperation, match="spans"):
         lm.net(**lm.inputs(batch))
+    n = batch.real.shape[1]
     with rp.steer(lm, rp.Add(d)), pytest.raises(UnsupportedOperation, match="2-D mask"):
-        n = batch.real.shape[1]
         lm.net(input_ids=batch.input_ids, attention_mask=torch.zeros(len(PROMPTS), 1, n, n))
 
 

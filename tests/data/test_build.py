@@ -56,9 +56,7 @@ def test_the_committed_files_are_byte_for_byte_what_the_script_builds(builder: M
         assert (DATA / file).read_bytes() == text.encode(), f"{file} is stale: run `python data/build.py`"
 
 
-def test_another_seed_draws_other_false_statements(
-    builder: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_seed_draws_other_false_statements(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     before = builder.build()
     monkeypatch.setattr(builder, "SEED", builder.SEED + 1)
     assert all(before[file] != text for file, text in builder.build().items())
@@ -100,9 +98,7 @@ def test_sentences_are_clean_and_end_properly(name: str) -> None:
         ("comparisons", "subject", "object"),
     ],
 )
-def test_spans_cut_the_subject_and_then_the_object_out_of_the_sentence(
-    name: str, subject: str, object_: str
-) -> None:
+def test_spans_cut_the_subject_and_then_the_object_out_of_the_sentence(name: str, subject: str, object_: str) -> None:
     for row in load(name):
         assert list(row["spans"]) == ["subject", "object"]
         cut = {span: row["text"][start:end] for span, (start, end) in row["spans"].items()}

@@ -46,9 +46,7 @@ EMOTION = re.compile(
 )
 FIRST = re.compile(r"\b(I|me|my|mine|myself|we|us|our|ours|ourselves)\b", re.IGNORECASE)
 SECOND = re.compile(r"\b(you|your|yours|yourself|yourselves)\b", re.IGNORECASE)
-DECEIT = re.compile(
-    r"\b(dis|in|un)?(honest|truth|true|false|sincer|trustw|reliab|lie|lies|lying|mislead)", re.I
-)
+DECEIT = re.compile(r"\b(dis|in|un)?(honest|truth|true|false|sincer|trustw|reliab|lie|lies|lying|mislead)", re.I)
 
 
 def rows_of(name: str) -> list[Row]:
@@ -146,9 +144,7 @@ def test_no_scenario_names_an_emotion(emotions: list[Row]) -> None:
     assert not found
 
 
-@pytest.mark.parametrize(
-    "word", ["smiled", "Happy", "grief", "grieving", "missed", "loved", "tears", "sad", "glad"]
-)
+@pytest.mark.parametrize("word", ["smiled", "Happy", "grief", "grieving", "missed", "loved", "tears", "sad", "glad"])
 def test_the_emotion_word_check_finds_an_emotion_word(word: str) -> None:
     assert EMOTION.search(f"You wait on the platform, {word}, with a flask of tea.")
 

@@ -22,7 +22,15 @@ from reprobe.extraction import padded_plan, prepare
 TEXTS = ["the cat is on the mat", "a dog", "in the end and on the other hand of it", "an owl is here", "the"]
 SPANS = [{"who": (4, 7)}, {"who": (2, 5)}, {"who": (7, 10)}, {"who": (3, 6)}, {"who": (0, 3)}]
 POSITIONS = [
-    "last", "all", "mean", "index:0", "index:-1", "span:who:last", "span:who:first", "span:who:mean", "span:who:all",
+    "last",
+    "all",
+    "mean",
+    "index:0",
+    "index:-1",
+    "span:who:last",
+    "span:who:first",
+    "span:who:mean",
+    "span:who:all",
     "span:text:mean",
 ]
 
@@ -123,8 +131,12 @@ def test_a_store_holds_what_the_stock_model_computes(tiny_lm, tmp_path, name, at
 def test_a_store_of_a_real_model_holds_what_the_stock_model_computes(real_lm, tmp_path, name):
     lm = real_lm(name)
     data = prompts(
-        ["The Eiffel Tower is in the city of Paris.", "Rome", "Nobody in the room expected the answer to be so short.",
-         "Two birds sat on the wire above the old station."],
+        [
+            "The Eiffel Tower is in the city of Paris.",
+            "Rome",
+            "Nobody in the room expected the answer to be so short.",
+            "Two birds sat on the wire above the old station.",
+        ],
         [{"who": (4, 16)}, {"who": (0, 4)}, {"who": (0, 6)}, {"who": (4, 9)}],
     )
     sites = [rp.Site.parse(s) for s in ("resid.pre@0", "resid.post@3", "attn.heads@7", "mlp.neurons@2", "final")]

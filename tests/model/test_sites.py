@@ -149,9 +149,7 @@ def test_a_slice_names_the_blocks_that_the_same_slice_of_python_does(
         ("resid.post@4::, resid.post@3:6", [f"resid.post@{i}" for i in (4, 5, 6, 3)]),
     ],
 )
-def test_patterns_expand_in_the_order_written_and_name_no_site_twice(
-    pattern: str, expected: list[str]
-) -> None:
+def test_patterns_expand_in_the_order_written_and_name_no_site_twice(pattern: str, expected: list[str]) -> None:
     assert names(expand(pattern, DENSE)) == expected
     assert names(expand(pattern.split(","), DENSE)) == expected
 

@@ -22,9 +22,7 @@ def test_the_assistants_turn_is_opened_unless_it_was_the_last_to_speak(chat: Any
 
 
 def test_messages_get_one_bos_and_texts_get_the_tokenizers_own(chat: Any) -> None:
-    assert (
-        chat("x").input_ids[0] == chat.bos_token_id
-    )  # so encoding the rendered text naively would double it
+    assert chat("x").input_ids[0] == chat.bos_token_id  # so encoding the rendered text naively would double it
     tokens = tokens_of(chat, USER, "all").tokens
     assert tokens.tolist() == chat(render(USER, chat), add_special_tokens=False).input_ids
     assert (tokens == chat.bos_token_id).sum() == 1

@@ -75,9 +75,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_truthfulqa_is_one_prompt_per_answer_and_its_question_is_the_group(
-    tmp_path: Path, encoding: str
-) -> None:
+def test_truthfulqa_is_one_prompt_per_answer_and_its_question_is_the_group(tmp_path: Path, encoding: str) -> None:
     prompts = PromptSet.load(write_csv(tmp_path / "quiz.csv", QUIZ, encoding))
     first = prompts.where(group="Does bread grow on trees?")
     assert first.texts == [
@@ -145,9 +143,7 @@ def test_comparisons_are_grouped_by_the_two_numbers_in_either_order(tmp_path: Pa
 
 def test_only_one_true_and_one_false_statement_make_a_pair(tmp_path: Path) -> None:
     said = [("Porto", 1), ("Porto", 0), ("Porto", 0), ("Graz", 1), ("Graz", 1)]
-    rows = [
-        {"statement": f"{city} {i}.", "label": label, "city": city} for i, (city, label) in enumerate(said)
-    ]
+    rows = [{"statement": f"{city} {i}.", "label": label, "city": city} for i, (city, label) in enumerate(said)]
     assert PromptSet.load(write_csv(tmp_path / "cities.csv", rows)).frame["pair"].null_count() == 5
 
 
@@ -162,10 +158,7 @@ def test_translations_are_grouped_by_the_quoted_word(tmp_path: Path) -> None:
 
 
 def test_statements_about_nothing_in_particular_share_a_group_only_if_they_are_equal(tmp_path: Path) -> None:
-    rows = [
-        {"statement": s, "label": i % 2}
-        for i, s in enumerate(["Ice is cold.", "Ice is hot.", "Ice is cold."])
-    ]
+    rows = [{"statement": s, "label": i % 2} for i, s in enumerate(["Ice is cold.", "Ice is hot.", "Ice is cold."])]
     prompts = PromptSet.load(write_csv(tmp_path / "facts.csv", rows))
     assert prompts.frame["group"].to_list() == ["facts-0001", "facts-0002", "facts-0001"]
     assert prompts.frame["pair"].null_count() == 3

@@ -55,9 +55,9 @@ def written(folder: Path, suffix: str) -> Path:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_the_same_prompts_have_the_same_digest_in_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
     prompts = PromptSet.load(written(tmp_path, suffix))
-    assert prompts.frame.rows(named=True) == PromptSet.from_records(ROWS).frame.select(
-        prompts.frame.columns
-    ).rows(named=True)
+    assert prompts.frame.rows(named=True) == PromptSet.from_records(ROWS).frame.select(prompts.frame.columns).rows(
+        named=True
+    )
     assert prompts.digest == PromptSet.from_records(ROWS).digest
     assert prompts.name == "rows"
 
@@ -108,9 +108,7 @@ def test_bundled_data_is_found_in_a_wheel_and_in_a_checkout(
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
-    with pytest.raises(
-        UnknownData, match=r"no data set 'citeis'. Did you mean 'cities'\?.*Bundled: .*emotions"
-    ):
+    with pytest.raises(UnknownData, match=r"no data set 'citeis'. Did you mean 'cities'\?.*Bundled: .*emotions"):
         PromptSet.load("citeis")
     with pytest.raises(UnknownData, match=r"no data set 'nowhere/cities.jsonl'"):
         PromptSet.load("nowhere/cities.jsonl")
@@ -157,9 +155,7 @@ def test_columns_are_mapped_and_those_displaced_are_kept(tmp_path: Path) -> None
     assert (row["id"], row["text"], row["label"], row["group"]) == ("n1", "Iron sinks.", 1, "12")
     assert row["label_given"] == "metal"
     assert "claim" not in row
-    with pytest.raises(
-        UnknownData, match=r"no column 'claims'. Did you mean 'claim'\? There is: claim, truth"
-    ):
+    with pytest.raises(UnknownData, match=r"no column 'claims'. Did you mean 'claim'\? There is: claim, truth"):
         PromptSet.load(path, text="claims")
 
 
@@ -196,9 +192,7 @@ def hf_rows() -> list[dict[str, Any]]:
 def test_a_hugging_face_data_set_is_read_by_its_columns(streamed: bool) -> None:
     dataset = datasets.Dataset.from_list(hf_rows())
     source = dataset.to_iterable_dataset() if streamed else dataset
-    prompts = PromptSet.from_hf(
-        source, text="question", label="kind", group="topic", limit=4, name="questions"
-    )
+    prompts = PromptSet.from_hf(source, text="question", label="kind", group="topic", limit=4, name="questions")
     assert prompts.texts == [f"What is {i}?" for i in range(4)]
     assert prompts.labels.to_list() == [0, 1, 0, 1]
     assert prompts.frame["group"].to_list() == ["t0", "t0", "t1", "t1"]

@@ -34,9 +34,7 @@ def test_anything_else_is_refused_and_told_the_forms(text: str) -> None:
         Position.parse(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["span:subject", "span:subject:", "span:subject:middle", "span:subject:last:1"]
-)
+@pytest.mark.parametrize("text", ["span:subject", "span:subject:", "span:subject:middle", "span:subject:last:1"])
 def test_a_span_must_say_which_of_its_tokens(text: str) -> None:
     with pytest.raises(UsageError, match=r"span:subject:last\|first\|mean\|all"):
         Position.parse(text)

@@ -45,9 +45,7 @@ def changed(i: int, **fields: object) -> list[dict[str, object]]:
 def test_a_prompt_set_has_the_canonical_columns_in_order_and_then_the_others() -> None:
     prompts = PromptSet.from_records([{"material": "iron", "text": "Iron sinks.", "id": "a"}])
     assert prompts.frame.columns == ["id", "text", "messages", "label", "group", "pair", "spans", "material"]
-    assert prompts.frame.schema["spans"] == pl.List(
-        pl.Struct({"name": pl.String, "start": pl.Int64, "end": pl.Int64})
-    )
+    assert prompts.frame.schema["spans"] == pl.List(pl.Struct({"name": pl.String, "start": pl.Int64, "end": pl.Int64}))
     assert prompts.texts == ["Iron sinks."]
 
 
@@ -255,9 +253,7 @@ def test_writing_over_a_file_must_be_asked_for(tmp_path) -> None:
 
 def test_sets_are_joined_if_their_ids_differ() -> None:
     one = PromptSet.from_records(ROWS)
-    two = PromptSet.from_records(
-        [{"id": "d", "text": "Tin melts.", "label": 1, "group": "tin", "metal": "tin"}]
-    )
+    two = PromptSet.from_records([{"id": "d", "text": "Tin melts.", "label": 1, "group": "tin", "metal": "tin"}])
     both = concat([one, two], name="materials")
     assert both.ids == ["a", "b", "c", "d"]
     assert both.frame["metal"].to_list() == [None, None, None, "tin"]

@@ -8,9 +8,7 @@ import pytest
 from reprobe.prompts import PromptSet
 
 FOLDER = os.environ.get("REPROBE_DATA")
-pytestmark = pytest.mark.skipif(
-    FOLDER is None, reason="REPROBE_DATA does not name a folder with the published files"
-)
+pytestmark = pytest.mark.skipif(FOLDER is None, reason="REPROBE_DATA does not name a folder with the published files")
 
 
 def load(name: str) -> PromptSet:
@@ -24,9 +22,7 @@ def test_truthfulqa_has_its_817_questions_and_6204_answers_in_both_files() -> No
         assert prompts.frame["best"].sum() == 817
     assert len(choices) == 6204
     assert len(table) == 6206  # the CSV lists the answer "Unknown" on both sides of two questions
-    listed = set(table.frame.select("text", "label").rows()) - set(
-        choices.frame.select("text", "label").rows()
-    )
+    listed = set(table.frame.select("text", "label").rows()) - set(choices.frame.select("text", "label").rows())
     assert {text.split(" A: ")[1] for text, _ in listed} == {"Unknown."}
     assert set(table.texts) == set(choices.texts)
 

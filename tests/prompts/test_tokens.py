@@ -13,13 +13,8 @@ from reprobe.prompts import tokens as tokens_module
 
 
 def table_of(texts: list[str], tokenizer: Any, at: str, *, spans: Any = None, **options: Any) -> TokenTable:
-    rows = [
-        {"id": f"p{i}", "text": t} | ({} if spans is None else {"spans": spans[i]})
-        for i, t in enumerate(texts)
-    ]
-    return tokenize(
-        PromptSet.from_records(rows), tokenizer, at=Position.parse(at), **({"context": 1000} | options)
-    )
+    rows = [{"id": f"p{i}", "text": t} | ({} if spans is None else {"spans": spans[i]}) for i, t in enumerate(texts)]
+    return tokenize(PromptSet.from_records(rows), tokenizer, at=Position.parse(at), **({"context": 1000} | options))
 
 
 def read(texts: list[str], tokenizer: Any, at: str, **options: Any) -> list[list[str]]:
@@ -108,9 +103,7 @@ def test_each_prompt_is_read_at_its_own_span(with_bos: Any) -> None:
 @pytest.mark.parametrize("name", ["plain", "with_bos", "trimmed", "pieces"])
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_the_tokens_of_a_span_are_those_that_hold_its_characters(
-    name: str, data: st.DataObject, request
-) -> None:
+def test_the_tokens_of_a_span_are_those_that_hold_its_characters(name: str, data: st.DataObject, request) -> None:
     tokenizer = request.getfixturevalue(name)
     letters = st.one_of(st.sampled_from("the baker 🙂🙃é漢\n "), st.characters(exclude_categories=["Cs"]))
     text = data.draw(st.text(letters, min_size=1, max_size=24))
@@ -168,9 +161,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_longest_first(with_bos:
     lengths = [len(with_bos(t).input_ids) for t in texts]
     with pytest.raises(PromptTooLong) as caught:
         table_of(texts, with_bos, "last", context=lengths[0])
-    assert f"2 of 3 prompts of prompts are longer than the model's context of {lengths[0]} tokens" in str(
-        caught.value
-    )
+    assert f"2 of 3 prompts of prompts are longer than the model's context of {lengths[0]} tokens" in str(caught.value)
     assert f"p2 ({lengths[2]} tokens), p1 ({lengths[1]} tokens)" in str(caught.value)
     assert "--truncate left|right" in str(caught.value)
     assert len(table_of(texts, with_bos, "last", context=lengths[2])) == 3
@@ -245,9 +236,7 @@ def test_a_context_without_room_beside_the_special_tokens_is_refused(with_bos: A
 
 @pytest.mark.parametrize("at", ["last", "all", "mean", "index:1", "span:text:first", "span:word:all"])
 @pytest.mark.parametrize("truncate", [None, "left", "right"])
-def test_the_table_does_not_depend_on_the_chunks_it_is_made_in(
-    at: str, truncate: str | None, with_bos: Any
-) -> None:
+def test_the_table_does_not_depend_on_the_chunks_it_is_made_in(at: str, truncate: str | None, with_bos: Any) -> None:
     texts = [f"The baker said {'no ' * (i % 5)}word." for i in range(23)]
     spans = [{"word": [t.index("word"), t.index("word") + 4]} for t in texts]
     options = {"spans": spans, "truncate": truncate, "context": 1000 if truncate is None else 12}

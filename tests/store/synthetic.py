@@ -86,8 +86,7 @@ def bits(site: Site, start: int, stop: int, width: int, dtype: str) -> torch.Ten
 def shard_values(writer: StoreWriter, shard: Shard) -> dict[Site, torch.Tensor]:
     dtype = writer.manifest.dtype
     return {
-        s.site: bits(s.site, shard.start, shard.stop, s.width, dtype).view(DTYPES[dtype])
-        for s in writer.manifest.sites
+        s.site: bits(s.site, shard.start, shard.stop, s.width, dtype).view(DTYPES[dtype]) for s in writer.manifest.sites
     }
 
 

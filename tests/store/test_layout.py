@@ -21,9 +21,7 @@ widths = st.lists(st.integers(1, 8192 * 4), min_size=1, max_size=80)
 
 @settings(deadline=None, max_examples=200)
 @given(rows=counts, row_bytes=widths)
-def test_default_shards_hold_about_64_mb_in_chunks_of_256_to_1024_rows(
-    rows: int, row_bytes: list[int]
-) -> None:
+def test_default_shards_hold_about_64_mb_in_chunks_of_256_to_1024_rows(rows: int, row_bytes: list[int]) -> None:
     grid = Grid.of(rows, row_bytes)
     assert grid.shard_rows % grid.chunk_rows == 0
     assert min(rows, 256) <= grid.chunk_rows <= 1024

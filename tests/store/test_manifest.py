@@ -139,9 +139,7 @@ def test_a_manifest_that_cannot_be_is_refused(fields: dict[str, Any], error: typ
         (Site("resid.post", 1), 0, None),
     ],
 )
-def test_a_stored_site_is_whole_and_made_of_whole_units(
-    site: Site, width: int, unit_width: int | None
-) -> None:
+def test_a_stored_site_is_whole_and_made_of_whole_units(site: Site, width: int, unit_width: int | None) -> None:
     with pytest.raises(UsageError, match=str(site.whole)):
         StoredSite(site, width, unit_width)
 
@@ -170,9 +168,7 @@ def test_a_commit_record_counts_in_its_own_place_only(folder: Path, change: str)
     else:
         body = json.loads(path.read_bytes())
         del body["digest"]
-        body["sites"] = (
-            {k: v for k, v in body["sites"].items() if k != "final"} if "less" in change else {"final": 3}
-        )
+        body["sites"] = {k: v for k, v in body["sites"].items() if k != "final"} if "less" in change else {"final": 3}
         path.write_bytes(seal(body))
     with pytest.raises(CorruptArtifact, match="00001"):
         store.read("final")

@@ -152,9 +152,7 @@ def test_one_head_is_a_slice_of_all_heads(store: ActivationStore) -> None:
     heads = store.read("attn.heads@1")
     assert store.unit_width("attn.heads") == 7
     for head in range(5):
-        assert torch.equal(
-            raw(store.read(Site("attn.heads", 1, head))), raw(heads[:, 7 * head : 7 * head + 7])
-        )
+        assert torch.equal(raw(store.read(Site("attn.heads", 1, head))), raw(heads[:, 7 * head : 7 * head + 7]))
     assert torch.equal(raw(store.read("attn.heads@1.4", [9, 2])), raw(heads[[9, 2], 28:]))
 
 
@@ -167,9 +165,7 @@ def test_patterns_expand_to_what_is_stored(store: ActivationStore) -> None:
 
 
 @pytest.mark.parametrize("site", ["resid.post@1", "embed", "attn.heads@1.5", "mlp.neurons@1.0"])
-def test_a_site_that_is_not_stored_is_unknown_and_what_is_stored_is_listed(
-    store: ActivationStore, site: str
-) -> None:
+def test_a_site_that_is_not_stored_is_unknown_and_what_is_stored_is_listed(store: ActivationStore, site: str) -> None:
     with pytest.raises(UnknownSite, match=r"it has resid.post@2|units 0–4"):
         store.read(site)
     with pytest.raises(UnknownSite):
@@ -336,9 +332,7 @@ def test_memory_for_batches_does_not_grow_with_the_store(folder: Path, shuffle: 
     site, peaks = StoredSite(Site("embed"), 64), []
     for shards in (3, 24):
         path = folder / f"{shards}.reprobe"
-        with synthetic.create(
-            path, rows=512 * shards, sites=(site,), shard_rows=512, chunk_rows=64
-        ) as writer:
+        with synthetic.create(path, rows=512 * shards, sites=(site,), shard_rows=512, chunk_rows=64) as writer:
             for shard in writer.missing():
                 writer.write_shard(shard.number, {site.site: torch.zeros(512, 64, dtype=torch.bfloat16)})
         store = ActivationStore.open(path)

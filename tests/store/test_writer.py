@@ -113,9 +113,7 @@ def test_a_store_begun_with_anything_else_is_not_resumed_and_the_field_is_named(
     assert synthetic.tree(folder / "s") == before
 
 
-def test_a_store_begun_with_other_versions_is_not_resumed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_begun_with_other_versions_is_not_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synthetic.fill(synthetic.create(folder / "s"), shards=2)
     monkeypatch.setattr(writer, "versions", lambda: provenance.versions() | {"torch": "0.1"})
     with pytest.raises(IdentityMismatch, match=r"versions\.torch: .* there, 0\.1 now"):
@@ -202,9 +200,7 @@ def _a_store_with_a_link(path: Path) -> None:
         _a_store_with_a_link,
     ],
 )
-def test_what_is_not_wholly_a_store_is_refused_and_not_touched(
-    folder: Path, make: Any, flags: dict[str, bool]
-) -> None:
+def test_what_is_not_wholly_a_store_is_refused_and_not_touched(folder: Path, make: Any, flags: dict[str, bool]) -> None:
     make(folder / "s")
     before = synthetic.tree(folder)
     with pytest.raises(ArtifactExists, match=r"choose another path|--overwrite"):

@@ -41,9 +41,7 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_its_shards_and_resumes_once
     assert result["missing"] == 4 - len(committed)
     assert not [name for name in result["before"] if name.endswith(".tmp")]
     synthetic.fill(synthetic.create(folder / "whole.reprobe", plan={}))
-    assert {k: bytes.fromhex(v) for k, v in result["after"].items()} == synthetic.tree(
-        folder / "whole.reprobe"
-    )
+    assert {k: bytes.fromhex(v) for k, v in result["after"].items()} == synthetic.tree(folder / "whole.reprobe")
 
 
 def test_a_shard_for_which_there_is_no_room_leaves_the_shards_before_it_readable(
@@ -77,9 +75,7 @@ def test_a_store_that_cannot_even_be_begun_leaves_nothing(
         ActivationStore.open(folder / "s.reprobe")
 
 
-def test_another_failure_of_the_disk_is_not_called_a_full_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_failure_of_the_disk_is_not_called_a_full_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

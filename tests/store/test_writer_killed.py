@@ -67,9 +67,7 @@ def test_a_store_whose_writers_were_killed_at_two_hundred_random_operations_equa
     _many_kills(server, folder, wanted=200, seed=1)
 
 
-def test_a_writer_killed_from_outside_at_random_times_leaves_a_store_that_resumes(
-    server: Any, folder: Path
-) -> None:
+def test_a_writer_killed_from_outside_at_random_times_leaves_a_store_that_resumes(server: Any, folder: Path) -> None:
     expected = _uninterrupted(folder / "whole.reprobe")
     path, rng, kills = folder / "s.reprobe", random.Random(2), 0
     for attempt in range(10):

@@ -1,0 +1,187 @@
+"""The command line as a user meets it: every verb on a small model in a folder, wrong inputs first."""
+
+import json
+
+import pytest
+from tiny import tiny_net, tiny_tokenizer
+from typer.testing import CliRunner
+
+import reprobe as rp
+from reprobe.cli.app import app
+
+VERBS = ("demo", "extract", "info", "verify", "probe", "scan", "steer", "report")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model in a folder, and prompts in which the first word tells the label."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny_net("llama").save_pretrained(path / "model")
+    tiny_tokenizer().save_pretrained(path / "model")
+    rows = [
+        {
+            "id": f"p{i}",
+            "text": f"{'the' if i % 2 else 'and'} thing number {i // 2}",
+            "label": i % 2,
+            "group": f"g{i // 2}",
+        }
+        for i in range(40)
+    ]
+    (path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def call(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """A store, a grid and a direction made with the verbs themselves."""
+    runner = CliRunner()
+    store, grid, direction = (folder / name for name in ("s.reprobe", "g.safetensors", "d.safetensors"))
+    for line in (
+        ["extract", folder / "model", folder / "prompts.jsonl", "--to", store, "--sites", "resid.post@*,attn.heads@1"],
+        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--direction", direction],
+    ):
+        result = runner.invoke(app, [str(a) for a in line])
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_shows_an_example(verb):
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0
+    assert f"reprobe {verb}" in result.output.split("Example")[1]
+
+
+@pytest.mark.parametrize("verb", ["list", "show", "validate"])
+def test_help_of_the_data_verbs_shows_an_example(verb):
+    result = CliRunner().invoke(app, ["data", verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert f"reprobe data {verb}" in result.output.split("Example")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["extract", "model", "no-such-data", "--to", "x"], "UnknownData"),
+        (["extract", "model", "prompts.jsonl", "--to", "x", "--sites", "mlp.out@32"], "blocks 0–2"),
+        (["extract", "model", "prompts.jsonl", "--to", "x", "--at", "somewhere"], "span:NAME"),
+        (["extract", "model", "prompts.jsonl", "--to", "x", "--store-dtype", "int8"], "float32, float16, bfloat16"),
+        (["extract", "model", "prompts.jsonl", "--to", "x", "--truncate", "middle"], "left"),
+        (["extract", "model", "prompts.jsonl", "--to", "s.reprobe"], "--resume"),
+        (["info", "nothing.reprobe"], "nothing.reprobe"),
+        (["probe", "s.reprobe", "--reader", "crystal-ball"], "logistic"),
+        (["probe", "s.reprobe", "--label", "colour"], "colour"),
+        (["probe", "s.reprobe", "--sites", "resid.pre@*"], "resid"),
+        (["probe", "s.reprobe", "--to", "g.safetensors"], "--overwrite"),
+        (["scan", "model", "a text", "--grid", "g.safetensors", "--part", "mlp.out"], "attn.heads, resid.post"),
+        (["steer", "model", "a text", "--direction", "nothing.safetensors"], "nothing.safetensors"),
+        (["steer", "model", "a text", "--direction", "d.safetensors", "--tokens", "some"], "generated"),
+        (["report", "nowhere"], "nowhere"),
+        (["data", "show", "citys"], "cities"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_a_wrong_call_exits_2_and_says_what_exists(run, made, arguments, says):
+    assert says in run(*arguments, code=2).output
+
+
+def test_a_model_that_is_not_there_exits_1(run):
+    assert "ModelLoadFailed" in run("extract", "./no-model", "prompts.jsonl", "--to", "x", code=1).output
+
+
+def test_a_malformed_data_set_is_named_row_by_row(run, folder):
+    (folder / "bad.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n')
+    assert "duplicate ids: a" in run("data", "validate", "bad.jsonl", code=2).output
+    assert "sound" in run("data", "validate", "prompts.jsonl").output
+
+
+def test_info_and_verify_tell_of_a_store_and_a_changed_byte_exits_1(run, made, tmp_path):
+    told = json.loads(run("info", "s.reprobe", "--json").stdout)
+    assert told["rows"] == 40
+    assert told["complete"] is True
+    run("verify", "s.reprobe")
+    rp.extract(rp.LanguageModel.load(made / "model"), made / "prompts.jsonl", to=tmp_path / "t.reprobe")
+    shard = next((tmp_path / "t.reprobe").rglob("c.*"))
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    assert "CorruptArtifact" in run("verify", tmp_path / "t.reprobe", code=1).output
+
+
+def test_probe_prints_the_best_sites_and_saves_what_it_found(run, made):
+    rows = json.loads(run("probe", "s.reprobe", "--reader", "mean-difference", "--folds", 4, "--json").stdout)
+    assert len(rows) == 10
+    assert [r["accuracy"] for r in rows] == sorted((r["accuracy"] for r in rows), reverse=True)
+    grid = rp.ProbeGrid.load(made / "g.safetensors")
+    assert grid.best() == rp.Direction.load(made / "d.safetensors")
+    assert grid.table["accuracy"].max() == rows[0]["accuracy"]
+
+
+def test_a_typed_label_finds_the_number_that_it_means(run, made):
+    run(
+        "probe", "s.reprobe", "--positive", "0", "--reader", "mean-difference", "--folds", 4, "--to", "zero.safetensors"
+    )
+    assert rp.ProbeGrid.load(made / "zero.safetensors").classes == (1, 0)
+
+
+def test_scan_reads_every_token_at_every_block(run, made):
+    rows = json.loads(run("scan", "model", "the end of it", "--grid", "g.safetensors", "--json").stdout)
+    lm = rp.LanguageModel.load(made / "model")
+    assert len(rows) == lm.encode("the end of it").real.shape[1]
+    assert set(rows[0]) == {"token", "resid.post@0", "resid.post@1", "resid.post@2"}
+    d = rp.ProbeGrid.load(made / "g.safetensors").directions[rp.Site.parse("resid.post@1")]
+    with rp.observe(lm, "resid.post@1") as seen:
+        lm.logits("the end of it")
+    want = d.score(seen[rp.Site.parse("resid.post@1")][0, -1].numpy()) / d.scale
+    assert rows[-1]["resid.post@1"] == pytest.approx(float(want), abs=2e-3)
+    run("scan", "model", "the end of it", "--grid", "g.safetensors", "--figure", "scan.svg")
+    assert (made / "scan.svg").read_text().count("<svg") == 1
+
+
+def test_steer_shows_both_texts_and_the_price(run, made):
+    still = json.loads(
+        run("steer", "model", "the end", "--direction", "d.safetensors", "--strength", 0, "--json").stdout
+    )
+    assert still["unsteered"] == still["steered"]
+    told = json.loads(
+        run("steer", "model", "the end", "--direction", "d.safetensors", "--strength", 9, "--json").stdout
+    )
+    kl = next(v for k, v in told.items() if k.startswith("KL"))
+    assert kl > 0
+    assert told["unsteered"] == still["unsteered"]
+
+
+def test_a_report_is_drawn_from_a_folder_of_results(run, made):
+    page = (made / "page.html").resolve()
+    (made / "probes").mkdir()
+    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes())
+    assert str(page) in run("report", made, "--to", page).stdout
+    text = page.read_text()
+    assert "<svg" in text
+    assert rp.ActivationStore.open(made / "s.reprobe").manifest.prompts[:8] in text
+
+
+def test_the_list_of_data_sets_names_all_eight(run):
+    names = {row["name"] for row in json.loads(run("data", "list", "--json").stdout)}
+    assert names == {
+        "cities", "comparisons", "emotions", "facts", "honesty", "misconceptions", "negations", "translations",
+    }  # fmt: skip
+
+
+def test_resume_goes_on_and_overwrite_begins_anew(run, made):
+    run("extract", "model", "prompts.jsonl", "--to", "again.reprobe")
+    run("extract", "model", "prompts.jsonl", "--to", "again.reprobe", "--resume")
+    assert (
+        "IdentityMismatch"
+        in run("extract", "model", "prompts.jsonl", "--to", "again.reprobe", "--resume", "--at", "mean", code=2).output
+    )
+    run("extract", "model", "prompts.jsonl", "--to", "again.reprobe", "--overwrite", "--at", "mean")
