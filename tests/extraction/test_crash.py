@@ -56,8 +56,7 @@ def test_twenty_kills_and_as_many_resumes_leave_the_bytes_of_an_undisturbed_run(
         if child.exitcode is None:
             os.kill(child.pid, signal.SIGKILL)
             child.join()
-            assert child.exitcode == -signal.SIGKILL
-            kills += 1
+            kills += child.exitcode != 0  # 0: it was done before the signal came
         else:
             assert child.exitcode == 0
         commits = sorted((torn / "commits").glob("*.json")) if torn.exists() else []
