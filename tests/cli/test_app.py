@@ -1,6 +1,10 @@
 """The command line as a user meets it: every verb on a small model in a folder, wrong inputs first."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from tiny import tiny_net, tiny_tokenizer
@@ -185,3 +189,30 @@ def test_resume_goes_on_and_overwrite_begins_anew(run, made):
         in run("extract", "model", "prompts.jsonl", "--to", "again.reprobe", "--resume", "--at", "mean", code=2).output
     )
     run("extract", "model", "prompts.jsonl", "--to", "again.reprobe", "--overwrite", "--at", "mean")
+
+
+def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(folder, tmp_path):
+    rows = [{"id": f"p{i}", "text": f"thing number {i} of the lot", "label": i % 2} for i in range(600)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    arguments = ["extract", folder / "model", tmp_path / "many.jsonl", "--to", tmp_path / "s.reprobe", "--at", "all",
+                 "--shard-rows", 64, "--batch-tokens", 64]  # fmt: skip
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from reprobe.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    commits = tmp_path / "s.reprobe" / "commits"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        while not (commits.exists() and any(commits.glob("0*.json"))):
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        said = child.communicate(timeout=60)[1]
+    assert child.returncode == 130, said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    store = rp.ActivationStore.open(tmp_path / "s.reprobe")
+    assert len(store.committed) > 0
+    assert not store.complete
+    done = CliRunner().invoke(app, [*map(str, arguments), "--resume"])
+    assert done.exit_code == 0, done.output
+    assert rp.ActivationStore.open(tmp_path / "s.reprobe").verify().ok
