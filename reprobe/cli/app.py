@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. Results go to s
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -131,7 +130,30 @@ def info(store: Store, as_json: AsJson = False) -> None:
     """Show what a store holds, of which model, and whether it is complete."""
     from reprobe.store import ActivationStore
 
-    _show(dataclasses.asdict(ActivationStore.open(store).info()), as_json)
+    opened = ActivationStore.open(store)
+    told = vars(opened.info())
+    if as_json:
+        _show(told | {"sites": list(map(str, opened.sites))}, True)
+        return
+    shards = f"{told['committed']} of {told['shards']}"
+    sizes = f"{_bytes(told['bytes_on_disk'])} of {_bytes(told['bytes_of_arrays_when_complete'])}"
+    _show(
+        {
+            "path": told["path"],
+            "state": "complete" if told["complete"] else "incomplete: go on with `reprobe extract … --resume`",
+            "model": opened.identity.name + (f" @ {told['revision']}" if told["revision"] else ""),
+            "weights": opened.identity.weights,
+            "sites": opened.manifest.sites_text,
+            "rows": f"{told['rows']:,}",
+            "dtype": told["dtype"],
+            "shards": shards,
+            "size": _bytes(told["bytes_on_disk"]) if told["complete"] else sizes,
+            "prompts": told["prompts"],
+            "plan": _counts(told["plan"]),
+            "versions": ", ".join(f"{k} {v}" for k, v in told["versions"].items()),
+        },
+        False,
+    )
 
 
 @verb("reprobe verify cities.reprobe")
@@ -311,8 +333,24 @@ def data_show(
 
     prompts = PromptSet.load(data)
     if not as_json:
-        _show(dataclasses.asdict(prompts.describe()), False)
-    _table(prompts.head(limit).frame.to_dicts(), as_json)
+        about = prompts.describe()
+        _show(
+            {
+                "name": about.name,
+                "prompts": about.prompts,
+                "groups": about.groups if about.has_groups else "none: each prompt counts as its own",
+                "pairs": about.pairs,
+                "labels": _counts(about.labels),
+                "spans": _counts(about.spans),
+                "digest": about.digest,
+            },
+            False,
+        )
+    rows = prompts.head(limit).frame.to_dicts()
+    for row in rows:
+        row["spans"] = {s["name"]: [s["start"], s["end"]] for s in row["spans"]}
+    empty = {key for key in rows[0] if all(row[key] in (None, {}) for row in rows)}
+    _table([{k: v for k, v in row.items() if k not in empty} for row in rows], as_json)
 
 
 @verb("reprobe data validate my-prompts.jsonl", on=data_app, name="validate")
@@ -389,7 +427,7 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _counts(values: Any) -> str:
-    return ", ".join(f"{'none' if k is None else k}: {n}" for k, n in values.items())
+    return ", ".join(f"{'none' if k is None else k}: {'none' if n is None else n}" for k, n in values.items())
 
 
 def _bytes(n: float) -> str:

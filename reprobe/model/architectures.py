@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedModel, UnsupportedOperation
 from reprobe.model.families import FAMILIES, Family, Kind, Place, Side
-from reprobe.model.sites import Parts, Site
+from reprobe.model.sites import Parts, Site, ranges
 
 _BLOCK_IN = Place("", "in")
 _BLOCK_OUT = Place("", "out")
@@ -126,7 +126,7 @@ class Architecture:
             why.append("attention and MLP of a parallel block read the same stream, nothing is between them")
         experts = [layer for layer, of_block in enumerate(places) if "mlp.neurons" not in of_block]
         if experts:
-            why.append(f"a mixture of experts has no one layer of neurons: blocks {_ranges(experts)}")
+            why.append(f"a mixture of experts has no one layer of neurons: blocks {ranges(experts)}")
         return Parts(name, tuple(frozenset(of_block) for of_block in places), units, "; ".join(why))
 
     def block_parts(self, net: Any, layer: int) -> frozenset[str]:
@@ -230,14 +230,3 @@ def _find(module: nn.Module, path: str, family: str) -> nn.Module:
 def _in_width(projection: Any) -> int:
     # Conv1D of transformers (GPT-2) calls it nx; other linear layers, quantised ones included, in_features.
     return int(projection.in_features if hasattr(projection, "in_features") else projection.nx)
-
-
-def _ranges(layers: list[int]) -> str:
-    """[1, 2, 3, 5] → '1–3, 5'."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)

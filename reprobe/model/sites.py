@@ -140,6 +140,17 @@ def expand(sites: "str | Site | Iterable[str | Site]", parts: Parts) -> tuple[Si
     return tuple(out)
 
 
+def ranges(layers: Iterable[int]) -> str:
+    """Layers for people: 1, 2, 3, 5 as '1–3, 5'."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+
+
 def _expand_one(text: str, parts: Parts) -> list[Site]:
     m = _PATTERN.fullmatch(text)
     if m is None:

@@ -330,35 +330,13 @@ def _store_card(name: str, store: ActivationStore) -> Card:
         ("groups", f"{groups:,}" if groups else "none"),
         ("labels", (labels if len(counts) <= 6 else f"{len(counts):,} different") or "none"),
         ("position", str(m.plan.get("at", "not recorded"))),
-        ("sites", _stored_sites(store)),
+        ("sites", store.manifest.sites_text),
         ("stored as", f"{m.dtype}, {store.info().bytes_on_disk / 1e6:,.1f} MB"),
         ("model", m.identity.name),
         ("prompts", Digest(m.prompts)),
         ("store", Digest(m.digest)),
     ]
     return Card(f"Data {name}", facts)
-
-
-def _stored_sites(store: ActivationStore) -> str:
-    """Parts with their blocks, and heads × width: resid.post@0–29, attn.heads@0–29 (9 × 64)."""
-    out = []
-    for part in dict.fromkeys(s.part for s in store.sites):
-        stored = [s for s in store.manifest.sites if s.site.part == part]
-        layers = sorted(s.site.layer for s in stored if s.site.layer is not None)
-        units = f" ({stored[0].units} × {stored[0].unit_width})" if stored[0].unit_width else ""
-        out.append((f"{part}@{_runs(layers)}" if layers else part) + units)
-    return ", ".join(out)
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as 0–2, 5."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
 
 
 def _duration(seconds: float) -> str:

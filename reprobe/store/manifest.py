@@ -14,7 +14,7 @@ from typing import Any
 
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, UnknownSite, UsageError
 from reprobe.model.identity import ModelIdentity
-from reprobe.model.sites import UNIT_PARTS, Site
+from reprobe.model.sites import UNIT_PARTS, Site, ranges
 from reprobe.provenance import canonical_json, digest
 from reprobe.store.layout import MANIFEST, Grid, check_dtype, itemsize
 from reprobe.store.sealed import seal, unseal
@@ -83,6 +83,17 @@ class Manifest:
         except (TypeError, ValueError) as error:
             raise UsageError(f"the plan is not plain JSON: {error}") from error
         object.__setattr__(self, "plan", plain)
+
+    @property
+    def sites_text(self) -> str:
+        """For people: parts with their blocks, and units × width: resid.post@0–29, attn.heads@0–29 (9 × 64)."""
+        out = []
+        for part in dict.fromkeys(s.site.part for s in self.sites):
+            stored = [s for s in self.sites if s.site.part == part]
+            layers = sorted(s.site.layer for s in stored if s.site.layer is not None)
+            units = f" ({stored[0].units} × {stored[0].unit_width})" if stored[0].unit_width else ""
+            out.append((f"{part}@{ranges(layers)}" if layers else part) + units)
+        return ", ".join(out)
 
     @property
     def row_bytes(self) -> int:
