@@ -1,24 +1,30 @@
 """What all tests share."""
 
 import os
-from functools import cache, lru_cache
 
-import pytest
-import torch
-from tiny import tiny_net, tiny_tokenizer
-
-from reprobe.model.language_model import LanguageModel
-
-# A test must not depend on what a hub answers today.
+# Before the hub's client is imported, which reads it once: a test must not depend on what a hub answers today.
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(1)  # tiny matrices: threads cost more than they give
+
+from functools import lru_cache  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny import tiny_net, tiny_tokenizer  # noqa: E402
+
+from reprobe.model.language_model import LanguageModel  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny matrices: threads cost more than they give."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_lm():
     """`tiny_lm(name, bos=True)`: a tiny random language model of a family, always the same."""
 
-    @cache
+    @lru_cache(maxsize=None)
     def make(name: str, bos: bool = True) -> LanguageModel:
         return LanguageModel(tiny_net(name), tiny_tokenizer(bos=bos), name=f"tiny-{name}")
 
