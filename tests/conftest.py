@@ -5,13 +5,13 @@ import os
 # Before the hub's client is imported, which reads it once: a test must not depend on what a hub answers today.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from functools import lru_cache  # noqa: E402
+from functools import cache, lru_cache
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from tiny import tiny_net, tiny_tokenizer  # noqa: E402
+import pytest
+import torch
+from tiny import tiny_net, tiny_tokenizer
 
-from reprobe.model.language_model import LanguageModel  # noqa: E402
+from reprobe.model.language_model import LanguageModel
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,7 +24,7 @@ def one_thread():
 def tiny_lm():
     """`tiny_lm(name, bos=True)`: a tiny random language model of a family, always the same."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def make(name: str, bos: bool = True) -> LanguageModel:
         return LanguageModel(tiny_net(name), tiny_tokenizer(bos=bos), name=f"tiny-{name}")
 
