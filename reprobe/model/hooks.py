@@ -3,9 +3,9 @@
 Enters: a language model, sites, and objects that say what to do there. Leaves: tensors, and a network without a
 trace of us after any exit. Does not know what an intervention means, which prompts run or where activations go.
 
-How it works: each network that is being read or changed has one `Board`. It holds one forward hook per place of
-the module tree (a `Tap`) that anybody needs; that hook first applies the interventions in the order in which they
-were entered, then shows the result to the observers. So an observer always sees what the rest of the network
+How it works: each network that is being read or changed has one `Board`. It holds the forward hooks for every place
+of the module tree (a `Tap`) that anybody needs: one that applies the interventions, in the order in which they were
+entered, and one that shows the result to the observers. So an observer always sees what the rest of the network
 sees, however the contexts are nested.
 """
 
@@ -145,34 +145,40 @@ class Board:
             raise
 
     def _register(self) -> None:
-        places: dict[_Place, tuple[Tap, list[Callable[[Tensor], Tensor]]]] = {}
+        # Changes go before everybody else's hooks on a module (transformers records output_hidden_states with hooks
+        # of its own), observers after them: they see what the next module sees.
+        changes: dict[_Place, tuple[Tap, list[Callable[[Tensor], Tensor]]]] = {}
+        shows: dict[_Place, tuple[Tap, list[Callable[[Tensor], Tensor]]]] = {}
 
-        def at(site: Site) -> list[Callable[[Tensor], Tensor]]:
+        def change_at(site: Site, step: Callable[[Tensor], Tensor]) -> None:
             tap, _ = self._locate(site)
-            return places.setdefault((tap.module, tap.side), (tap, []))[1]
+            changes.setdefault((tap.module, tap.side), (tap, []))[1].append(step)
 
         mids = [i for i in self._interventions if i.site.part == "resid.mid"]
         for item in self._interventions:
             if item.site.part != "resid.mid":
-                at(item.site).append(self._changer(item))
+                change_at(item.site, self._changer(item))
         for layer in sorted({int(i.site.layer or 0) for i in mids}):
             # The stream's middle is no module's output: the block adds attn.out to resid.pre itself. So resid.mid is
             # written through attn.out, by the difference.
-            at(Site("resid.pre", layer)).append(self._keep_pre(layer))
             here = [i for i in mids if i.site.layer == layer]
-            at(Site("attn.out", layer)).append(self._mid_changer(layer, here))
+            change_at(Site("resid.pre", layer), self._keep_pre(layer))
+            change_at(Site("attn.out", layer), self._mid_changer(layer, here))
         for site, observer in self._observers:
-            at(site).append(self._shower(site, observer))
+            tap, _ = self._locate(site)
+            shows.setdefault((tap.module, tap.side), (tap, []))[1].append(self._shower(site, observer))
         stack = self._stack()
-        if places and stack is not None:
-            self._handles.append(stack.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for tap, steps in places.values():
-            change = self._flat(steps) if tap.flat else _chain(steps)
-            if tap.side == "in":
-                hook = tap.module.register_forward_pre_hook(_input_hook(change), with_kwargs=True)
-            else:
-                hook = tap.module.register_forward_hook(_output_hook(change))
-            self._handles.append(hook)
+        if (changes or shows) and stack is not None:
+            self._handles.append(stack.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+        for places, first in ((changes, True), (shows, False)):
+            for tap, steps in places.values():
+                change = self._flat(steps) if tap.flat else _chain(steps)
+                if tap.side == "in":
+                    hook = _input_hook(change)
+                    handle = tap.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+                else:
+                    handle = tap.module.register_forward_hook(_output_hook(change), prepend=first)
+                self._handles.append(handle)
 
     def _flat(self, steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
         change = _chain(steps)

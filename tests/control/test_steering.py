@@ -266,6 +266,23 @@ def test_a_direct_call_of_the_network_is_steered_with_its_own_mask(tiny_lm):
     assert lm.tokenizer.batch_decode(text[:, batch.real.shape[1] :], skip_special_tokens=True) == ours
 
 
+def test_stock_hidden_states_show_what_was_steered_even_if_they_were_asked_for_before(tiny_lm):
+    lm = tiny_lm("qwen2")
+    batch = lm.inputs(lm.encode(PROMPTS[1]))
+
+    def states():
+        with torch.no_grad():
+            return lm.net(**batch, output_hidden_states=True).hidden_states
+
+    plain = states()  # transformers installs its recording hooks here, and leaves them
+    d = direction(lm)
+    with rp.steer(lm, rp.Add(d, 2.0)), observe(lm, "resid.post@1") as seen:
+        steered = states()
+    step = torch.tensor(2.0 * d.scale * d.vector, dtype=torch.float32)
+    assert torch.allclose(steered[2], plain[2] + step, atol=1e-5)
+    assert torch.equal(steered[2], seen[rp.Site.parse("resid.post@1")])
+
+
 def test_a_direct_call_that_cannot_be_steered_rightly_is_refused(tiny_lm):
     lm = tiny_lm("llama")
     batch = lm.encode(PROMPTS)
