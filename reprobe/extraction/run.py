@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reprobe.errors import UsageError
 from reprobe.extraction.plan import Plan, padded_plan
-from reprobe.model.hooks import capture
+from reprobe.model.hooks import board_of, capture
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.sites import UNIT_PARTS, Site
 from reprobe.model.text import Truncate
@@ -70,9 +70,14 @@ class Job:
         """Run, or go on with, this job into the store at `to`.
 
         Raises `ArtifactExists` if `to` exists and neither `resume` nor `overwrite` is given, `IdentityMismatch` if
-        the store there was made with another model, plan or data, `DiskFull`, `StoreLocked`. Whatever ends the run,
-        completed shards stay.
+        the store there was made with another model, plan or data, `UsageError` while the model is being steered,
+        `DiskFull`, `StoreLocked`. Whatever ends the run, completed shards stay.
         """
+        if board_of(self.lm).changed:
+            raise UsageError(
+                "the model is being steered, and its activations would pass for the plain model's: extract outside "
+                "the steering context, or read steered activations with observe"
+            )
         writer = StoreWriter.create(
             to,
             identity=self.lm.identity,

@@ -100,6 +100,11 @@ class Board:
         self._prompt_columns: int | None = None
         self._shape = (0, 0)  # rows and columns of the present pass
 
+    @property
+    def changed(self) -> bool:
+        """Whether any intervention is active."""
+        return bool(self._interventions)
+
     # -- contexts ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

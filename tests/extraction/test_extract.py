@@ -253,6 +253,14 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm, tmp_path):
     assert not to.exists()
 
 
+def test_a_steered_models_activations_never_pass_for_the_plain_models(tiny_lm, tmp_path):
+    lm = tiny_lm("llama")
+    d = rp.Direction.from_vector("resid.post@1", np.ones(lm.d_model))
+    with rp.steer(lm, rp.Add(d)), pytest.raises(UsageError, match="being steered"):
+        rp.extract(lm, prompts(), to=tmp_path / "s")
+    assert rp.extract(lm, prompts(), to=tmp_path / "s").complete
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_long_prompt_is_refused_unless_a_side_is_named(tiny_lm, tmp_path, side):
     lm = tiny_lm("llama")
