@@ -22,7 +22,7 @@ from reprobe.model.language_model import LanguageModel
 from reprobe.model.sites import UNIT_PARTS, Site
 from reprobe.model.text import Truncate
 from reprobe.progress import Progress, silent
-from reprobe.prompts import Position, PromptSet, TokenTable, index_frame, tokenize
+from reprobe.prompts import Position, PromptSet, TokenTable, index_frame, token_frame, tokenize
 from reprobe.store import ActivationStore, Grid, Shard, StoredSite, StoreWriter, size_on_disk
 from reprobe.store.layout import itemsize
 
@@ -86,6 +86,7 @@ class Job:
             sites=[StoredSite(site, width, self._unit_width(site)) for site, width in self.widths.items()],
             dtype=self.dtype,
             index=index_frame(self.prompts, self.table, self.plan.order),
+            tokens=token_frame(self.table, self.plan.order),
             shard_rows=self.grid.shard_rows,
             chunk_rows=self.grid.chunk_rows,
             resume=resume,

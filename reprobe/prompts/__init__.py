@@ -11,7 +11,7 @@ from reprobe.prompts.formats import FORMATS, Table
 from reprobe.prompts.positions import Position
 from reprobe.prompts.prompt_set import Description, PromptSet, Split, concat
 from reprobe.prompts.statements import Emotions, Persona, Statements
-from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, tokenize
+from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, token_frame, tokenize
 from reprobe.prompts.truthfulqa import TruthfulQA, TruthfulQAChoices
 
 __all__ = [
@@ -36,5 +36,6 @@ __all__ = [
     "bundled",
     "concat",
     "index_frame",
+    "token_frame",
     "tokenize",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from reprobe.errors import DataError, PromptTooLong, UnsupportedOperation, UsageError
@@ -125,6 +126,14 @@ def tokenize(
         _starts(np.concatenate([p.n_rows for p in parts])),
         at.pooled,
     )
+
+
+def token_frame(table: TokenTable, order: NDArray[np.integer[Any]]) -> pl.DataFrame:
+    """All tokens of the prompts in `order`: one line per prompt, with `prompt` (its id) and `tokens` (Int32 lists)."""
+    lengths = table.n_tokens[order]
+    flat = table.tokens[_ranges(table.starts[order], lengths)]
+    tokens = pa.LargeListArray.from_arrays(_starts(lengths), flat)
+    return pl.DataFrame({"prompt": [table.ids[i] for i in order], "tokens": pl.from_arrow(tokens)})
 
 
 def index_frame(prompts: PromptSet, table: TokenTable, order: NDArray[np.integer[Any]] | None = None) -> pl.DataFrame:

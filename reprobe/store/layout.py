@@ -20,12 +20,16 @@ from reprobe.model.sites import Site
 
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
+TOKENS = "tokens.parquet"
 ARRAYS = "activations.zarr"
 COMMITS = "commits"
 LOCK = ".lock"
 
 #: Columns that every index has; `position` and `token` are null where a row is the mean of several tokens.
 INDEX_COLUMNS = ("row", "prompt", "position", "token", "label", "group", "pair", "n_tokens")
+
+#: Columns of the table of tokens: a prompt's id and all its token ids, in the order of the index.
+TOKEN_COLUMNS = ("prompt", "tokens")
 
 #: Aim for the size of one shard over all sites together: large enough that a commit costs little beside the
 #: writing, small enough that a kill loses seconds and a buffer of one shard fits any machine.
@@ -191,7 +195,7 @@ def commit_name(shard: int) -> str:
 _NODE = rf"{re.escape(ARRAYS)}/[a-z.]+(?:-\d+)?"
 _FOLDERS = re.compile(rf"{COMMITS}|{re.escape(ARRAYS)}|{_NODE}")
 _FILES = re.compile(
-    rf"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{COMMITS}/\d{{5,}}\.json"
+    rf"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TOKENS)}|{COMMITS}/\d{{5,}}\.json"
     rf"|{re.escape(ARRAYS)}/zarr\.json|{_NODE}/(?:zarr\.json|c\.\d+\.0)"
 )
 _TEMPORARY = re.compile(r"((?:.+/)?)\.([^/]+)\.[^./]+\.tmp")

@@ -19,7 +19,7 @@ from reprobe.provenance import canonical_json, digest
 from reprobe.store.layout import MANIFEST, Grid, check_dtype, itemsize
 from reprobe.store.sealed import seal, unseal
 
-SCHEMA = 1
+SCHEMA = 2
 _KIND = "reprobe.store"
 #: Bytes by which even a damaged manifest is known to be one of ours.
 MARK = f'"kind": "{_KIND}"'.encode()
@@ -55,7 +55,7 @@ class Manifest:
     """Everything that two equal stores agree on.
 
     `prompts` is the digest of the prompt set, `plan` what extraction decided (positions, packing, budget …),
-    `files` the sha256 of the index and of each array's metadata by relative path.
+    `files` the sha256 of the index, of the tokens and of each array's metadata by relative path.
     """
 
     identity: ModelIdentity

@@ -24,7 +24,7 @@ from reprobe.provenance import digest_bytes
 from reprobe.store.batches import Batch, batches
 from reprobe.store.commit import Commit, committed
 from reprobe.store.folder import survey
-from reprobe.store.layout import INDEX, Grid, decode, size_on_disk, stored_dtype
+from reprobe.store.layout import INDEX, TOKENS, Grid, decode, size_on_disk, stored_dtype
 from reprobe.store.manifest import Manifest, StoredSite, read_manifest
 from reprobe.store.rows import RowNumbers, Rows, row_numbers, runs, shards_of, windows
 from reprobe.store.verification import VerifyReport, verify
@@ -114,6 +114,11 @@ class ActivationStore:
     def index(self) -> pl.DataFrame:
         """One line per row, with the columns `INDEX_COLUMNS` or more; `CorruptArtifact` if it was changed."""
         return pl.read_parquet(BytesIO(self._untouched(INDEX)))
+
+    @cached_property
+    def tokens(self) -> pl.DataFrame:
+        """One line per prompt, in the order of the index: `prompt` (its id) and `tokens`, all its token ids."""
+        return pl.read_parquet(BytesIO(self._untouched(TOKENS)))
 
     def read(self, site: str | Site, rows: Rows = None) -> torch.Tensor:
         """Rows of a site, (n, width), in the stored dtype and bit-exact.

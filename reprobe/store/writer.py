@@ -33,6 +33,8 @@ from reprobe.store.layout import (
     INDEX,
     INDEX_COLUMNS,
     MANIFEST,
+    TOKEN_COLUMNS,
+    TOKENS,
     Grid,
     Shard,
     commit_name,
@@ -69,6 +71,7 @@ class StoreWriter:
         sites: Sequence[StoredSite],
         dtype: str,
         index: pl.DataFrame,
+        tokens: pl.DataFrame,
         shard_rows: int | None = None,
         chunk_rows: int | None = None,
         resume: bool = False,
@@ -78,7 +81,8 @@ class StoreWriter:
 
         `prompts` is the digest of the prompt set; `plan` any plain JSON that decides the values (positions,
         packing, budget …); `index` has one line per row, its columns `INDEX_COLUMNS` or more, and `row`
-        counts from 0. `shard_rows` and `chunk_rows` as in `Grid.of`.
+        counts from 0. `tokens` has one line per prompt of the index: its id, and all its token ids, so that the
+        rows can be computed again from the store alone. `shard_rows` and `chunk_rows` as in `Grid.of`.
 
         Raises `ArtifactExists` if something is at `path` and neither `resume` nor `overwrite` was asked for,
         or if it is not a store (which is never touched); `IdentityMismatch` if a store to resume was begun
@@ -101,7 +105,7 @@ class StoreWriter:
         }  # fmt: skip
         Manifest(files={}, **parts)  # refuse malformed arguments before encoding anything
         encoder = Encoder(sites, dtype, grid)
-        contents = {INDEX: _parquet(index)} | encoder.metadata
+        contents = {INDEX: _parquet(index), TOKENS: _parquet(_matching(tokens, index))} | encoder.metadata
         manifest = Manifest(files={name: digest_bytes(data) for name, data in contents.items()}, **parts)
 
         path = Path(path).resolve()
@@ -192,6 +196,17 @@ def _checked(index: pl.DataFrame) -> pl.DataFrame:
     if not row.dtype.is_integer() or not np.array_equal(row.to_numpy(), np.arange(index.height)):
         raise UsageError("the index's column 'row' must count 0, 1, 2, …, in order")
     return index
+
+
+def _matching(tokens: pl.DataFrame, index: pl.DataFrame) -> pl.DataFrame:
+    """The table of tokens, if it is one and of the index's prompts."""
+    if tuple(tokens.columns) != TOKEN_COLUMNS or tokens.schema["tokens"] != pl.List(pl.Int32):
+        raise UsageError(
+            f"the table of tokens needs the columns prompt and tokens (lists of Int32), got {tokens.schema}"
+        )
+    if not tokens["prompt"].equals(index["prompt"].unique(maintain_order=True)):
+        raise UsageError("the table of tokens is not of the index's prompts, each once and in their order")
+    return tokens
 
 
 def _parquet(index: pl.DataFrame) -> bytes:

@@ -51,6 +51,12 @@ def index(rows: int = ROWS) -> pl.DataFrame:
     )
 
 
+def tokens(of: pl.DataFrame) -> pl.DataFrame:
+    prompts = of["prompt"].unique(maintain_order=True)
+    lists = pl.Series([[7 * i, 7 * i + 1] for i in range(len(prompts))], dtype=pl.List(pl.Int32))
+    return pl.DataFrame({"prompt": prompts, "tokens": lists})
+
+
 def create(path: Path, *, rows: int = ROWS, **changes: Any) -> StoreWriter:
     """A writer of the synthetic store; `changes` replace arguments of `StoreWriter.create`."""
     arguments: dict[str, Any] = {
@@ -60,6 +66,7 @@ def create(path: Path, *, rows: int = ROWS, **changes: Any) -> StoreWriter:
         "sites": SITES,
         "dtype": "bfloat16",
         "index": index(rows),
+        "tokens": tokens(changes.get("index", index(rows))),
         "shard_rows": SHARD_ROWS,
         "chunk_rows": CHUNK_ROWS,
     }

@@ -12,6 +12,7 @@ from store import synthetic
 from reprobe.errors import CorruptArtifact, UnknownSite, UsageError
 from reprobe.model.sites import Site
 from reprobe.store import ActivationStore, Grid, Manifest, StoredSite
+from reprobe.store.manifest import SCHEMA
 from reprobe.store.commit import Commit
 from reprobe.store.sealed import seal, unseal
 
@@ -81,7 +82,7 @@ def test_every_changed_lost_or_added_byte_of_a_manifest_is_noticed(data: bytes) 
         b"[" * 100_000,
         b'{"name": "a web application", "icons": []}',
         seal({"kind": "reprobe.store"}),
-        changed(schema=2),
+        changed(schema=SCHEMA + 1),
         changed(rows="many"),
         changed(rows=True),
         changed(sites=[{"site": "nonsense@1", "width": 3, "unit_width": None}]),
@@ -107,8 +108,8 @@ def test_a_foreign_or_forged_manifest_is_corrupt_and_never_a_traceback(data: byt
 
 
 def test_a_manifest_of_a_later_version_says_so() -> None:
-    with pytest.raises(CorruptArtifact, match="schema version 2"):
-        Manifest.from_bytes(changed(schema=2), "m")
+    with pytest.raises(CorruptArtifact, match=f"schema version {SCHEMA + 1}"):
+        Manifest.from_bytes(changed(schema=SCHEMA + 1), "m")
 
 
 @pytest.mark.parametrize(
