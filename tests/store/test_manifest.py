@@ -12,8 +12,8 @@ from store import synthetic
 from reprobe.errors import CorruptArtifact, UnknownSite, UsageError
 from reprobe.model.sites import Site
 from reprobe.store import ActivationStore, Grid, Manifest, StoredSite
-from reprobe.store.manifest import SCHEMA
 from reprobe.store.commit import Commit
+from reprobe.store.manifest import SCHEMA
 from reprobe.store.sealed import seal, unseal
 
 MANIFEST = Manifest(
