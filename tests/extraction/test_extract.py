@@ -17,7 +17,7 @@ from reprobe.errors import (
     UnknownSite,
     UsageError,
 )
-from reprobe.extraction import padded_plan, prepare
+from reprobe.extraction import prepare
 
 TEXTS = ["the cat is on the mat", "a dog", "in the end and on the other hand of it", "an owl is here", "the"]
 SPANS = [{"who": (4, 7)}, {"who": (2, 5)}, {"who": (7, 10)}, {"who": (3, 6)}, {"who": (0, 3)}]
@@ -143,21 +143,6 @@ def test_a_store_of_a_real_model_holds_what_the_stock_model_computes(real_lm, tm
     for i, at in enumerate(POSITIONS):
         store = rp.extract(lm, data, sites=sites, at=at, to=tmp_path / f"{i}.reprobe", batch_tokens=40)
         assert worst(store, lm, data, at, sites) < 1e-5, at
-
-
-@settings(deadline=None, max_examples=20)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
-    budget=st.integers(1, 200),
-)
-def test_a_plan_runs_every_prompt_once_within_its_budget(lengths, budget):
-    n = np.asarray(lengths)
-    plan = padded_plan(n, budget)
-    packs = [plan.pack(k) for k in range(plan.n_packs)]
-    assert sorted(np.concatenate(packs).tolist()) == list(range(len(lengths)))
-    for pack in packs:
-        assert len(pack) > 0
-        assert len(pack) == 1 or len(pack) * n[pack].max() <= budget
 
 
 @settings(deadline=None, max_examples=10)
