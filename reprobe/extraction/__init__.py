@@ -4,7 +4,7 @@ run         · from prompts to a store         calibration · how many tokens a 
 transfer    · from the device to the host     share       · which shards one of several processes writes
 """
 
-from reprobe.extraction.run import Job, extract, prepare, recorded_budget
+from reprobe.extraction.run import Job, extract, prepare
 from reprobe.extraction.share import Share
 
-__all__ = ["Job", "Share", "extract", "prepare", "recorded_budget"]
+__all__ = ["Job", "Share", "extract", "prepare"]

@@ -9,7 +9,7 @@ number of prompts.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from reprobe.errors import CorruptArtifact, IdentityMismatch, UsageError
+from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, UsageError
 from reprobe.extraction.calibration import token_budget
 from reprobe.extraction.share import Share
 from reprobe.extraction.transfer import on_host
@@ -49,6 +49,8 @@ class Job:
     at: Position
     dtype: str
     batch_tokens: int
+    #: `batch_tokens` was measured here, not asked for, and gives way to what a store was begun with.
+    measured: bool
     truncate: Truncate | None
     grid: Grid
 
@@ -78,6 +80,33 @@ class Job:
         bounds = [0, *(shard.stop for shard in self.grid.shards)]
         cost = np.concatenate([[0], np.cumsum(self.plan.size(self.table.n_tokens))])
         return share.shards(np.diff(np.interp(bounds, ends, cost)))
+
+    def as_begun_at(self, to: str | Path) -> "Job":
+        """This job with the token budget that the store at `to` was begun with, if that was left to measurement."""
+        recorded = _recorded_budget(to) if self.measured else None
+        if recorded is None or recorded == self.batch_tokens:
+            return self
+        plan = self.lm.plan(self.table.tokens, self.table.starts, packing=self.plan.packing, budget=recorded)
+        return replace(self, plan=plan, batch_tokens=recorded)
+
+    def numbers(self) -> dict[str, int | float | str]:
+        """What will run and what it takes: counts, bytes, and an estimate of the seconds (see `seconds`)."""
+        return {
+            "prompts": len(self.prompts),
+            "tokens": self.n_tokens,
+            "tokens_computed": self.n_computed,
+            "tokens_saved": self.n_tokens - self.n_computed,
+            "places": int(self.plan.size(self.table.n_tokens).sum()),
+            "pack": self.plan.packing,
+            "packs": self.plan.n_packs,
+            "batch_tokens": self.batch_tokens,
+            "rows": self.rows,
+            "sites": len(self.sites),
+            "dtype": self.dtype,
+            "shards": self.grid.n_shards,
+            "bytes": self.n_bytes,
+            "seconds": self.seconds(),
+        }
 
     def seconds(self) -> float:
         """Time that the whole job takes on this device, estimated by running one pack of middling size."""
@@ -111,7 +140,28 @@ class Job:
                 "the model is being steered, and its activations would pass for the plain model's: extract outside "
                 "the steering context, or read steered activations with observe"
             )
-        writer = StoreWriter.create(
+        try:
+            writer = self._writer(to, resume=resume, overwrite=overwrite, own=own)
+        except IdentityMismatch:
+            # Another process may have begun the store meanwhile, with the budget that it measured.
+            begun = self.as_begun_at(to)
+            if begun is self:
+                raise
+            return begun.run(to, resume=resume, overwrite=overwrite, own=own, progress=progress)
+        with writer, ThreadPoolExecutor(max_workers=1, thread_name_prefix="reprobe-write") as pool:
+            pending: Future[None] | None = None
+            try:
+                for shard, values in self._shards(writer.missing(), progress):
+                    if pending is not None:
+                        pending.result()  # at most one shard waits while one is being filled
+                    pending = pool.submit(writer.write_shard, shard.number, values)
+            finally:
+                if pending is not None:
+                    pending.result()
+        return ActivationStore.open(to)
+
+    def _writer(self, to: str | Path, *, resume: bool, overwrite: bool, own: range | None) -> StoreWriter:
+        return StoreWriter.create(
             to,
             identity=self.lm.identity,
             prompts=self.prompts.digest,
@@ -125,17 +175,6 @@ class Job:
             resume=resume,
             overwrite=overwrite,
         )
-        with writer, ThreadPoolExecutor(max_workers=1, thread_name_prefix="reprobe-write") as pool:
-            pending: Future[None] | None = None
-            try:
-                for shard, values in self._shards(writer.missing(), progress):
-                    if pending is not None:
-                        pending.result()  # at most one shard waits while one is being filled
-                    pending = pool.submit(writer.write_shard, shard.number, values)
-            finally:
-                if pending is not None:
-                    pending.result()
-        return ActivationStore.open(to)
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the bytes besides the model, the prompts and the sites."""
@@ -236,6 +275,7 @@ def prepare(
         at=position,
         dtype=store_dtype,
         batch_tokens=budget,
+        measured=batch_tokens is None,
         truncate=truncate,
         grid=grid,
     )
@@ -272,42 +312,29 @@ def extract(
     array's environment). Each then returns the store as it stands when its own shards are written, which is complete
     only for the last.
     """
+    job = prepare(
+        lm,
+        prompts,
+        sites=sites,
+        at=at,
+        pack=pack,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        truncate=truncate,
+        shard_rows=shard_rows,
+    )
     share = Share.of_environment() if share is None else share
-
-    def settle(budget: int | None) -> Job:
-        return prepare(
-            lm,
-            prompts,
-            sites=sites,
-            at=at,
-            pack=pack,
-            dtype=dtype,
-            batch_tokens=budget,
-            truncate=truncate,
-            shard_rows=shard_rows,
-        )
-
-    def run(job: Job) -> ActivationStore:
-        own = job.own(share) if share.world > 1 else None
-        return job.run(to, resume=resume, overwrite=overwrite, own=own, progress=progress)
-
-    joins = resume or share.world > 1
-    job = settle(recorded_budget(to) if batch_tokens is None and joins else batch_tokens)
-    try:
-        return run(job)
-    except IdentityMismatch:
-        # Another process may have begun the store meanwhile, with the budget that it measured.
-        recorded = recorded_budget(to)
-        if batch_tokens is not None or recorded in (None, job.batch_tokens):
-            raise
-        return run(settle(recorded))
+    if resume or share.world > 1:
+        job = job.as_begun_at(to)
+    own = job.own(share) if share.world > 1 else None
+    return job.run(to, resume=resume, overwrite=overwrite, own=own, progress=progress)
 
 
-def recorded_budget(to: str | Path) -> int | None:
+def _recorded_budget(to: str | Path) -> int | None:
     """The token budget of the store at `to`, if there is one: going on with it needs the same."""
     try:
         budget = ActivationStore.open(to).manifest.plan.get("batch_tokens")
-    except (FileNotFoundError, CorruptArtifact):  # what is wrong there is told when it is opened for writing
+    except (ArtifactMissing, CorruptArtifact):  # what is wrong there is told when it is opened for writing
         return None
     return budget if isinstance(budget, int) and budget > 0 else None
 
