@@ -22,8 +22,9 @@ def canonical_json(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """sha256 (hex) of a JSON value's canonical text."""
-    return digest_bytes(canonical_json(value).encode())
+    """sha256 (hex) of a JSON value: of its text with sorted keys and no blanks (indenting takes ten times longer)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return digest_bytes(text.encode())
 
 
 def digest_bytes(data: bytes | memoryview) -> str:

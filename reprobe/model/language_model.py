@@ -6,6 +6,7 @@ it. Does not know data sets, stores or directions.
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -106,7 +107,8 @@ class LanguageModel:
         a local folder, or a hub id (`revision` is a branch, tag or commit there). `dtype` ("float32", "bfloat16",
         "float16"; default: as the checkpoint says, float32 for bundled and GGUF weights). `device` defaults to CUDA
         where there is one. `device_map`, `attn_implementation` and `quantization_config` go to transformers as they
-        are. Raises `FetchFailed`, `ModelLoadFailed`, `UnsupportedModel`.
+        are. Under torchrun the default is the process's own GPU (LOCAL_RANK). Raises `FetchFailed`,
+        `ModelLoadFailed`, `UnsupportedModel`.
         """
         source, label = _resolve(str(name), progress)
         local = Path(source).is_dir()
@@ -135,7 +137,7 @@ class LanguageModel:
         except Exception as e:  # transformers raises many kinds for the same few causes
             raise ModelLoadFailed(_why_not(str(name), local, e)) from e
         if device_map is None and quantization_config is None:
-            net = net.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+            net = net.to(torch.device(device) if device is not None else _own_device())
         commit = getattr(net.config, "_commit_hash", None)
         return cls(net, tokenizer, name=label, revision=commit or revision)
 
@@ -524,6 +526,12 @@ def _why_not(name: str, local: bool, e: Exception) -> str:
         f"It was looked up as a hub id, since it is no bundled name ({', '.join(bundled.NAMES)}), no local folder and "
         "no .gguf file. Check the spelling, your network, and `hf auth login` for gated models."
     )
+
+
+def _own_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
