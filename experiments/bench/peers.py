@@ -103,7 +103,10 @@ def transformers_ways(lm: LanguageModel) -> list[Way]:
 
 
 def transformer_lens_ways(lm: LanguageModel) -> list[Way]:
-    """`run_with_cache` with a filter of names. The bridge changes the modules that it wraps: it gets its own copy."""
+    """`run_with_cache` with a filter of names; it hands on `logits_to_keep`, of which 1 column is the least.
+
+    The bridge changes the modules that it wraps: it gets its own copy.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers(
