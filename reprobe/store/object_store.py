@@ -22,6 +22,7 @@ from obstore.exceptions import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
+from obstore.store import from_url
 from zarr.abc.store import Store
 
 from reprobe.errors import StoreUnreachable
@@ -30,8 +31,8 @@ from reprobe.store.layout import LOCK, is_store_file
 from reprobe.store.places import Survey
 
 #: Without credentials the machine's metadata service is asked for some; where there is none, these end it soon.
-_CLIENT = {"connect_timeout": "3s", "timeout": "120s"}
-_RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
+_CLIENT: dict[str, Any] = {"connect_timeout": "3s", "timeout": "120s"}
+_RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
 #: Bytes fetched at once where a file is read in small parts.
 _BLOCK_BYTES = 2**18
 
@@ -52,9 +53,8 @@ class ObjectStore:
     def _store(self) -> Any:
         insecure = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
         with self.failures():
-            return obstore.store.from_url(
-                self.path, client_options={**_CLIENT, "allow_http": insecure}, retry_config=_RETRIES
-            )
+            options: Any = {**_CLIENT, "allow_http": insecure}
+            return from_url(self.path, client_options=options, retry_config=_RETRIES)
 
     @property
     def name(self) -> str:
