@@ -132,14 +132,13 @@ def is_unfinished_creation(place: Place) -> bool:
     return lock in (None, b"", LOCK_TEXT)
 
 
-def clear(place: Place, *, keep: frozenset[str] = frozenset()) -> None:
-    """Remove every file and folder of a store, the manifest first, except those to `keep`; the lock and
-    anything foreign stay.
+def clear(place: Place) -> None:
+    """Remove every file and folder of a store, the manifest first; the lock and anything foreign stay.
 
     The manifest goes first, so that a kill half-way leaves an unfinished creation, not a damaged store.
     """
     found = place.survey()
-    for name in sorted({*found.files, *found.temporary} - keep, key=lambda n: (n != MANIFEST, n)):
+    for name in sorted((*found.files, *found.temporary), key=lambda n: (n != MANIFEST, n)):
         place.remove(name)
     if isinstance(place, LocalFolder):
         for name in sorted(found.folders, key=len, reverse=True):

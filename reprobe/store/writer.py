@@ -13,7 +13,7 @@ import errno
 import importlib.metadata
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +23,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from reprobe.errors import CorruptArtifact, DiskFull, StoreLocked, UsageError
+from reprobe.errors import ArtifactExists, CorruptArtifact, DiskFull, StoreLocked, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.provenance import digest_bytes, versions
@@ -139,8 +139,10 @@ class StoreWriter:
                 held.own(shards)
                 if not overwrite and is_store(place):
                     _resume(place, manifest, contents, shards, alone=held.alone)
-                else:
+                elif isinstance(place, LocalFolder):
                     _begin(place, manifest, contents)
+                else:
+                    _begin_unlocked(place, manifest, contents, overwrite=overwrite, single=own is None)
                 held.share()
                 return cls(place, manifest, encoder, held, shards)
             except BaseException:
@@ -270,30 +272,54 @@ def _named(shards: range) -> str:
     return f"shards {shards.start}–{shards.stop - 1}" if shards else "none"
 
 
-def _begin(place: Place, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
+def _begin(place: LocalFolder, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
     """Write everything but the shards, the manifest last: from then on it is a store."""
-    if isinstance(place, LocalFolder):
-        clear(place)
-        try:
-            place.prepare({commit_name(0), *contents})
-            for name, data in contents.items():
-                place.write(name, data)
-            place.write(MANIFEST, manifest.to_bytes())
-        except BaseException:
-            clear(place)
-            raise
-        return
-    # Nobody is locked out: another writer may be beginning the same store, and with the same files. The lock's
-    # text says, until there is a manifest, that what lies here is ours.
-    place.write(LOCK, LOCK_TEXT)
-    clear(place, keep=frozenset(contents))
-    for name, data in contents.items():
-        place.write(name, data)
+    clear(place)
     try:
-        place.write_new(MANIFEST, manifest.to_bytes())
-    except FileExistsError:
+        place.prepare({commit_name(0), *contents})
+        for name, data in contents.items():
+            place.write(name, data)
+        place.write(MANIFEST, manifest.to_bytes())
+    except BaseException:
+        clear(place)
+        raise
+
+
+def _begin_unlocked(
+    place: Place, manifest: Manifest, contents: Mapping[str, bytes], *, overwrite: bool, single: bool
+) -> None:
+    """As `_begin`, where nobody can be locked out: others may be beginning the store at this moment.
+
+    Nothing of theirs is replaced or removed (unless a `single` writer is to overwrite it): every object is put
+    only if it is not there, and whose manifest is there first has begun the store.
+    """
+    place.write(LOCK, LOCK_TEXT)  # until there is a manifest it says that what lies here is ours
+    there = place.survey().files
+    if overwrite or MANIFEST not in there:
+        if single:
+            clear(place)
+        elif left := sorted(there.keys() - contents.keys()):
+            raise _left_over(place, left[0])
+        for name, data in contents.items():
+            try:
+                place.write_new(name, data)
+            except FileExistsError as error:
+                if place.read(name) != data and not is_store(place):
+                    raise _left_over(place, name) from error
+        with suppress(FileExistsError):
+            place.write_new(MANIFEST, manifest.to_bytes())
+    try:
         read_manifest(place).require_same(manifest, place)
-    place.remove(LOCK)
+    finally:
+        with suppress(FileNotFoundError):
+            place.remove(LOCK)
+
+
+def _left_over(place: Place, name: str) -> ArtifactExists:
+    return ArtifactExists(
+        f"{place.at(name)} was left by a writer that was killed while it began another store. One of several writers "
+        "does not remove it: let a single one begin the store with overwrite=True (--overwrite) first."
+    )
 
 
 def _resume(place: Place, manifest: Manifest, contents: Mapping[str, bytes], own: range, *, alone: bool) -> None:
@@ -312,6 +338,9 @@ def _resume(place: Place, manifest: Manifest, contents: Mapping[str, bytes], own
         for name, data in contents.items():
             if place.size(name) is None or place.digest(name) != digest_bytes(data):
                 place.write(name, data)
+    if not isinstance(place, LocalFolder):
+        with suppress(FileNotFoundError):
+            place.remove(LOCK)  # whoever began the store may have been killed just before
     for number in committed(place, manifest):
         if number in own and not _is_whole(place, manifest, number):
             place.remove(commit_name(number))  # written anew like any other missing shard
