@@ -89,8 +89,9 @@ def size_on_disk(
 ) -> int:
     """Bytes that all shard files of a store will take; index and records come on top.
 
-    Exact for zarr without compression. For HDF5 an upper bound, within about 1 kB per site and shard of the
-    truth; with compression one that is reached only by rows that do not compress at all.
+    Exact for zarr without compression. Otherwise an upper bound: for HDF5 close to the truth (at most 4 kB per
+    shard, 1 kB per site of it and 24 bytes per chunk are allowed for), with compression reached only by rows
+    that do not compress at all.
     """
     check_format(format, compression)
     return format_of(format).array_bytes(widths, grid, dtype, compression)

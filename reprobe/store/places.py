@@ -7,7 +7,7 @@ files durably. Does not know what the files mean; only their names tell whose th
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -172,13 +172,13 @@ class LocalFolder:
             return frozenset()
 
     def survey(self) -> Survey:
-        """Symbolic links are foreign and never followed."""
+        """Symbolic links are foreign and never followed; what another writer removes meanwhile is left out."""
         files: dict[str, int] = {}
         temporary, folders, foreign = [], [], []
         pending = [""]
         while pending:
             parent = pending.pop()
-            with os.scandir(self.path / parent) as entries:
+            with suppress(FileNotFoundError), os.scandir(self.path / parent) as entries:
                 for entry in entries:
                     name = f"{parent}{entry.name}"
                     if entry.is_dir(follow_symlinks=False) and is_store_folder(name):
@@ -187,7 +187,8 @@ class LocalFolder:
                     elif not entry.is_file(follow_symlinks=False):
                         foreign.append(name)
                     elif is_store_file(name):
-                        files[name] = entry.stat(follow_symlinks=False).st_size
+                        with suppress(FileNotFoundError):
+                            files[name] = entry.stat(follow_symlinks=False).st_size
                     elif written_as(name) is not None:
                         temporary.append(name)
                     elif name != LOCK:

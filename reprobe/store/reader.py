@@ -153,7 +153,7 @@ class ActivationStore:
         width = columns.stop - columns.start
         out = np.empty((len(wanted), width), dtype=stored_dtype(self.manifest.dtype))
         for run in runs(wanted, self._grid):
-            out[run.put] = self._decoder(stored).read(run.start, run.stop, columns)[run.take]
+            out[run.put] = self._decoder(stored.site).read(run.start, run.stop, columns)[run.take]
         return out
 
     @overload
@@ -227,13 +227,13 @@ class ActivationStore:
     def _commits(self) -> dict[int, Commit]:
         return {}
 
-    def _decoder(self, stored: StoredSite) -> Decoder:
-        if stored.site not in self._decoders:
+    def _decoder(self, site: Site) -> Decoder:
+        if site not in self._decoders:
             backend = format_of(self.manifest.format)
-            for name in backend.metadata_files(stored.site):
+            for name in backend.metadata_files(site):
                 self._untouched(name)
-            self._decoders[stored.site] = backend.decoder(self.place, self.manifest, stored)
-        return self._decoders[stored.site]
+            self._decoders[site] = backend.decoder(self.place, self.manifest, self._place(site)[0])
+        return self._decoders[site]
 
     def _untouched(self, name: str) -> bytes:
         """Bytes of a file whose digest the manifest holds; `CorruptArtifact` unless they agree."""
