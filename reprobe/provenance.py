@@ -41,6 +41,14 @@ def digest_lines(lines: Iterable[str]) -> str:
     return h.hexdigest()
 
 
+def digest_chunks(chunks: Iterable[Any]) -> str:
+    """sha256 (hex) of bytes that come in pieces."""
+    h = hashlib.sha256()
+    for chunk in chunks:
+        h.update(chunk)
+    return h.hexdigest()
+
+
 def digest_file(path: Path) -> str:
     """sha256 (hex) of a file's bytes, read in blocks."""
     with path.open("rb") as f:

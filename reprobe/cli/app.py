@@ -30,7 +30,7 @@ app.add_typer(data_app, name="data")
 
 Model = Annotated[str, typer.Argument(help="Bundled name, hub id, local folder, or .gguf file.")]
 Data = Annotated[str, typer.Argument(help="Bundled name, .jsonl/.json/.csv/.parquet file, or hf:NAME.")]
-Store = Annotated[Path, typer.Argument(help="A store made by `reprobe extract`.")]
+Store = Annotated[str, typer.Argument(help="A store made by `reprobe extract`: a folder, or s3://BUCKET/PREFIX.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: CUDA where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16; default: as stored.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
@@ -83,7 +83,7 @@ def demo(
 def extract(
     model: Model,
     data: Data,
-    to: Annotated[Path, typer.Option(help="The store to write.")],
+    to: Annotated[str, typer.Option(help="The store to write: a folder, or s3://BUCKET/PREFIX.")],
     sites: Annotated[str, typer.Option(help="Sites or patterns, comma-separated.")] = "resid.post@*",
     at: Annotated[str, typer.Option(help="last, all, mean, index:-2, span:NAME:last|first|mean|all")] = "last",
     store_dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 on disk.")] = None,
@@ -183,6 +183,7 @@ def info(store: Store, as_json: AsJson = False) -> None:
             "sites": opened.manifest.sites_text,
             "rows": f"{told['rows']:,}",
             "dtype": told["dtype"],
+            "format": told["format"] + (f", {told['compression']}" if told["compression"] else ""),
             "shards": shards,
             "size": _bytes(told["bytes_on_disk"]) if told["complete"] else sizes,
             "prompts": told["prompts"],

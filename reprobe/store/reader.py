@@ -1,6 +1,6 @@
 """Reading a store: rows of sites, bit for bit as they were written.
 
-Enters: the path of a store. Leaves: tensors in the stored dtype, the index, and what the manifest says.
+Enters: the path or URL of a store. Leaves: tensors in the stored dtype, the index, and what the manifest says.
 Memory grows with what is asked for, not with the store. Does not know models: which model a store belongs to
 is in `identity`, and the stations that put it to use compare it.
 """
@@ -23,22 +23,25 @@ from reprobe.model.sites import Parts, Site, expand
 from reprobe.provenance import digest_bytes
 from reprobe.store.batches import Batch, batches
 from reprobe.store.commit import Commit, committed
-from reprobe.store.folder import survey
-from reprobe.store.layout import INDEX, TOKENS, Grid, decode, size_on_disk, stored_dtype
+from reprobe.store.formats import Decoder, format_of, size_on_disk
+from reprobe.store.layout import INDEX, TOKENS, Grid, decode, stored_dtype
 from reprobe.store.manifest import Manifest, StoredSite, read_manifest
+from reprobe.store.places import Place, place_of
 from reprobe.store.rows import RowNumbers, Rows, row_numbers, runs, shards_of, windows
 from reprobe.store.verification import VerifyReport, verify
-from reprobe.store.zarr_backend import Decoder, metadata_file, shard_file
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What a person wants to know of a store. Sizes are in bytes."""
+    """What a person wants to know of a store. Sizes are in bytes; that of the complete arrays is exact for zarr
+    without compression, and an upper bound otherwise (see `size_on_disk`)."""
 
-    path: Path
+    path: Path | str
     model: str
     revision: str | None
     dtype: str
+    format: str
+    compression: str | None
     sites: tuple[Site, ...]
     rows: int
     shards: int
@@ -59,16 +62,29 @@ class ActivationStore:
     files are checked as they are read (a checksum per chunk); `verify` checks all of them.
     """
 
-    path: Path
+    place: Place
     manifest: Manifest
     committed: frozenset[int]
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
-        """The store at `path`, complete or not. Raises `ArtifactMissing`, `CorruptArtifact`."""
-        path = Path(path).absolute()
-        manifest = read_manifest(path)
-        return cls(path, manifest, committed(path, manifest))
+        """The store at `path`, a folder or a URL such as s3://bucket/prefix, complete or not.
+
+        Raises `ArtifactMissing`, `CorruptArtifact`, and `StoreUnreachable` if an object store cannot be used.
+        """
+        place = place_of(path)
+        manifest = read_manifest(place)
+        return cls(place, manifest, committed(place, manifest))
+
+    @property
+    def path(self) -> Path | str:
+        """The store's folder (absolute), or its URL: what `open` takes."""
+        return self.place.path
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.place.name
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -97,7 +113,7 @@ class ActivationStore:
             if site.layer is not None:
                 of_layer[site.layer].add(site.part)
         return Parts(
-            model=f"{self.path.name} ({self.identity.name})",
+            model=f"{self.name} ({self.identity.name})",
             of_layer=tuple(frozenset(p) for p in of_layer),
             units=self.manifest.units,
             why_absent="not stored",
@@ -108,7 +124,7 @@ class ActivationStore:
         for stored in self.manifest.sites:
             if stored.site.part == part and stored.unit_width is not None:
                 return stored.unit_width
-        raise UnknownSite(f"{self.path.name} stores no {part!r} with units; it has {self._listing()}")
+        raise UnknownSite(f"{self.name} stores no {part!r} with units; it has {self._listing()}")
 
     @cached_property
     def index(self) -> pl.DataFrame:
@@ -177,19 +193,23 @@ class ActivationStore:
 
     def info(self) -> StoreInfo:
         """A summary for people; does not read any rows."""
-        m, found = self.manifest, survey(self.path)
+        m = self.manifest
         return StoreInfo(
             path=self.path,
             model=m.identity.name,
             revision=m.identity.revision,
             dtype=m.dtype,
+            format=m.format,
+            compression=m.compression,
             sites=self.sites,
             rows=self.rows,
             shards=self._grid.n_shards,
             committed=len(self.committed),
             complete=self.complete,
-            bytes_on_disk=sum((self.path / name).stat().st_size for name in found.files),
-            bytes_of_arrays_when_complete=size_on_disk([s.width for s in m.sites], self._grid, m.dtype),
+            bytes_on_disk=sum(self.place.survey().files.values()),
+            bytes_of_arrays_when_complete=size_on_disk(
+                [s.width for s in m.sites], self._grid, m.dtype, format=m.format, compression=m.compression
+            ),
             prompts=m.prompts,
             plan=dict(m.plan),
             versions=dict(m.versions),
@@ -209,18 +229,20 @@ class ActivationStore:
 
     def _decoder(self, site: Site) -> Decoder:
         if site not in self._decoders:
-            self._untouched(metadata_file(site))
-            self._decoders[site] = Decoder(self.path, site)
+            backend = format_of(self.manifest.format)
+            for name in backend.metadata_files(site):
+                self._untouched(name)
+            self._decoders[site] = backend.decoder(self.place, self.manifest, self._place(site)[0])
         return self._decoders[site]
 
     def _untouched(self, name: str) -> bytes:
         """Bytes of a file whose digest the manifest holds; `CorruptArtifact` unless they agree."""
         try:
-            data = (self.path / name).read_bytes()
+            data = self.place.read(name)
         except FileNotFoundError as error:
-            raise CorruptArtifact(f"{self.path / name} is missing from the store") from error
+            raise CorruptArtifact(f"{self.place.at(name)} is missing from the store") from error
         if digest_bytes(data) != self.manifest.files.get(name):
-            raise CorruptArtifact(f"{self.path / name} is not as it was written: its checksum is wrong")
+            raise CorruptArtifact(f"{self.place.at(name)} is not as it was written: its checksum is wrong")
         return data
 
     def _place(self, site: str | Site) -> tuple[StoredSite, slice]:
@@ -233,7 +255,7 @@ class ActivationStore:
                 if site.unit >= stored.units:
                     raise UnknownSite(f"'{site}': {site.whole} has units 0–{stored.units - 1}")
                 return stored, slice(site.unit * stored.unit_width, (site.unit + 1) * stored.unit_width)
-        raise UnknownSite(f"'{site}' is not in {self.path}; it has {self._listing()}")
+        raise UnknownSite(f"'{site}' is not in {self.place}; it has {self._listing()}")
 
     def _listing(self) -> str:
         names = [str(s) for s in self.sites]
@@ -243,7 +265,7 @@ class ActivationStore:
         if absent := [k for k in shards if k not in self.committed]:
             first, last = self._grid.shard(absent[0]), self._grid.shard(absent[-1])
             raise IncompleteStore(
-                f"{self.path} is incomplete: {len(absent)} of the shards that hold the wanted rows are not "
+                f"{self.place} is incomplete: {len(absent)} of the shards that hold the wanted rows are not "
                 f"written (the first: rows {first.start}–{first.stop - 1}, the last: rows {last.start}–"
                 f"{last.stop - 1}). Finish it with reprobe extract … --resume, or read other rows."
             )
@@ -252,13 +274,12 @@ class ActivationStore:
         """Raise unless each shard's file of the site is whole: zarr takes a missing one for zeros."""
         for k in shards:
             if k not in self._commits:
-                self._commits[k] = Commit.read(self.path, self.manifest, k)
-            path = self.path / shard_file(stored.site, k)
-            want = self._commits[k].files[str(stored.site)].bytes
-            have = path.stat().st_size if path.is_file() else None
+                self._commits[k] = Commit.read(self.place, self.manifest, k)
+            name = format_of(self.manifest.format).shard_file(stored.site, k)
+            want, have = self._commits[k].files[name].bytes, self.place.size(name)
             if have != want:
                 found = "is missing" if have is None else f"has {have} bytes"
-                raise CorruptArtifact(f"{path} {found}, though {want} bytes were committed")
+                raise CorruptArtifact(f"{self.place.at(name)} {found}, though {want} bytes were committed")
 
     def _batches(
         self, sites: tuple[Site, ...], batch_rows: int, seed: int | None
