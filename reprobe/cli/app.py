@@ -97,6 +97,10 @@ def extract(
         Literal["left", "right"] | None, typer.Option(help="Cut prompts beyond the context on this side.")
     ] = None,
     shard_rows: Annotated[int | None, typer.Option(help="Rows per shard.")] = None,
+    format: Annotated[  # noqa: A002
+        Literal["zarr", "hdf5"], typer.Option(help="One array per site, or one file per shard.")
+    ] = "zarr",
+    compression: Annotated[Literal["zstd"] | None, typer.Option(help="Shuffle bytes and compress them.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -132,6 +136,8 @@ def extract(
         batch_tokens=batch_tokens,
         truncate=truncate,
         shard_rows=shard_rows,
+        format=format,
+        compression=compression,
     )
     share = Share.of_environment() if rank is None and world is None else Share(rank or 0, world or 1)
     if resume or share.world > 1:

@@ -38,7 +38,8 @@ class Job:
     """An extraction that is settled but not started: what will run, and what it will take.
 
     `rows` vectors per site, `n_tokens` real tokens of which `n_computed` are computed (shared beginnings once),
-    `n_bytes` of activations on disk.
+    `n_bytes` of activations on disk
+    (exact for zarr without compression, else an upper bound).
     """
 
     lm: LanguageModel
@@ -53,6 +54,8 @@ class Job:
     measured: bool
     truncate: Truncate | None
     grid: Grid
+    format: str
+    compression: str | None
 
     @property
     def rows(self) -> int:
@@ -72,7 +75,9 @@ class Job:
 
     @property
     def n_bytes(self) -> int:
-        return size_on_disk(self.widths.values(), self.grid, self.dtype)
+        return size_on_disk(
+            self.widths.values(), self.grid, self.dtype, format=self.format, compression=self.compression
+        )
 
     def own(self, share: Share) -> range:
         """The shards that a share of this job comprises."""
@@ -104,6 +109,8 @@ class Job:
             "sites": len(self.sites),
             "dtype": self.dtype,
             "shards": self.grid.n_shards,
+            "format": self.format,
+            "compression": self.compression or "none",
             "bytes": self.n_bytes,
             "seconds": self.seconds(),
         }
@@ -172,6 +179,9 @@ class Job:
             tokens=token_frame(self.table, self.plan.order),
             shard_rows=self.grid.shard_rows,
             chunk_rows=self.grid.chunk_rows,
+            format=self.format,
+            compression=self.compression,
+            own=own,
             resume=resume,
             overwrite=overwrite,
         )
@@ -254,6 +264,8 @@ def prepare(
     batch_tokens: int | None = None,
     truncate: Truncate | None = None,
     shard_rows: int | None = None,
+    format: str = "zarr",  # noqa: A002
+    compression: str | None = None,
 ) -> Job:
     """Settle an extraction without running it; the arguments are those of `extract`."""
     data = prompts if isinstance(prompts, PromptSet) else PromptSet.load(prompts)
@@ -278,6 +290,8 @@ def prepare(
         measured=batch_tokens is None,
         truncate=truncate,
         grid=grid,
+        format=format,
+        compression=compression,
     )
 
 
@@ -293,20 +307,23 @@ def extract(
     batch_tokens: int | None = None,
     truncate: Truncate | None = None,
     shard_rows: int | None = None,
+    format: str = "zarr",  # noqa: A002
+    compression: str | None = None,
     share: Share | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> ActivationStore:
-    """Stream the activations of prompts into a store on disk.
+    """Stream the activations of prompts into a store, a folder or s3://bucket/prefix.
 
     `prompts` is a `PromptSet` or what `PromptSet.load` takes. `sites` are sites or patterns; `at` says which tokens
-    (`last`, `all`, `mean`, `index:-2`, `span:subject:last` …). `pack` says how prompts run together: "forest" computes
-    beginnings that prompts share once, and means "padded" for a family that cannot; "single" is one prompt per pass;
-    the rows are the same up to rounding. `dtype` is that of the store (default: the activations' own). A pack holds at
-    most `batch_tokens` tokens, padding included; by default what is fastest on the device, measured if the run is
-    long. Prompts beyond the model's context are refused unless `truncate` is "left" or "right". Rows are in the order
-    in which they ran: `store.index` says which prompt and token a row is.
+    (`last`, `all`, `mean`, `index:-2`, `span:subject:last` …). `pack` says how prompts run together: "forest"
+    computes beginnings that prompts share once, and means "padded" for a family that cannot; "single" is one prompt
+    per pass; the rows are the same up to rounding. `dtype` is that of the store (default: the activations' own). A
+    pack holds at most `batch_tokens` tokens, padding included; by default what is fastest on the device, measured
+    if the run is long. `format` is "zarr" or "hdf5", `compression` None or "zstd". Prompts beyond the model's
+    context are refused unless `truncate` is "left" or "right". Rows are in the order in which they ran:
+    `store.index` says which prompt and token a row is.
 
     Several processes write one store together if each has its own `share` (default: that of torchrun's or a SLURM
     array's environment). Each then returns the store as it stands when its own shards are written, which is complete
@@ -322,6 +339,8 @@ def extract(
         batch_tokens=batch_tokens,
         truncate=truncate,
         shard_rows=shard_rows,
+        format=format,
+        compression=compression,
     )
     share = Share.of_environment() if share is None else share
     if resume or share.world > 1:
