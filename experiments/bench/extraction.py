@@ -37,6 +37,7 @@ from record import Claim, Work, as_json, as_markdown, machine
 
 import reprobe as rp
 from reprobe.extraction import prepare
+from reprobe.model.packs import lay_out
 from reprobe.provenance import write_durably
 
 OURS, BARE, SINGLE = "reprobe, to disk", "bare forward of the blocks", "one by one, output_hidden_states"
@@ -243,8 +244,6 @@ def memory(model: str, setting: Setting) -> Work:
 
 
 def planning(model: str, setting: Setting) -> Work:
-    from reprobe.model.packs import lay_out
-
     lm = rp.LanguageModel.load(model)
     work = Work("planning", model, "Trees, layouts and masks of a run, made once more by themselves, against the run.")
     sets = [city_statements(setting)]

@@ -67,6 +67,22 @@ def test_the_packing_never_changes_a_row_of_a_real_model(real_lm, tmp_path, name
     assert worst(lm, texts, at="all", sites=sites, budget=512, folder=tmp_path) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen2", "opt", "mixtral"])
+def test_in_bfloat16_the_packings_differ_by_rounding_alone(tmp_path, name):
+    lm = LanguageModel(tiny_net(name).bfloat16(), tiny_tokenizer(), name=name)
+    full = LanguageModel(tiny_net(name), tiny_tokenizer(), name=name)
+    texts = ["the cat is on the mat", "the cat is on the end", "the cat", "a cat is on the mat and in the end"]
+    off = worst(lm, texts, at="all", sites="resid.post@*", budget=99, folder=tmp_path / "half")
+    assert off < 2 * 2**-7 * len(lm.parts.of_layer), "a few roundings of 8 bits, one or two per block"
+    data = rp.PromptSet.from_records({"id": str(i), "text": t} for i, t in enumerate(texts))
+    stored = rp.ActivationStore.open(tmp_path / "half" / "forest")
+    assert stored.manifest.dtype == "bfloat16"
+    exact = rp.extract(full, data, at="all", batch_tokens=99, to=tmp_path / "full")
+    for site in exact.sites:
+        difference = (stored.read(site).float() - exact.read(site)).norm() / exact.read(site).norm()
+        assert difference < 0.03
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_shares_beginnings_unless_its_row_says_that_it_cannot(tiny_lm, name):
     lm = tiny_lm(name)
