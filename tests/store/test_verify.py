@@ -92,8 +92,10 @@ def _mutations(finished: Path, times: int, seed: int) -> None:
     assert verify(finished).ok
 
 
-def test_five_hundred_random_mutations_of_every_kind_of_file_are_noticed(any_finished: Path) -> None:
-    _mutations(any_finished, times=500, seed=0)
+@pytest.mark.parametrize("form", synthetic.FORMATS)
+def test_five_hundred_random_mutations_of_every_kind_of_file_are_noticed(folder: Path, form: str) -> None:
+    synthetic.fill(synthetic.create(folder / "s.reprobe", format=form))
+    _mutations(folder / "s.reprobe", times=500, seed=0)
 
 
 @pytest.mark.slow
