@@ -47,7 +47,7 @@ def batches(
     def read() -> Iterator[Batch[Arrays]]:
         for found in pieces:
             source.fill(found, room := source.empty(len(found)))
-            yield Batch(numbers(found), room)
+            yield Batch(np.array(numbers(found)), room)  # a batch shares no memory with what is wanted
 
     begun: Batch[Arrays] | None = None  # a batch of which the first `filled` rows are there
     left, filled = rows, 0

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -21,8 +22,6 @@ from reprobe.store.order import Order
 from reprobe.store.rows import RowNumbers, numbers
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from reprobe.store.reader import ActivationStore
 
 #: Rows of a record batch, which is what is in memory at a time (besides what reading takes).
@@ -31,10 +30,8 @@ _RECORD_ROWS = 256
 _VERSION = 1
 
 
-def to_dataset(store: "ActivationStore", sites: tuple[Site, ...], wanted: "range | RowNumbers") -> "Dataset":
+def to_dataset(store: "ActivationStore", sites: tuple[Site, ...], wanted: "range | RowNumbers") -> datasets.Dataset:
     """See `ActivationStore.to_dataset`."""
-    import datasets
-
     name = digest(
         {
             "version": _VERSION,
@@ -71,8 +68,6 @@ def _write(store: "ActivationStore", sites: tuple[Site, ...], wanted: "range | R
 
 def _schema(store: "ActivationStore", sites: tuple[Site, ...]) -> Any:
     """Names and types of the columns, with `datasets`' own description of them in the metadata."""
-    import datasets
-
     index = _index(store, np.empty(0, dtype=np.int64)).schema
     # text with 64-bit offsets is what polars has; `datasets` counts on the plain kind
     fields = [(f.name, pa.string() if pa.types.is_large_string(f.type) else f.type) for f in index]

@@ -17,14 +17,13 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from reprobe.errors import CorruptArtifact, IncompleteStore, UnknownSite
+from reprobe.errors import CorruptArtifact, IncompleteStore, UnknownSite, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Parts, Site, expand
 from reprobe.provenance import digest, digest_bytes
 from reprobe.store.batches import Arrays, Batch, Source, batches, mixed
 from reprobe.store.commit import Commit, committed
 from reprobe.store.folder import survey
-from reprobe.store.hugging_face import to_dataset
 from reprobe.store.layout import INDEX, TOKENS, Grid, decode, size_on_disk, stored_dtype
 from reprobe.store.manifest import Manifest, StoredSite, read_manifest
 from reprobe.store.order import Order, check_batch_rows, in_order, mixed_pieces, piece_rows, shuffled
@@ -198,7 +197,7 @@ class ActivationStore:
         return found
 
     def walk(
-        self, sites: Sequence[Site], wanted: "range | RowNumbers", order: Order, batch_rows: int
+        self, sites: tuple[Site, ...], wanted: "range | RowNumbers", order: Order, batch_rows: int
     ) -> Iterator[Batch[dict[Site, torch.Tensor]]]:
         """As `iter`, for checked row numbers and any `Order`: what `iter` and the data sets are made of."""
         check_batch_rows(batch_rows)
@@ -270,14 +269,16 @@ class ActivationStore:
         depends on seed and n. Works with workers that are forked or spawned, and kept or not. The columns are
         held in memory, and copied to each worker that is spawned.
 
-        Raises `UnknownSite`, `UsageError`; `IncompleteStore` and `CorruptArtifact` where rows are read.
+        Raises `UnknownSite`, `UsageError`, `IncompleteStore`; `CorruptArtifact` where rows are read.
         """
         if isinstance(columns, str):
             raise UsageError(f"columns is {columns!r}: give a list of names, such as [{columns!r}]")
+        wanted = row_numbers(rows, self.rows)
+        self._require_committed(shards_of(wanted, self._grid))
         return TorchBatches(
             self,
             self._expand(sites),
-            row_numbers(rows, self.rows),
+            wanted,
             columns,
             batch_rows=batch_rows,
             shuffle=shuffle,
@@ -293,6 +294,8 @@ class ActivationStore:
         `datasets` (HF_DATASETS_CACHE, below `reprobe`), where it stays: it takes the size of the chosen rows
         in float32. Errors as in `read`.
         """
+        from reprobe.store.hugging_face import to_dataset  # imports pyarrow and datasets, which nothing else needs
+
         chosen = self.sites if sites is None else self._expand(sites)
         return to_dataset(self, chosen, row_numbers(rows, self.rows))
 
@@ -372,10 +375,14 @@ class ActivationStore:
         raise UnknownSite(f"'{site}' is not in {self.path}; it has {self._listing()}")
 
     def _expand(self, sites: str | Site | Iterable[str | Site]) -> tuple[Site, ...]:
-        """One site by its name (a pattern is none), or what the patterns of several match."""
-        if isinstance(sites, str | Site):
-            return (Site.parse(sites) if isinstance(sites, str) else sites,)
-        return expand(sites, self.parts)
+        """One site by its name (a pattern is none), or what the patterns of several match; all of them stored."""
+        if isinstance(sites, str):
+            found: tuple[Site, ...] = (Site.parse(sites),)
+        else:
+            found = (sites,) if isinstance(sites, Site) else expand(sites, self.parts)
+        for site in found:
+            self._place(site)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """What `open` found, without the files that were opened since: they stay in their process."""

@@ -55,7 +55,7 @@ class TorchBatches(IterableDataset[dict[str, Any]]):
         self._drop_last = drop_last
         self._order(0, share)  # refuse malformed arguments here, not in a worker
         # in shared memory, so that workers that are kept from epoch to epoch see it change
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = _shared(torch.zeros((), dtype=torch.int64))
 
     def set_epoch(self, epoch: int) -> None:
         """The number of the epoch that comes next, as for torch's `DistributedSampler`: another one, another
@@ -83,7 +83,12 @@ class TorchBatches(IterableDataset[dict[str, Any]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._epoch.share_memory_()
+        self._epoch = _shared(self._epoch)
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    shared: torch.Tensor = tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return shared
 
 
 def _column(index: pl.DataFrame, name: str) -> NDArray[Any]:
