@@ -48,6 +48,9 @@ def to_dataset(store: "ActivationStore", sites: tuple[Site, ...], wanted: "range
         try:
             with os.fdopen(fd, "wb") as file:
                 _write(store, sites, wanted, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes files private
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
