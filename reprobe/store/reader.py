@@ -179,15 +179,15 @@ class ActivationStore:
         `sites` is one site, and the values are a tensor; or several, as an iterable of sites and patterns, and
         the values are a dict of tensors. `rows` as in `read`; None for all. The last batch may be shorter.
 
-        Without `shuffle` the rows come in the order asked for (ascending is fastest). With `shuffle`, a seed, pieces of neighbouring chunks (about 8 MiB of the widest stored site, at least a
-        chunk, at most a shard) come in random order from all shards, and rows are mixed with those of the other
-        pieces in memory: as many as make up a shard, and at least four. The order is the same for the same
-        seed and rows, whatever the sites and `batch_rows`.
+        Without `shuffle` the rows come in the order asked for (ascending is fastest). With `shuffle`, a seed,
+        pieces of neighbouring chunks (about 8 MiB of the widest stored site, at least a chunk, at most a shard)
+        come in random order from all shards, and rows are mixed with those of the other pieces in memory: as
+        many as make up a shard, and at least four. The order is the same for the same seed and rows, whatever
+        the sites and `batch_rows`.
 
         A thread reads ahead. In memory, of the read sites, are two pieces and a batch; shuffled, a shard or four
         pieces, whichever is more, and two pieces and a batch. A batch is a view of a block of about a piece: to
-        keep a few rows for long, copy them. Errors as in `read`, before the first batch where
-        they can be known.
+        keep a few rows for long, copy them. Errors as in `read`, before the first batch where they can be known.
         """
         wanted = row_numbers(rows, self.rows)
         order = Order(None if shuffle is None else (shuffle,))
