@@ -1,7 +1,7 @@
-"""Which rows a reader asked for, and in which order to read them.
+"""Which rows a reader asked for, and where they lie.
 
-Enters: None, a slice, row numbers, a mask or a polars series. Leaves: checked row numbers, and the runs of
-neighbouring chunks that hold them; and for epochs, a seeded order in windows of bounded size. Reads nothing.
+Enters: None, a slice, row numbers, a mask, a polars series, or an expression over the index. Leaves: checked
+row numbers, and the runs of neighbouring chunks that hold them. Reads nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from polars.exceptions import PolarsError
 
 from reprobe.errors import UsageError
 from reprobe.store.layout import Grid
@@ -74,6 +75,33 @@ def shards_of(wanted: "range | RowNumbers", grid: Grid) -> tuple[int, ...]:
     return tuple(np.unique(wanted // grid.shard_rows).tolist())
 
 
+def rows_where(condition: pl.Expr, index: pl.DataFrame) -> RowNumbers:
+    """Row numbers, ascending, of the lines of `index` that meet `condition`; null counts as not met.
+
+    `UsageError` if it names a column that is not there, or is not one truth value per line.
+    """
+    if not isinstance(condition, pl.Expr):
+        raise UsageError(f"{condition!r} is not a polars expression: write e.g. pl.col('label') == 1")
+    try:
+        found = index.select(condition)
+    except PolarsError as error:
+        raise UsageError(
+            f"{condition} cannot be asked of this index ({error}); its columns: "
+            + ", ".join(f"{name} ({kind})" for name, kind in index.schema.items())
+        ) from error
+    if found.width != 1 or found.dtypes != [pl.Boolean]:
+        kinds = ", ".join(f"{name} ({kind})" for name, kind in found.schema.items())
+        raise UsageError(f"{condition} gives {kinds or 'nothing'}, not one truth value per row: compare with something")
+    if found.height != index.height:
+        raise UsageError(f"{condition} gives {found.height} values for {index.height} rows: it must give one per row")
+    return np.flatnonzero(found.to_series().fill_null(False).to_numpy()).astype(np.int64)
+
+
+def numbers(rows: "range | RowNumbers") -> RowNumbers:
+    """The same rows as an array."""
+    return np.arange(rows.start, rows.stop, rows.step, dtype=np.int64) if isinstance(rows, range) else rows
+
+
 def runs(wanted: "range | RowNumbers", grid: Grid) -> Iterator[Run]:
     """How to read `wanted`: ascending, a run per stretch of neighbouring chunks, none crossing a shard."""
     if isinstance(wanted, range):
@@ -82,31 +110,16 @@ def runs(wanted: "range | RowNumbers", grid: Grid) -> Iterator[Run]:
             start, stop = max(wanted.start, shard.start), min(wanted.stop, shard.stop)
             yield Run(k, start, stop, slice(None), slice(start - wanted.start, stop - wanted.start))
         return
-    order = np.argsort(wanted, kind="stable")
+    sorted_already = bool(np.all(wanted[1:] >= wanted[:-1]))
+    order = np.arange(len(wanted)) if sorted_already else np.argsort(wanted, kind="stable")
     ascending = wanted[order]
     chunk, shard_number = ascending // grid.chunk_rows, ascending // grid.shard_rows
     breaks = np.flatnonzero((np.diff(chunk) > 1) | (np.diff(shard_number) > 0)) + 1
     for part in np.split(np.arange(len(wanted)), breaks) if len(wanted) else ():
-        start, stop = int(ascending[part[0]]), int(ascending[part[-1]]) + 1
-        yield Run(int(shard_number[part[0]]), start, stop, ascending[part] - start, order[part])
-
-
-def windows(grid: Grid, *, at_least: int, seed: int | None) -> Iterator["range | RowNumbers"]:
-    """All rows once, in windows of about one shard (or `at_least` rows), each window in memory at a time.
-
-    Without a seed in order. With one, chunks are drawn at random from the whole store and the rows of a
-    window are shuffled among themselves: close to a full shuffle, though each chunk is read once. The order
-    depends on the grid, `at_least` and the seed alone, not on the sites that are read.
-    """
-    per_window = -(-max(grid.shard_rows, at_least) // grid.chunk_rows)
-    if seed is None:
-        step = per_window * grid.chunk_rows
-        for start in range(0, grid.rows, step):
-            yield range(start, min(start + step, grid.rows))
-        return
-    rng = np.random.default_rng(seed)
-    chunks = rng.permutation(-(-grid.rows // grid.chunk_rows))
-    for i in range(0, len(chunks), per_window):
-        starts = chunks[i : i + per_window] * grid.chunk_rows
-        rows = (starts[:, None] + np.arange(grid.chunk_rows)).ravel()
-        yield rng.permutation(rows[rows < grid.rows]).astype(np.int64)
+        first, last = int(part[0]), int(part[-1])
+        start, stop = int(ascending[first]), int(ascending[last]) + 1
+        # slices where they say the same: they copy whole blocks, not row by row
+        dense = stop - start == len(part) and bool(np.all(np.diff(ascending[part]) == 1))
+        take = slice(None) if dense else ascending[part] - start
+        put = slice(first, last + 1) if sorted_already else order[part]
+        yield Run(int(shard_number[first]), start, stop, take, put)

@@ -343,4 +343,4 @@ def test_memory_for_batches_does_not_grow_with_the_store(folder: Path, shuffle: 
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
-    assert peaks[1] < 10 * 512 * 64 * 2  # a few shards; the store has 24
+    assert peaks[1] < 16 * 512 * 64 * 2  # five of these small shards are mixed; the store has 24
