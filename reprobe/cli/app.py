@@ -136,7 +136,7 @@ def info(store: Store, as_json: AsJson = False) -> None:
     opened = ActivationStore.open(store)
     told, manifest, identity = vars(opened.info()), opened.manifest, opened.identity
     lengths = opened.tokens["tokens"].list.len()
-    counts = {"prompts": len(lengths), "tokens": int(lengths.sum()), "longest": lengths.max()}
+    counts: dict[str, Any] = {"prompts": len(lengths), "tokens": lengths.sum(), "longest": lengths.max()}
     if as_json:
         more = {"identity": identity.to_json(), "counts": counts, "shard_rows": manifest.grid.shard_rows}
         _show(told | {"sites": list(map(str, opened.sites))} | more, True)

@@ -2,8 +2,8 @@
 
 Enters: a store, a language model, and how many prompts to run again. Leaves: a `Replay`, which says at every site
 how far the stored rows are from those that the model gives now, and where they are too far, what they match instead.
-It runs the stored token ids, never text, in batches that are not those of the extraction. Does not know checksums
-(`store.verify` looks at bytes) nor how directions are found.
+It runs the stored token ids, never text, in batches of its own. Does not know checksums (`store.verify` looks at
+bytes) nor how directions are found.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ from reprobe.store import ActivationStore
 
 #: Prompts that are run again unless the caller says otherwise.
 SAMPLE = 64
-#: Padded tokens of one pass.
-BATCH_TOKENS = 512
+#: Padded tokens of one pass: other than an extraction's, so that a row is computed in other company.
+BATCH_TOKENS = 384
 
 
 class Scorer(Protocol):
