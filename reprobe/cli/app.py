@@ -546,11 +546,10 @@ def _show_replay(result: Any, directions: list[str], as_json: bool) -> None:
     if as_json:
         _show(result.to_json(), True)
         return
-    for field, (there, here) in result.identity.items():
-        if not result.problems:
-            _say(f"allowed: {field} is {_shortened(there)} in the store, {_shortened(here)} here")
     for problem in result.problems:
         typer.echo(problem)
+    for allowed in (s for s in result.unlike if s not in result.problems):
+        _say(f"allowed: {allowed}")
     rows = [
         {
             "site": str(s.site),
@@ -581,11 +580,6 @@ def _show_replay(result: Any, directions: list[str], as_json: bool) -> None:
         f"{'the same activations' if result.ok else 'NOT the same activations'}. Worst relative difference of a row "
         f"{worst.worst:.2g} at '{worst.site}', {'within' if not result.failed else 'tolerance'} {result.tolerance:.2g}"
     )
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
 
 
 def _table(rows: list[dict[str, Any]], as_json: bool) -> None:

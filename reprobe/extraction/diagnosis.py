@@ -153,8 +153,8 @@ class _Case:
         """The best of all places and tokens that were tried, the row's own excluded."""
         lm, ledger = self.lm, self.ledger
         width = self.stored.shape[1]
-        around = [[r + step if 0 <= r + step < self.store.rows else None for step in (-1, 1)] for r in self.rows]
-        wanted = [*self.rows, *(r for pair in around for r in pair if r is not None)]
+        around = [(max(r - 1, 0), min(r + 1, self.store.rows - 1)) for r in self.rows]
+        wanted = [*self.rows, *(r for pair in around for r in pair)]
         prompts = sorted({int(ledger.owner[r]) for r in wanted})
         place = {p: i for i, p in enumerate(prompts)}
         longest = int(ledger.lengths[prompts].max())
@@ -163,9 +163,7 @@ class _Case:
         inputs = padded(lm, [*(ledger.tokens(p) for p in prompts), pads], extra=room, mask=mask)
         targets = self.stored.to(lm.device)
 
-        def at(h: Tensor, row: int | None) -> Tensor:
-            if row is None:
-                return torch.full_like(h[0, :1], torch.nan, dtype=torch.float32)
+        def at(h: Tensor, row: int) -> Tensor:
             position, prompt = int(ledger.position[row]), int(ledger.owner[row])
             mine = h[place[prompt]].float()
             if position >= 0:
@@ -218,9 +216,11 @@ class _Case:
             [float(t[4][n:].min()) if n < columns else torch.inf for t, n in zip(tried, lengths, strict=True)],
         )
         yield PAD_BEFORE, [float(t[5].min()) for t in tried]
-        yield WITHOUT_FIRST, [float(t[3]) if p < 0 else torch.inf for t, p in zip(tried, positions, strict=True)]
-        yield ROW_BEFORE, [float(t[1]) for t in tried]
-        yield ROW_AFTER, [float(t[2]) for t in tried]
+        pooled = [p < 0 and n > 1 for p, n in zip(positions, lengths, strict=True)]
+        yield WITHOUT_FIRST, [float(t[3]) if p else torch.inf for t, p in zip(tried, pooled, strict=True)]
+        last = self.store.rows - 1
+        yield ROW_BEFORE, [float(t[1]) if r > 0 else torch.inf for t, r in zip(tried, self.rows, strict=True)]
+        yield ROW_AFTER, [float(t[2]) if r < last else torch.inf for t, r in zip(tried, self.rows, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ class Ledger:
             "have another token in the index than their prompt has at that position",
             single & ~beyond & (there != self.token),
         )
-        size = min(len(lm.tokenizer), int(lm.net.get_input_embeddings().weight.shape[0]))
+        # Ids may have gaps, so a tokenizer's length is not its greatest id and one.
+        known = max(lm.tokenizer.get_vocab().values()) + 1
+        size = min(known, int(lm.net.get_input_embeddings().weight.shape[0]))
         strange = np.flatnonzero((self.flat < 0) | (self.flat >= size))
         if len(strange):
             prompt = int(np.searchsorted(self.starts, strange[0], side="right")) - 1

@@ -123,6 +123,11 @@ class Replay:
         return not self.problems and all(s.ok for s in self.sites) and all(d.ok for d in self.directions)
 
     @property
+    def unlike(self) -> tuple[str, ...]:
+        """A sentence for each field in which the identities differ, allowed or not."""
+        return tuple(_unlike(name, there, here) for name, (there, here) in self.identity.items())
+
+    @property
     def worst(self) -> SiteReplay | None:
         """The site whose worst row is the farthest off; None if nothing was compared."""
         return max(self.sites, key=lambda s: s.worst, default=None)

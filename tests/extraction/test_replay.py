@@ -19,7 +19,9 @@ from reprobe.extraction.difference import component_differences, row_differences
 from reprobe.model.language_model import LanguageModel
 from reprobe.store import StoreWriter
 
-FAMILIES = ("llama", "gemma3_text", "bert", "gpt2", "granite", "falcon.alibi")
+POSITIONS = ("last", "all", "mean", "index:1", "span:who:last", "span:who:all")
+CASES = [(family, at) for family in ("llama", "gemma3_text", "bert", "gpt2") for at in POSITIONS]
+CASES += [(family, "all") for family in ("granite", "falcon.alibi", "cohere", "roberta")]
 
 
 def only(result):
@@ -31,8 +33,7 @@ def only(result):
 # -- what is true passes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", ["last", "all", "mean", "index:1", "span:who:last", "span:who:all"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "at"), CASES)
 def test_a_store_passes_on_the_model_that_it_is_of(tiny_lm, tmp_path, family, at):
     lm = tiny_lm(family)
     sites = "embed,resid.pre@*,attn.heads@*,attn.out@*,mlp.neurons@*,mlp.out@*,resid.post@*,final"
@@ -294,6 +295,20 @@ def test_a_multiple_a_centred_row_and_an_unfilled_one_are_told_apart(tiny_lm, tm
     lm = tiny_lm("llama")
     store = planted(tmp_path, lm, lambda v: {s: edit(x) for s, x in v.items()}, sites="resid.post@1")
     assert says in only(rp.replay(store, lm)).diagnosis
+
+
+def test_one_row_of_nan_at_the_stores_edge_is_no_other_row(tiny_lm, tmp_path):
+    lm = tiny_lm("llama")
+
+    def first_row(values):
+        new = {s: x.clone() for s, x in values.items()}
+        new[site("resid.post@1")][0] = torch.nan
+        return new
+
+    for at in ("all", "mean"):
+        found = only(rp.replay(planted(tmp_path / at, lm, first_row, at=at, sites="resid.post@1"), lm))
+        assert (found.at.row, found.not_finite, found.worst) == (0, 1, np.inf)
+        assert "no site of this model" in found.diagnosis
 
 
 def test_not_a_number_counts_as_the_same_only_where_the_model_gives_it_too(tiny_lm, tmp_path):
