@@ -572,7 +572,8 @@ def _show_replay(result: Any, directions: list[str], as_json: bool) -> None:
             + f"; greatest change of a score {d.drift:.2g} scales (row {d.at.row})"
         )
     if result.problems:
-        _say(f"{result.path} is not of this {result.model}; --allow-mismatch compares the numbers of another model")
+        way_on = "; --allow-mismatch compares the numbers of another model" if result.identity else ""
+        _say(f"nothing was run on {result.model}{way_on}")
         return
     worst = result.worst
     _say(
