@@ -5,6 +5,7 @@ The way of the data, station by station:
     prompts     PromptSet: texts with labels, groups, pairs and spans
     model       LanguageModel, Site; observe and intervene, the only hooks
     extraction  extract: prompts → activations at sites, streamed into
+                (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
     control     steer with Add, Ablate: a direction put back into the model
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from reprobe.control import Ablate, Add, Scope, steer
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
-    from reprobe.extraction import extract
+    from reprobe.extraction import Replay, extract, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
     from reprobe.probing import Direction, LogisticReader, MeanDifference, PCAReader, ProbeGrid, probe
     from reprobe.prompts import Position, PromptSet
@@ -42,6 +43,7 @@ _HOME = {
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
+    "Replay": "extraction",
     "ReprobeError": "errors",
     "Scope": "control",
     "Site": "model",
@@ -49,10 +51,12 @@ _HOME = {
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "extract": "extraction",
+    "import_vllm": "extraction",
     "intervene": "model",
     "log_odds": "evaluation",
     "observe": "model",
     "probe": "probing",
+    "replay": "extraction",
     "steer": "control",
     "write_report": "report",
 }
@@ -71,6 +75,7 @@ __all__ = [
     "Position",
     "ProbeGrid",
     "PromptSet",
+    "Replay",
     "ReprobeError",
     "Scope",
     "Site",
@@ -78,10 +83,12 @@ __all__ = [
     "divergence",
     "dose_response",
     "extract",
+    "import_vllm",
     "intervene",
     "log_odds",
     "observe",
     "probe",
+    "replay",
     "steer",
     "write_report",
 ]

@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The project's own data sets, and files in public formats.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+import_app = typer.Typer(help="Activations that other programs computed.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
 
 Model = Annotated[str, typer.Argument(help="Bundled name, hub id, local folder, or .gguf file.")]
 Data = Annotated[str, typer.Argument(help="Bundled name, .jsonl/.json/.csv/.parquet file, or hf:NAME.")]
@@ -51,7 +53,8 @@ def verb(example: str, on: typer.Typer = app, name: str | None = None) -> Callab
                 _say(f"{type(e).__name__}: {e}")
                 raise typer.Exit(2 if isinstance(e, UsageError) else 1) from e
             except KeyboardInterrupt as e:
-                hint = " Completed shards are kept: go on with --resume." if function.__name__ == "extract" else ""
+                resumable = function.__name__ in ("extract", "import_vllm")
+                hint = " Completed shards are kept: go on with --resume." if resumable else ""
                 _say(f"interrupted.{hint}")
                 raise typer.Exit(130) from e
 
@@ -174,42 +177,156 @@ def info(store: Store, as_json: AsJson = False) -> None:
     from reprobe.store import ActivationStore
 
     opened = ActivationStore.open(store)
-    told = vars(opened.info())
+    told, manifest, identity = vars(opened.info()), opened.manifest, opened.identity
+    lengths = opened.tokens["tokens"].list.len()
+    counts: dict[str, Any] = {"prompts": len(lengths), "tokens": lengths.sum(), "longest": lengths.max()}
     if as_json:
-        _show(told | {"sites": list(map(str, opened.sites))}, True)
+        more = {"identity": identity.to_json(), "counts": counts, "shard_rows": manifest.grid.shard_rows}
+        _show(told | {"sites": list(map(str, opened.sites))} | more, True)
         return
-    shards = f"{told['committed']} of {told['shards']}"
-    sizes = f"{_bytes(told['bytes_on_disk'])} of {_bytes(told['bytes_of_arrays_when_complete'])}"
+    plan = dict(told["plan"])
+    sizes = f"{_bytes(told['bytes_on_disk'])} of about {_bytes(told['bytes_of_arrays_when_complete'])}"
+    go_on = "import vllm" if plan.get("source") == "vllm" else "extract"
     _show(
         {
             "path": told["path"],
-            "state": "complete" if told["complete"] else "incomplete: go on with `reprobe extract … --resume`",
-            "model": opened.identity.name + (f" @ {told['revision']}" if told["revision"] else ""),
-            "weights": opened.identity.weights,
-            "sites": opened.manifest.sites_text,
+            "state": "complete" if told["complete"] else f"incomplete: go on with `reprobe {go_on} … --resume`",
+            "model": identity.name + (f" @ {identity.revision}" if identity.revision else ""),
+            "architecture": f"{identity.architecture}, {identity.n_layers} blocks, d_model {identity.d_model}",
+            "computed in": identity.dtype + (f", quantised: {identity.quantization}" if identity.quantization else ""),
+            "weights": identity.weights[:12],
+            "tokenizer": identity.tokenizer[:12],
+            "chat template": identity.template[:12] if identity.template else "none",
+            "sites": manifest.sites_text,
+            "positions": plan.pop("at", "not recorded"),
+            "prompts": f"{counts['prompts']:,} (digest {manifest.prompts[:12]})",
+            "tokens": f"{counts['tokens']:,}, at most {counts['longest']} in a prompt",
             "rows": f"{told['rows']:,}",
-            "dtype": told["dtype"],
-            "format": told["format"] + (f", {told['compression']}" if told["compression"] else ""),
-            "shards": shards,
+            "stored in": ", ".join(filter(None, (told["dtype"], told["format"], told["compression"]))),
+            "shards": f"{told['committed']} of {told['shards']}, {manifest.grid.shard_rows:,} rows each",
             "size": _bytes(told["bytes_on_disk"]) if told["complete"] else sizes,
-            "prompts": told["prompts"],
-            "plan": _counts(told["plan"]),
+            "plan": _counts(plan) or "nothing else",
             "versions": ", ".join(f"{k} {v}" for k, v in told["versions"].items()),
         },
         False,
     )
 
 
-@verb("reprobe verify cities.reprobe")
-def verify(store: Store) -> None:
-    """Recompute every checksum of a store; exit 1 if anything differs from what was written."""
+@verb("reprobe verify cities.reprobe --model smollm2-135m --direction truth.safetensors")
+def verify(
+    store: Store,
+    model: Annotated[
+        str | None, typer.Option(help="Run prompts on this model again and compare with the store.")
+    ] = None,
+    sample: Annotated[str | None, typer.Option(help="How many prompts to run again, or all; default: 64.")] = None,
+    direction: Annotated[
+        list[Path] | None, typer.Option(help="Do its scores hold? May be given several times.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative difference per row; default: what rounding alone gives.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Compute in this; default: as the store's model did.")] = None,
+    device: Device = None,
+    revision: Revision = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Compare the numbers of another model, knowingly.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute every checksum of a store, and with --model prove that it holds that model's activations.
+
+    Exit 1 if a byte is not as it was written, or if the model is another or gives other activations.
+    """
     from reprobe.errors import CorruptArtifact
     from reprobe.store import ActivationStore
 
-    result = ActivationStore.open(store).verify()
-    if not result.ok:
-        raise CorruptArtifact(f"{store}:\n" + "\n".join(f"  {p}" for p in result.problems))
+    if model is None and any((sample, direction, tolerance, seed, dtype, device, revision, allow_mismatch)):
+        raise UsageError("these options are about running prompts again: say on which model with --model")
+    opened = ActivationStore.open(store)
+    checked = opened.verify()
+    if not checked.ok:
+        raise CorruptArtifact(f"{store}:\n" + "\n".join(f"  {p}" for p in checked.problems))
     _say(f"{store}: every byte is as it was written")
+    if model is None:
+        if as_json:
+            _show({"path": opened.path, "ok": True, "files": checked.files}, True)
+        return
+    from reprobe.extraction import replay
+    from reprobe.extraction.proof import SAMPLE
+    from reprobe.probing import Direction
+    from reprobe.progress import terminal
+
+    directions = [Direction.load(path) for path in direction or ()]
+    prompts = SAMPLE if sample is None else _sample(sample)
+    lm = _load(model, dtype=dtype or opened.identity.dtype, device=device, revision=revision)
+    with terminal("tokens") as progress:
+        result = replay(
+            opened,
+            lm,
+            sample=prompts,
+            seed=seed,
+            directions=directions,
+            tolerance=tolerance,
+            allow_mismatch=allow_mismatch,
+            progress=progress,
+        )
+    _show_replay(result, [path.name for path in direction or ()], as_json)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@verb(
+    "reprobe import vllm hidden-states --layers 0,8,16 --model smollm2-135m --to s.reprobe", on=import_app, name="vllm"
+)
+def import_vllm(
+    folder: Annotated[Path, typer.Argument(help="The shared_storage_path of vLLM's hidden-states connector.")],
+    layers: Annotated[
+        str,
+        typer.Option(help="The connector's layer ids in its order: 0 is embed, i is resid.post@(i-1), e.g. 0,8,16."),
+    ],
+    model: Annotated[str, typer.Option(help="The model that vLLM ran: bundled name, hub id, local folder, or .gguf.")],
+    to: Annotated[Path, typer.Option(help="The store to write.")],
+    at: Annotated[str, typer.Option(help="last, all, mean or index:-2")] = "last",
+    data: Annotated[str | None, typer.Option(help="Data set with labels; its ids are the names of the files.")] = None,
+    store_dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the files'.")] = None,
+    shard_rows: Annotated[int | None, typer.Option(help="Rows per shard.")] = None,
+    device: Device = None,
+    revision: Revision = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted store.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn what vLLM's hidden-states connector wrote into a store.
+
+    The last layer id (the number of blocks) is the last block's output before the final norm, unlike the last of
+    transformers' hidden_states. Whether the files are of the model shows `reprobe verify --model`.
+    """
+    from reprobe.extraction import VllmFiles
+    from reprobe.extraction import import_vllm as run_import
+    from reprobe.progress import terminal
+
+    ids = _layers(layers)
+    with terminal("files") as progress:
+        files = VllmFiles.scan(folder, progress)
+    lm = _load(model, dtype=files.dtype, device=device, revision=revision)
+    with terminal("rows") as progress:
+        store = run_import(
+            files,
+            lm,
+            layers=ids,
+            to=to,
+            at=at,
+            data=data,
+            dtype=store_dtype,
+            shard_rows=shard_rows,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _say(
+        f"{store.path}: {store.rows:,} rows of {len(files.ids):,} files at {store.manifest.sites_text}, complete. "
+        f"Prove that they are the model's: reprobe verify {to} --model {model}"
+    )
 
 
 @verb("reprobe probe cities.reprobe --reader logistic --to truth.grid")
@@ -416,6 +533,21 @@ def _load(model: str, *, dtype: str | None, device: str | None, revision: str | 
         return LanguageModel.load(model, dtype=dtype, device=device, revision=revision, progress=progress)
 
 
+def _sample(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--sample {text}: give a number of prompts, or all")
+    return int(text)
+
+
+def _layers(text: str) -> list[int]:
+    pieces = [piece.strip() for piece in text.split(",")]
+    if not all(piece.isdecimal() for piece in pieces):
+        raise UsageError(f"--layers {text}: give vLLM's layer ids, separated by commas, e.g. 0,8,16")
+    return [int(piece) for piece in pieces]
+
+
 def _quiet_libraries() -> None:
     """Keep the advice of the libraries below off a user's terminal. Only the command line does this."""
     import logging
@@ -450,6 +582,48 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, values), default=0)
     for key, value in values.items():
         typer.echo(f"{key:<{width}}  {value}")
+
+
+def _show_replay(result: Any, directions: list[str], as_json: bool) -> None:
+    """What a replay found: all of it as JSON, or a table of what failed and a verdict."""
+    if as_json:
+        _show(result.to_json(), True)
+        return
+    for problem in result.problems:
+        typer.echo(problem)
+    for allowed in (s for s in result.unlike if s not in result.problems):
+        _say(f"allowed: {allowed}")
+    rows = [
+        {
+            "site": str(s.site),
+            "worst": f"{s.worst:.2g}",
+            "median": f"{s.median:.2g}",
+            "beyond": f"{s.beyond} of {s.rows} rows",
+            "worst row": s.at.row,
+            "prompt": s.at.prompt,
+            "position": "mean" if s.at.position is None else s.at.position,
+            "what it looks like": s.diagnosis,
+        }
+        for s in result.failed
+    ]
+    if rows:
+        _table(rows, False)
+    for name, d in zip(directions, result.directions, strict=not result.problems):
+        typer.echo(
+            f"{name} at {d.site}: {d.flips} of {d.rows} decisions flip"
+            + (f", at most {d.margin:.2g} scales from the boundary" if d.flips else "")
+            + f"; greatest change of a score {d.drift:.2g} scales (row {d.at.row})"
+        )
+    if result.problems:
+        way_on = "; --allow-mismatch compares the numbers of another model" if result.identity else ""
+        _say(f"nothing was run on {result.model}{way_on}")
+        return
+    worst = result.worst
+    _say(
+        f"{result.prompts:,} of {result.of_prompts:,} prompts run again on {result.model}: "
+        f"{'the same activations' if result.ok else 'NOT the same activations'}. Worst relative difference of a row "
+        f"{worst.worst:.2g} at '{worst.site}', {'within' if not result.failed else 'tolerance'} {result.tolerance:.2g}"
+    )
 
 
 def _table(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -11,7 +11,7 @@ from reprobe.prompts.formats import FORMATS, Table
 from reprobe.prompts.positions import Position
 from reprobe.prompts.prompt_set import Description, PromptSet, Split, concat
 from reprobe.prompts.statements import Emotions, Persona, Statements
-from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, token_frame, tokenize
+from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, token_frame, token_table, tokenize
 from reprobe.prompts.truthfulqa import TruthfulQA, TruthfulQAChoices
 
 __all__ = [
@@ -37,5 +37,6 @@ __all__ = [
     "concat",
     "index_frame",
     "token_frame",
+    "token_table",
     "tokenize",
 ]

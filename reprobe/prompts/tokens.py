@@ -5,7 +5,7 @@ flat arrays, and the index that a store keeps of them. Characters become tokens 
 offsets, and nowhere else. Does not know models, packs or padding.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -131,6 +131,25 @@ def tokenize(
     )
 
 
+def token_table(ids: Sequence[str], tokens: Sequence[NDArray[np.int32]], *, at: Position) -> TokenTable:
+    """Tokens that were made elsewhere, those of prompt `ids[i]` in `tokens[i]`, with those at `at` marked.
+
+    Raises `UsageError` for a span, since only the text says which tokens it has, and `DataError`, naming the
+    prompts, if one has no token at all or none at `at`.
+    """
+    if at.span is not None:
+        raise UsageError(
+            f"position '{at}' needs the prompts' texts, and here are only tokens: use last, all, mean or index:N"
+        )
+    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    if not lengths.all():
+        raise DataError(f"there are no tokens of {some(i for i, n in zip(ids, lengths, strict=True) if not n)}")
+    nothing = np.zeros(0, np.int64)
+    chunk = _Encoded(list(ids), np.concatenate(tokens), _starts(lengths), nothing, nothing, nothing, nothing)
+    part = _wanted(chunk, at, nothing, None, None)
+    return TokenTable(chunk.ids, part.tokens, chunk.starts, part.rows, _starts(part.n_rows), at.pooled)
+
+
 def token_frame(table: TokenTable, order: NDArray[np.integer[Any]]) -> pl.DataFrame:
     """All tokens of the prompts in `order`: one line per prompt, with `prompt` (its id) and `tokens` (Int32 lists)."""
     lengths = table.n_tokens[order]
@@ -139,20 +158,25 @@ def token_frame(table: TokenTable, order: NDArray[np.integer[Any]]) -> pl.DataFr
     return pl.DataFrame({"prompt": [table.ids[i] for i in order], "tokens": pl.from_arrow(tokens)})
 
 
-def index_frame(prompts: PromptSet, table: TokenTable, order: NDArray[np.integer[Any]] | None = None) -> pl.DataFrame:
+def index_frame(
+    prompts: PromptSet | None, table: TokenTable, order: NDArray[np.integer[Any]] | None = None
+) -> pl.DataFrame:
     """What each row of a store is: one line per row, prompts in `order` (their numbers; as given if None).
 
     Columns: row (Int64, from 0), prompt (its id), position and token (Int32; null where a row is pooled),
-    label, group, pair, n_tokens (Int32, of the prompt).
+    label, group, pair, n_tokens (Int32, of the prompt). Where nothing but tokens is known (`prompts` is None),
+    labels and pairs are null and each prompt is its own group.
     """
-    if prompts.ids != table.ids:
+    if prompts is not None and prompts.ids != table.ids:
         raise DataError(f"the token table is not of {prompts.name}: the prompt ids differ")
     chosen = np.arange(len(table)) if order is None else np.asarray(order, np.int64)
     if len(np.unique(chosen)) != len(chosen) or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(table)):
         raise UsageError(f"order must hold numbers of prompts, 0–{len(table) - 1}, each once")
     counts = table.n_rows[chosen]
     prompt = np.repeat(chosen, counts)
-    columns = prompts.frame.select(pl.col("id").alias("prompt"), "label", "group", "pair")[prompt]
+    columns = (_unlabelled(table.ids) if prompts is None else prompts.frame).select(
+        pl.col("id").alias("prompt"), "label", "group", "pair"
+    )[prompt]
     if table.pooled:
         position = token = pl.lit(None, pl.Int32)
     else:
@@ -168,6 +192,11 @@ def index_frame(prompts: PromptSet, table: TokenTable, order: NDArray[np.integer
         "pair",
         pl.lit(pl.Series(table.n_tokens[prompt].astype(np.int32))).alias("n_tokens"),
     )
+
+
+def _unlabelled(ids: list[str]) -> pl.DataFrame:
+    unknown = {"label": pl.lit(None, pl.Int64), "pair": pl.lit(None, pl.String)}
+    return pl.DataFrame({"id": ids, "group": ids}).with_columns(**unknown)
 
 
 @dataclass(frozen=True, eq=False)

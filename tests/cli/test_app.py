@@ -1,12 +1,15 @@
 """The command line as a user meets it: every verb on a small model in a folder, wrong inputs first."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import tiny_net, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -84,6 +87,10 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["extract", "model", "prompts.jsonl", "--to", "x", "--truncate", "middle"], "left"),
         (["extract", "model", "prompts.jsonl", "--to", "s.reprobe"], "--resume"),
         (["info", "nothing.reprobe"], "nothing.reprobe"),
+        (["verify", "s.reprobe", "--sample", "9"], "--model"),
+        (["verify", "s.reprobe", "--model", "model", "--sample", "some"], "or all"),
+        (["verify", "s.reprobe", "--model", "model", "--sample", "0"], "1 or more"),
+        (["import", "vllm", "nowhere", "--layers", "0", "--model", "model", "--to", "x"], "nowhere"),
         (["probe", "s.reprobe", "--reader", "crystal-ball"], "logistic"),
         (["probe", "s.reprobe", "--label", "colour"], "colour"),
         (["probe", "s.reprobe", "--sites", "resid.pre@*"], "resid"),
@@ -119,6 +126,82 @@ def test_info_and_verify_tell_of_a_store_and_a_changed_byte_exits_1(run, made, t
     shard = next((tmp_path / "t.reprobe").rglob("c.*"))
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     assert "CorruptArtifact" in run("verify", tmp_path / "t.reprobe", code=1).output
+
+
+def test_info_tells_of_which_model_a_store_is_and_how_to_finish_it(run, made, tmp_path):
+    told = json.loads(run("info", "s.reprobe", "--json").stdout)
+    store = rp.ActivationStore.open(made / "s.reprobe")
+    lengths = store.tokens["tokens"].list.len()
+    assert told["counts"] == {"prompts": 40, "tokens": lengths.sum(), "longest": lengths.max()}
+    assert told["identity"] == store.identity.to_json()
+    shown = run("info", "s.reprobe").stdout
+    for what in (
+        "resid.post@0–2",
+        "positions",
+        store.identity.weights[:12],
+        store.identity.tokenizer[:12],
+        f"{lengths.sum():,}",
+        "llama, 3 blocks, d_model 27",
+        "pack: forest",
+        "1 of 1",
+        "complete",
+    ):
+        assert what in shown
+    shutil.copytree(made / "s.reprobe", tmp_path / "part.reprobe")
+    (tmp_path / "part.reprobe" / "commits" / "00000.json").unlink()
+    assert "incomplete: go on with `reprobe extract … --resume`" in run("info", tmp_path / "part.reprobe").stdout
+
+
+def test_verify_with_a_model_proves_the_activations_and_the_decisions(run, made):
+    told = json.loads(
+        run(
+            "verify", "s.reprobe", "--model", "model", "--sample", "all", "--direction", "d.safetensors", "--json"
+        ).stdout
+    )
+    assert told["ok"] is True
+    assert told["prompts"] == told["of_prompts"] == 40
+    assert [d["flips"] for d in told["directions"]] == [0]
+    assert max(s["worst"] for s in told["sites"]) < told["tolerance"]
+    said = run("verify", "s.reprobe", "--model", "model", "--direction", "d.safetensors")
+    assert "the same activations" in said.stderr
+    assert "0 of 40 decisions flip" in said.stdout
+
+
+def test_verify_with_another_model_exits_1_with_what_differs(run, made, tmp_path):
+    net = tiny_net("llama")
+    net.model.layers[1].mlp.down_proj.weight.data *= 1.05
+    net.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    refused = run("verify", "s.reprobe", "--model", tmp_path / "other", code=1)
+    assert "identity: weights is" in refused.stdout
+    told = run("verify", "s.reprobe", "--model", tmp_path / "other", "--allow-mismatch", code=1)
+    lines = [line.split()[0] for line in told.stdout.splitlines() if line.startswith(("resid", "attn"))]
+    assert lines == ["resid.post@1", "resid.post@2"]
+    assert "NOT the same activations" in told.stderr
+    assert json.loads(run("verify", "s.reprobe", "--model", tmp_path / "other", "--json", code=1).stdout)["ok"] is False
+
+
+def test_what_vllm_wrote_becomes_a_store_that_verifies(run, made, tmp_path):
+    lm = rp.LanguageModel.load(made / "model")
+    data = rp.PromptSet.load(made / "prompts.jsonl")
+    (tmp_path / "hs").mkdir()
+    for id_, text in zip(data.ids, data.texts, strict=True):
+        with rp.observe(lm, "embed,resid.post@2") as seen:
+            lm.logits(text)
+        states = torch.stack([h[0] for h in seen.values()], 1).contiguous()
+        tokens = torch.tensor(lm.tokenizer(text)["input_ids"])
+        save_file({"hidden_states": states, "token_ids": tokens}, tmp_path / "hs" / f"{id_}.safetensors")
+    line = ["import", "vllm", tmp_path / "hs", "--layers", "0,3", "--model", "model", "--data", "prompts.jsonl"]
+    assert "resid.post@2" in run(*line, "--to", tmp_path / "v.reprobe").stderr
+    run("verify", tmp_path / "v.reprobe", "--model", "model")
+    run("probe", tmp_path / "v.reprobe", "--sites", "resid.post@2", "--reader", "mean-difference", "--folds", 4)
+    assert "--resume" in run(*line, "--to", tmp_path / "v.reprobe", code=2).output
+    run(*line, "--to", tmp_path / "v.reprobe", "--resume")
+    (tmp_path / "v.reprobe" / "commits" / "00000.json").unlink()
+    assert "go on with `reprobe import vllm … --resume`" in run("info", tmp_path / "v.reprobe").stdout
+    line[4] = "0,x"
+    assert "0,8,16" in run(*line, "--to", tmp_path / "w", code=2).output
+    assert "reprobe import vllm" in run("import", "vllm", "--help").output
 
 
 def test_probe_prints_the_best_sites_and_saves_what_it_found(run, made):

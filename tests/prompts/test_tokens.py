@@ -5,10 +5,11 @@ import polars as pl
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import tiny_tokenizer
 from transformers import PreTrainedTokenizer
 
 from reprobe.errors import DataError, PromptTooLong, UnsupportedOperation, UsageError
-from reprobe.prompts import Position, PromptSet, TokenTable, index_frame, tokenize
+from reprobe.prompts import Position, PromptSet, TokenTable, index_frame, token_table, tokenize
 from reprobe.prompts import tokens as tokens_module
 
 
@@ -327,3 +328,30 @@ def test_an_index_is_refused_for_other_prompts_or_an_order_that_repeats_them(wit
     for order in ([0, 0, 1], [0, 3], [-1, 0]):
         with pytest.raises(UsageError, match="each once"):
             index_frame(prompts, table, np.array(order))
+
+
+@pytest.mark.parametrize("at", ["last", "all", "mean", "index:1", "index:-2"])
+def test_tokens_from_elsewhere_are_marked_as_those_of_texts_are(at):
+    position = Position.parse(at)
+    prompts = PromptSet.from_records([{"id": i, "text": t} for i, t in (("a", "the cat"), ("b", "an owl is"))])
+    want = tokenize(prompts, tiny_tokenizer(), at=position, context=None)
+    got = token_table(want.ids, [want.prompt(i).tokens for i in range(2)], at=position)
+    assert got.pooled == want.pooled
+    assert got.ids == want.ids
+    for name in ("tokens", "starts", "rows", "row_starts"):
+        assert np.array_equal(getattr(got, name), getattr(want, name))
+
+
+def test_of_nothing_but_tokens_a_store_knows_no_labels_and_each_prompt_is_its_own_group():
+    table = token_table(["a", "b"], [np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)], at=Position("all"))
+    frame = index_frame(None, table)
+    assert frame["group"].to_list() == ["a", "a", "a", "b", "b"]
+    assert frame["label"].null_count() == frame["pair"].null_count() == 5
+
+
+def test_tokens_alone_have_no_spans_and_no_prompt_is_without_tokens():
+    tokens = [np.arange(3, dtype=np.int32), np.zeros(0, np.int32)]
+    with pytest.raises(UsageError, match="texts"):
+        token_table(["a", "b"], tokens, at=Position.parse("span:who:last"))
+    with pytest.raises(DataError, match="no tokens of b"):
+        token_table(["a", "b"], tokens, at=Position("last"))
