@@ -5,7 +5,7 @@ whole, and every scale, mean and threshold is fitted on training rows alone. Doe
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from joblib import Parallel, delayed
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -24,12 +24,15 @@ from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected
-from reprobe.probing.reader import Reader, TrainingRows, as_array
+from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of
 from reprobe.probing.rows import ProbeRows, select_rows
 from reprobe.progress import Progress, silent
 from reprobe.provenance import versions
 
 __all__ = ["ProbeGrid", "Selected", "Source", "probe"]
+
+#: Numbers of the sites that a `BatchReader` is given at once.
+_BATCH = 1 << 24
 
 
 class Source(Protocol):
@@ -67,7 +70,7 @@ def probe(
     rows without a label are left out, `where` keeps some of the others. `folds` hold whole groups, drawn by
     `seed`, which also draws the bootstrap. `n_jobs` threads (−1: one per processor). `reader` itself is
     not fitted. A site takes folds + 1 fits for its results, and folds · (folds − 1) / 2 more for the nested
-    choice of a site, `ProbeGrid.selected`.
+    choice of a site, `ProbeGrid.selected`; a `BatchReader` does them for many sites at once, on torch's threads.
 
     Raises `UnknownSite` for a site that is not stored; `UnknownData` for a missing column; `UsageError` for
     labels that are not two, too few groups, NaN in the activations, or a site at which the reader finds no
@@ -86,15 +89,19 @@ def probe(
     chosen = _sites(store, sites)
     fold = group_folds(rows.groups, rows.positive, folds, seed)
     bootstrap = ClusterBootstrap.draw(rows.groups, seed)
+    kept = _training(fold)
     found: list[_Found] = []
     progress("probe", 0, len(chosen))
     # One BLAS thread for each of ours: the problems are small, and BLAS threads waiting for one another cost
     # more than they bring (ten times the time, measured with two).
     with threadpool_limits(1, user_api="blas"):
         run = Parallel(n_jobs=n_jobs, backend="threading", return_as="generator")
-        tasks = (
-            delayed(_probe_site)(reader, site, X, rows, fold, bootstrap) for site, X in _reads(store, chosen, rows)
-        )
+        reads = _reads(store, chosen, rows)
+        if isinstance(reader, BatchReader):
+            fitted = _fit_together(reader, reads, rows, kept)
+            tasks = (delayed(_judge)(X, one, rows, fold, bootstrap) for X, one in fitted)
+        else:
+            tasks = (delayed(_fit_and_judge)(reader, site, X, rows, kept, fold, bootstrap) for site, X in reads)
         for one in run(tasks):
             found.append(one)
             progress("probe", len(found), len(chosen))
@@ -155,46 +162,128 @@ class _Found:
     direction: Direction
 
 
-def _probe_site(
+@dataclass(frozen=True)
+class _Fitted:
+    """What one site's fits found, in the order of `_training`: unit normals with their offsets. `direction` is the
+    last, fitted on all rows."""
+
+    normals: Float[np.ndarray, "fits width"]
+    offsets: Float[np.ndarray, " fits"]
+    direction: Direction
+
+
+def _pairs_of_folds(folds: int) -> list[tuple[int, int]]:
+    # The inner folds are the outer ones, so a reader fitted without folds j and k serves both: tested on
+    # j it judges the site for fold k, tested on k for fold j. That halves the price of nesting.
+    return list(combinations(range(folds), 2)) if folds > 2 else []
+
+
+def _training(fold: Integer[np.ndarray, " n"]) -> Bool[np.ndarray, "fits n"]:
+    """The rows of each fit at a site: without one fold, without two, all."""
+    folds = int(fold.max()) + 1
+    lines = [fold != k for k in range(folds)]
+    lines += [(fold != j) & (fold != k) for j, k in _pairs_of_folds(folds)]
+    return np.stack([*lines, np.ones(len(fold), dtype=bool)])
+
+
+def _fit_singly(
     reader: Reader,
     site: Site,
     X: Float[np.ndarray, "n width"],
     rows: ProbeRows,
+    kept: Bool[np.ndarray, "fits n"],
+) -> _Fitted:
+    found = []
+    for training in kept:
+        # Pairs keep their numbers in the store; a fold's own are counted from 0.
+        pairs = (
+            None
+            if rows.pairs is None or not reader.uses_pairs
+            else np.unique(rows.pairs[training], return_inverse=True)[1]
+        )
+        chosen = TrainingRows(X[training], rows.positive[training], pairs, groups=rows.groups[training])
+        try:
+            found.append(clone(reader).fit_rows(chosen).direction_)
+        except UsageError as error:
+            raise _no_direction(reader, site, error) from error
+    return _Fitted(np.stack([d.vector for d in found]), np.array([d.offset for d in found]), found[-1])
+
+
+def _fit_together(
+    reader: BatchReader,
+    reads: Iterable[tuple[Site, Float[np.ndarray, "n width"]]],
+    rows: ProbeRows,
+    kept: Bool[np.ndarray, "fits n"],
+) -> Iterator[tuple[Float[np.ndarray, "n width"], _Fitted]]:
+    """The rows of each site with what its fits found, solved a batch of sites at a time."""
+    for batch in _batches(reads):
+        planes: Iterator[Sequence[Plane]] | None = None
+        for site, X in batch:
+            try:
+                if planes is None:
+                    planes = reader.fit_batch(np.stack([X for _, X in batch]), rows.positive, rows.groups, kept)
+                found = next(planes)
+            except UsageError as error:
+                raise _no_direction(reader, site, error) from error
+            lengths = np.array([np.linalg.norm(p.normal) for p in found])
+            normals = np.stack([p.normal for p in found]) / lengths[:, None]
+            direction = direction_of(found[-1], float(np.std(X @ normals[-1])), reader, (False, True))
+            yield X, _Fitted(normals, np.array([p.level for p in found]) / lengths, direction)
+
+
+def _batches(
+    reads: Iterable[tuple[Site, Float[np.ndarray, "n width"]]],
+) -> Iterator[list[tuple[Site, Float[np.ndarray, "n width"]]]]:
+    """Neighbouring sites of one width, `_BATCH` numbers at a time."""
+    for _, same in groupby(reads, key=lambda read: read[1].shape[1]):
+        batch: list[tuple[Site, Float[np.ndarray, "n width"]]] = []
+        for site, X in same:
+            batch.append((site, X))
+            if len(batch) * X.size >= _BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _no_direction(reader: Reader, site: Site, error: UsageError) -> UsageError:
+    return UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)")
+
+
+def _fit_and_judge(
+    reader: Reader,
+    site: Site,
+    X: Float[np.ndarray, "n width"],
+    rows: ProbeRows,
+    kept: Bool[np.ndarray, "fits n"],
     fold: Integer[np.ndarray, " n"],
     bootstrap: ClusterBootstrap,
 ) -> _Found:
-    def fit(kept: np.ndarray) -> Reader:
-        # Pairs keep their numbers in the store; a fold's own are counted from 0.
-        pairs = (
-            None if rows.pairs is None or not reader.uses_pairs else np.unique(rows.pairs[kept], return_inverse=True)[1]
-        )
-        fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], pairs))
-        return fitted
+    return _judge(X, _fit_singly(reader, site, X, rows, kept), rows, fold, bootstrap)
 
+
+def _judge(
+    X: Float[np.ndarray, "n width"],
+    fitted: _Fitted,
+    rows: ProbeRows,
+    fold: Integer[np.ndarray, " n"],
+    bootstrap: ClusterBootstrap,
+) -> _Found:
+    scores = X @ fitted.normals.T - fitted.offsets
     folds = int(fold.max()) + 1
-    oof = np.empty(len(X), dtype=np.float32)
-    right = np.zeros(folds)
-    try:
-        for k in range(folds):
-            held_out = fold == k
-            oof[held_out] = fit(~held_out).direction_.score(X[held_out])
-        # The inner folds are the outer ones, so a reader fitted without folds j and k serves both: tested on
-        # j it judges the site for fold k, tested on k for fold j. That halves the price of nesting.
-        for j, k in combinations(range(folds), 2) if folds > 2 else ():
-            inner = fit((fold != j) & (fold != k))
-            for tested, judged in ((j, k), (k, j)):
-                held_out = fold == tested
-                right[judged] += ((inner.direction_.score(X[held_out]) > 0) == rows.positive[held_out]).sum()
-        direction = fit(np.ones(len(X), dtype=bool)).direction_
-    except UsageError as error:
-        raise UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)") from error
     # From here on float32, as saved, so that a loaded grid gives the very same numbers.
+    oof = scores[np.arange(len(X)), fold].astype(np.float32)
+    right = np.zeros(folds)
+    for (j, k), inner in zip(_pairs_of_folds(folds), scores.T[folds:], strict=False):
+        correct = (inner > 0) == rows.positive
+        right[k] += correct[fold == j].sum()
+        right[j] += correct[fold == k].sum()
     return _Found(
         oof=oof,
         inner=right / (len(X) - np.bincount(fold)) if folds > 2 else np.empty(0),
         auroc=fold_auroc(oof, rows.positive, fold),
         auroc_bounds=bootstrap.auroc(oof, rows.positive, fold),
-        direction=direction,
+        direction=fitted.direction,
     )
 
 

@@ -6,6 +6,7 @@ fits by implementing `_fit_plane`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -27,12 +28,13 @@ class ReaderNotFitted(NotFitted, NotFittedError):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What a reader fits on: rows, which of them are of the positive class, and the pair of each (None: not
-    given)."""
+    """What a reader fits on: rows, which of them are of the positive class, and the pair and the group of each (None:
+    not given)."""
 
     X: Float[np.ndarray, "rows width"]
     positive: Bool[np.ndarray, " rows"]
     pairs: Integer[np.ndarray, " rows"] | None
+    groups: Integer[np.ndarray, " rows"] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
         """Fit on rows (n, width) with labels (n,) of two kinds.
 
         `pairs` names the two sides of each contrast, for the readers that use pairs; `groups` is accepted so
-        that all readers are called alike, and used by none of those that fit in one step: which groups are in
-        X is decided by who splits the rows. Raises `UsageError` for NaN, one class, more than two, or rows in
-        which the classes do not differ.
+        that all readers are called alike, and used by those alone that split the rows further, to choose
+        something: which groups are in X is decided by who calls. Raises `UsageError` for NaN, one class, more
+        than two, or rows in which the classes do not differ.
         """
         try:
             X, y = validate_data(self, as_array(X), as_array(y), dtype=np.float64, ensure_all_finite=False)
@@ -87,7 +89,8 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
                 f"{', …' if len(self.classes_) > 6 else ''}. Keep the rows of two of them."
             )
         codes_of_pairs = _pair_codes(pairs) if self.uses_pairs and pairs is not None else None
-        return self.fit_rows(TrainingRows(X, codes == 1, codes_of_pairs))
+        groups = None if groups is None else np.unique(as_array(groups), return_inverse=True)[1]
+        return self.fit_rows(TrainingRows(X, codes == 1, codes_of_pairs, groups=groups))
 
     def fit_rows(self, rows: TrainingRows) -> Self:
         """Fit on rows that have been checked: finite, float64, of both classes.
@@ -100,18 +103,8 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
         self.n_features_in_ = rows.X.shape[1]
         plane = self._fit_plane(rows)
         negative, positive = self.classes_.tolist()
-        length = float(np.linalg.norm(plane.normal))
-        unit = plane.normal / length
-        self.direction_ = Direction(
-            None,
-            unit / np.linalg.norm(unit),  # twice: a very short normal loses digits in its norm
-            offset=plane.level / length,
-            scale=float(np.std(rows.X @ unit)),
-            sign=plane.sign,
-            reader=type(self).__name__,
-            params=self.get_params(),
-            classes=(negative, positive),
-        )
+        scale = float(np.std(rows.X @ (plane.normal / np.linalg.norm(plane.normal))))
+        self.direction_ = direction_of(plane, scale, self, (negative, positive))
         return self
 
     @abstractmethod
@@ -138,6 +131,39 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_class = False
         return tags
+
+
+class BatchReader(Reader):
+    """A reader that fits several sites, on several choices of training rows, in less time than one by one."""
+
+    @abstractmethod
+    def fit_batch(
+        self,
+        X: Float[np.ndarray, "sites rows width"],
+        positive: Bool[np.ndarray, " rows"],
+        groups: Integer[np.ndarray, " rows"] | None,
+        kept: Bool[np.ndarray, "fits rows"],
+    ) -> Iterator[Sequence[Plane]]:
+        """Site after site, the planes that `fit_rows` finds on each choice of rows, `kept[f]`, as exactly as it does.
+
+        `UsageError`, when the turn of a site comes that has none.
+        """
+
+
+def direction_of(plane: Plane, scale: float, reader: Any, classes: tuple[Any, Any] | None) -> Direction:
+    """The direction of a plane that `reader` has found."""
+    length = float(np.linalg.norm(plane.normal))
+    unit = plane.normal / length
+    return Direction(
+        None,
+        unit / np.linalg.norm(unit),  # twice: a very short normal loses digits in its norm
+        offset=plane.level / length,
+        scale=scale,
+        sign=plane.sign,
+        reader=type(reader).__name__,
+        params=reader.get_params(),
+        classes=classes,
+    )
 
 
 def as_array(X: Any) -> Any:

@@ -9,10 +9,9 @@ from typing import Literal
 import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
-from sklearn.preprocessing import StandardScaler
 
 from reprobe.errors import UsageError
-from reprobe.probing.logistic import solve
+from reprobe.probing.logistic_reader import LogisticReader
 from reprobe.probing.reader import Plane, Reader, TrainingRows, require_direction
 
 __all__ = ["LogisticReader", "MeanDifference", "PCAReader", "Reader"]
@@ -85,43 +84,6 @@ class PCAReader(Reader):
             else f"the positive side projects higher in {max(ahead, behind)} of {len(delta)} pairs"
         )
         return Plane(axis, float(rows.X.mean(axis=0) @ axis), f"{rule}; pairs {self.pairing_}")
-
-
-class LogisticReader(Reader):
-    """Logistic regression with an L2 penalty on standardised features, and a free intercept.
-
-    Means and standard deviations are those of the training rows. `C` as in scikit-learn: the penalty is
-    ‖w‖²/(2C) beside the summed loss, w in standardised units. The solution is mapped back to raw activations,
-    means included: the log-odds of a row are `h @ coef_ + intercept_`; `direction_` is the same plane with
-    a unit normal. The default penalty is ten times scikit-learn's: with about as many rows as features it
-    reads no worse, and fits faster. `gradient_` is the largest component of the gradient of the mean penalised
-    loss at the solution: the certificate that it is the optimum.
-    """
-
-    def __init__(self, *, C: float = 0.1) -> None:
-        self.C = C
-
-    def _fit_plane(self, rows: TrainingRows) -> Plane:
-        if not self.C > 0:
-            raise UsageError(f"C={self.C!r}: the inverse strength of the penalty is a positive number")
-        scaler = StandardScaler().fit(rows.X)  # gives constant features the scale 1, and with it weight 0
-        Z = scaler.transform(rows.X)
-        found = solve(Z, rows.positive, self.C)
-        w, b, self.gradient_ = found.weights, found.intercept, found.gradient
-        if np.abs(w).max() <= 1e-12:
-            raise UsageError("the two classes do not differ in any feature: every weight is zero")
-        if self.gradient_ > CERTIFICATE:
-            raise UsageError(
-                f"logistic regression stopped before its optimum (gradient {self.gradient_:.1e}, wanted "
-                f"{CERTIFICATE:.0e}) at C={self.C}: choose a smaller C"
-            )
-        self.coef_ = w / scaler.scale_
-        self.intercept_ = b - float(self.coef_ @ scaler.mean_)
-        return Plane(self.coef_, -self.intercept_, "the positive class has the higher log-odds")
-
-
-#: Largest gradient with which a logistic fit is accepted.
-CERTIFICATE = 1e-6
 
 
 def _main_axis(rows: Float[np.ndarray, "n width"]) -> Float[np.ndarray, " width"]:

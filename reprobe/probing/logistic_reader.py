@@ -1,0 +1,125 @@
+"""The logistic reader: one penalty, or the best of several by groups held out among the training rows.
+
+Enters: checked training rows, of one site or of many at once. Leaves: boundaries with their certificates. How the
+problems are solved is in `logistic`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Integer
+
+from reprobe.errors import UsageError
+from reprobe.probing.crossval import group_folds
+from reprobe.probing.logistic import Fits, solve_many
+from reprobe.probing.reader import BatchReader, Plane, TrainingRows
+
+#: Largest gradient with which a fit is accepted.
+CERTIFICATE = 1e-6
+
+
+@dataclass(frozen=True)
+class LogisticPlane(Plane):
+    """A boundary with the largest component of its gradient, and the penalty it was fitted with."""
+
+    gradient: float
+    C: float
+
+
+class LogisticReader(BatchReader):
+    """Logistic regression with an L2 penalty on standardised features, and a free intercept.
+
+    Means and standard deviations are those of the training rows. `C` as in scikit-learn: the penalty is
+    ‖w‖²/(2C) beside the summed loss, w in standardised units. The solution is mapped back to raw activations,
+    means included: the log-odds of a row are `h @ coef_ + intercept_`; `direction_` is the same plane with
+    a unit normal. The default penalty is ten times scikit-learn's: with about as many rows as features it
+    reads no worse, and fits faster. `gradient_` is the largest component of the gradient of the mean penalised
+    loss at the solution: the certificate that it is the optimum.
+
+    Of several `C`, the one is taken, `C_`, whose mean log-loss is lowest on held-out training rows (of equals, the
+    strongest penalty): `inner_folds` folds of whole `groups`, drawn by `seed`, standardised by their own training rows.
+    Without groups every row is its own.
+    """
+
+    def __init__(self, *, C: float | Sequence[float] = 0.1, inner_folds: int = 3, seed: int = 0) -> None:
+        self.C = C
+        self.inner_folds = inner_folds
+        self.seed = seed
+
+    def _fit_plane(self, rows: TrainingRows) -> Plane:
+        everything = np.ones((1, len(rows.X)), dtype=bool)
+        ((plane,),) = self.fit_batch(rows.X[None], rows.positive, rows.groups, everything)
+        self.coef_, self.intercept_ = plane.normal, -plane.level
+        self.gradient_, self.C_ = plane.gradient, plane.C
+        return plane
+
+    def fit_batch(
+        self,
+        X: Float[np.ndarray, "sites rows width"],
+        positive: Bool[np.ndarray, " rows"],
+        groups: Integer[np.ndarray, " rows"] | None,
+        kept: Bool[np.ndarray, "fits rows"],
+    ) -> Iterator[Sequence[LogisticPlane]]:
+        path = self._path()
+        values, labels = torch.from_numpy(X), torch.from_numpy(positive)
+        C = np.full((len(X), len(kept)), path[0])
+        if len(path) > 1:
+            own = np.arange(len(positive)) if groups is None else groups
+            C = np.stack([self._chosen(values, labels, own, rows, path) for rows in kept], axis=1)
+        found = solve_many(values, labels, torch.from_numpy(C), torch.from_numpy(kept))
+        return (_planes(found, C, site) for site in range(len(X)))
+
+    def _path(self) -> Float[np.ndarray, " penalties"]:
+        """The penalties, strongest first."""
+        path = np.unique(np.asarray(self.C, dtype=np.float64))
+        if not path.size or not (path > 0).all() or not np.isfinite(path).all():
+            raise UsageError(f"C={self.C!r}: the inverse strength of the penalty is a positive number, or several")
+        return path
+
+    def _chosen(
+        self,
+        X: Float[torch.Tensor, "sites rows width"],
+        positive: Bool[torch.Tensor, " rows"],
+        groups: Integer[np.ndarray, " rows"],
+        kept: Bool[np.ndarray, " rows"],
+        path: Float[np.ndarray, " penalties"],
+    ) -> Float[np.ndarray, " sites"]:
+        """For each site, the C with the lowest held-out log-loss among the rows kept."""
+        fold = np.full(len(kept), -1)
+        fold[kept] = group_folds(groups[kept], positive.numpy()[kept], self.inner_folds, self.seed)
+        folds = range(self.inner_folds)
+        training = np.stack([kept & (fold != k) for k in folds])
+        found = solve_many(
+            X,
+            positive,
+            torch.from_numpy(np.tile(path, len(training))),
+            torch.from_numpy(training.repeat(len(path), axis=0)),
+        )
+        loss = torch.zeros(len(X), len(path), dtype=torch.float64)
+        for site, k in ((s, k) for s in range(len(X)) for k in folds):
+            held_out = torch.from_numpy(fold == k)
+            at = slice(k * len(path), (k + 1) * len(path))
+            margins = X[site, held_out].double() @ found.weights[site, at].T + found.intercept[site, at]
+            wrong_way = torch.where(positive[held_out], -1.0, 1.0)[:, None] * margins
+            loss[site] += torch.logaddexp(wrong_way, torch.zeros(())).sum(0)
+        best: np.ndarray = path[loss.argmin(1).numpy()]
+        return best
+
+
+def _planes(found: Fits, C: Float[np.ndarray, "sites fits"], site: int) -> list[LogisticPlane]:
+    out = []
+    for w, b, gradient, largest, c in zip(
+        found.weights[site], found.intercept[site], found.gradient[site], found.largest[site], C[site], strict=True
+    ):
+        if largest <= 1e-12:
+            raise UsageError("the two classes do not differ in any feature: every weight is zero")
+        if not gradient <= CERTIFICATE:
+            raise UsageError(
+                f"logistic regression stopped before its optimum (gradient {float(gradient):.1e}, wanted "
+                f"{CERTIFICATE:.0e}) at C={c}: choose a smaller C"
+            )
+        rule = "the positive class has the higher log-odds"
+        out.append(LogisticPlane(w.numpy(), -float(b), rule, float(gradient), float(c)))
+    return out
