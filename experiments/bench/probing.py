@@ -5,7 +5,7 @@
 Enters: names of works. Leaves: JSON with each work's claims, targets and measured ratios, the seconds of every side,
 and the machine. Both sides hold the same float64 rows in memory; reading a store is measured in reading.py.
 
-heads    every head of SmolLM2-135M on TruthfulQA's question-answer pairs, 2 folds of whole questions (needs REPROBE_DATA)
+heads    every head of SmolLM2-135M on TruthfulQA's question-answer pairs, 2 folds of questions (needs REPROBE_DATA)
 layers   the last token of `cities` statements at every block, 5 folds of whole cities × 10 penalties
 
 scikit-learn's side standardises by each fold's training rows and fits `LogisticRegression` at its default solver and
@@ -141,7 +141,9 @@ def one_fit_each(rows: Rows) -> None:
 
 
 def heads(options: argparse.Namespace) -> tuple[str, list[Claim], list[Timing]]:
-    rows = synthetic(270, options.rows or 1500, 64, 2) if options.synthetic else read(truthfulqa(), "attn.heads@*", 64, 2)
+    rows = (
+        synthetic(270, options.rows or 1500, 64, 2) if options.synthetic else read(truthfulqa(), "attn.heads@*", 64, 2)
+    )
     fits = len(rows.X) * 2
     answers: dict[str, np.ndarray] = {}
     times = run(

@@ -104,8 +104,13 @@ class Solution:
 
 def solve(Z: Float[np.ndarray, "rows width"], positive: Bool[np.ndarray, " rows"], C: float) -> Solution:
     """One problem, features as they are: minimise Σ log(1 + exp(−y (Z w + b))) + ‖w‖² / (2C) over w and b."""
-    found = solve_many(torch.from_numpy(Z)[None], torch.from_numpy(positive), C, standardise=False)
+    found = solve_many(as_tensor(Z)[None], as_tensor(positive), C, standardise=False)
     return Solution(found.weights[0, 0].numpy(), float(found.intercept[0, 0]), float(found.gradient[0, 0]))
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The same numbers, copied only where torch cannot read them in place."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _room(X: Tensor) -> int:
@@ -161,6 +166,9 @@ class _Own:
             variance[s, :, p] = (x[s] - m[s, :, p]).square().mT @ omega[:, p] / total[p]
         mean, scale = shared.mean[..., None], shared.scale[..., None]
         constant = _constant(variance * scale.square(), mean + scale * m, total)
+        # What is constant here need not be so in all rows, whose mean then is in the rounding of x and m.
+        rounding = (x.shape[1] * _EPS) ** 2 * (1 + m.square() + (mean / scale).square())
+        constant = constant | (variance <= rounding)
         return cls(m, torch.where(constant, 1 / scale, variance.sqrt()), constant)
 
     @classmethod
@@ -190,12 +198,14 @@ def _solve_chunk(
     # A constant feature is a second intercept; a wall of a penalty keeps it at 0.
     ridge = torch.where(own.constant, 1e8 * omega.sum(0), own.u.square() / C[:, None])
     task = _Task(shared.A, y.contiguous(), omega.contiguous(), pad(ridge, (0, 0, 0, 1)), own)
-    theta, gradient = torch.zeros_like(task.ridge), torch.full_like(C, torch.inf)
-    if shared.mean.shape[1] > NARROW:
-        theta, gradient = _newton(task, _Conjugate(task.A), theta)
-    for p in [slice(None)] if gradient.isinf().all() else (gradient > 10 * TOLERANCE).any(0).nonzero()[:, 0].tolist():
-        kept = p if isinstance(p, slice) else slice(p, p + 1)
-        theta[..., kept], gradient[..., kept] = _newton(task[kept], _Cholesky(task.A), theta[..., kept])
+    if shared.mean.shape[1] <= NARROW:
+        theta, gradient = _newton(task, _Cholesky(task.A), torch.zeros_like(task.ridge))
+    else:
+        theta, gradient = _newton(task, _Conjugate(task.A), torch.zeros_like(task.ridge))
+        # What float32 could not finish goes on, one at a time, from where it is.
+        for p in (~(gradient <= 10 * TOLERANCE)).any(0).nonzero()[:, 0].tolist():
+            one = slice(p, p + 1)
+            theta[..., one], gradient[..., one] = _newton(task[one], _Cholesky(task.A), theta[..., one])
     v = theta[:, :-1].masked_fill(own.constant, 0.0)
     weights = (v / shared.scale[..., None]).mT
     intercept = theta[:, -1] - (weights @ shared.mean[..., None])[..., 0]
@@ -348,7 +358,7 @@ class _Conjugate:
         residual = (-gradient / length).float() * free
         curvature, ridge = spread.float(), task.ridge.float()
         kappa = spread.mean(1, keepdim=True).float()
-        delta = task.ridge[:, :-1].masked_fill(task.own.constant, 0.0).mean(1, keepdim=True).float()
+        delta = task.ridge[:, :-1].masked_fill(task.own.constant, 0.0).mean(1, keepdim=True).float().clamp_min(1e-30)
         inverse = 1 / (kappa * self._values[..., None] + delta)
 
         def precondition(r: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Integer
 
 from reprobe.errors import UsageError
 from reprobe.probing.crossval import group_folds
-from reprobe.probing.logistic import Fits, solve_many
+from reprobe.probing.logistic import Fits, as_tensor, solve_many
 from reprobe.probing.reader import BatchReader, Plane, TrainingRows
 
 #: Largest gradient with which a fit is accepted.
@@ -63,12 +62,11 @@ class LogisticReader(BatchReader):
         kept: Bool[np.ndarray, "fits rows"],
     ) -> Iterator[Sequence[LogisticPlane]]:
         path = self._path()
-        values, labels = torch.from_numpy(X), torch.from_numpy(positive)
         C = np.full((len(X), len(kept)), path[0])
         if len(path) > 1:
             own = np.arange(len(positive)) if groups is None else groups
-            C = np.stack([self._chosen(values, labels, own, rows, path) for rows in kept], axis=1)
-        found = solve_many(values, labels, torch.from_numpy(C), torch.from_numpy(kept))
+            C = np.stack([self._chosen(X, positive, own, rows, path) for rows in kept], axis=1)
+        found = solve_many(as_tensor(X), as_tensor(positive), as_tensor(C), as_tensor(kept))
         return (_planes(found, C, site) for site in range(len(X)))
 
     def _path(self) -> Float[np.ndarray, " penalties"]:
@@ -80,31 +78,28 @@ class LogisticReader(BatchReader):
 
     def _chosen(
         self,
-        X: Float[torch.Tensor, "sites rows width"],
-        positive: Bool[torch.Tensor, " rows"],
+        X: Float[np.ndarray, "sites rows width"],
+        positive: Bool[np.ndarray, " rows"],
         groups: Integer[np.ndarray, " rows"],
         kept: Bool[np.ndarray, " rows"],
         path: Float[np.ndarray, " penalties"],
     ) -> Float[np.ndarray, " sites"]:
         """For each site, the C with the lowest held-out log-loss among the rows kept."""
         fold = np.full(len(kept), -1)
-        fold[kept] = group_folds(groups[kept], positive.numpy()[kept], self.inner_folds, self.seed)
-        folds = range(self.inner_folds)
-        training = np.stack([kept & (fold != k) for k in folds])
-        found = solve_many(
-            X,
-            positive,
-            torch.from_numpy(np.tile(path, len(training))),
-            torch.from_numpy(training.repeat(len(path), axis=0)),
-        )
-        loss = torch.zeros(len(X), len(path), dtype=torch.float64)
-        for site, k in ((s, k) for s in range(len(X)) for k in folds):
-            held_out = torch.from_numpy(fold == k)
-            at = slice(k * len(path), (k + 1) * len(path))
-            margins = X[site, held_out].double() @ found.weights[site, at].T + found.intercept[site, at]
-            wrong_way = torch.where(positive[held_out], -1.0, 1.0)[:, None] * margins
-            loss[site] += torch.logaddexp(wrong_way, torch.zeros(())).sum(0)
-        best: np.ndarray = path[loss.argmin(1).numpy()]
+        fold[kept] = group_folds(groups[kept], positive[kept], self.inner_folds, self.seed)
+        folds, n = range(self.inner_folds), len(path)
+        training = np.stack([kept & (fold != k) for k in folds]).repeat(n, axis=0)
+        penalties = np.tile(path, self.inner_folds)
+        found = solve_many(as_tensor(X), as_tensor(positive), as_tensor(penalties), as_tensor(training))
+        weights, intercept = found.weights.numpy(), found.intercept.numpy()
+        loss = np.zeros((len(X), n))
+        for k in folds:
+            held_out, at = fold == k, slice(k * n, (k + 1) * n)
+            towards_wrong = np.where(positive[held_out], -1.0, 1.0)[:, None]
+            for site, rows in enumerate(X):
+                margins = rows[held_out] @ weights[site, at].T + intercept[site, at]
+                loss[site] += np.logaddexp(0, towards_wrong * margins).sum(axis=0)
+        best: np.ndarray = path[loss.argmin(axis=1)]
         return best
 
 
