@@ -4,8 +4,8 @@ direction  · a unit vector at a site, with its provenance    artifact  · one s
     reader     · what all readers share                          readers   · the readers, one class each
 rows       · which rows of a store, with which labels        crossval  · folds that never split a group
 grid       · one reader at every site: `probe`               intervals · AUROC and cluster bootstrap
-probe_grid · what that leaves: `ProbeGrid`         logistic  · many logistic regressions solved at once
-    logistic_reader · the reader made of them
+probe_grid · what that leaves: `ProbeGrid`                   logistic  · many logistic regressions solved at once
+    logistic_reader · one penalty, or the best of several
 """
 
 from reprobe.probing.crossval import group_folds
