@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
     from reprobe.extraction import Replay, extract, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
-    from reprobe.probing import Direction, LogisticReader, MeanDifference, PCAReader, ProbeGrid, probe
+    from reprobe.probing import (
+        Direction,
+        LogisticReader,
+        MeanDifference,
+        PCAReader,
+        ProbeGrid,
+        TransferGrid,
+        probe,
+        transfer,
+    )
     from reprobe.prompts import Position, PromptSet
     from reprobe.report import write_report
     from reprobe.store import ActivationStore
@@ -47,6 +56,7 @@ _HOME = {
     "ReprobeError": "errors",
     "Scope": "control",
     "Site": "model",
+    "TransferGrid": "probing",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
@@ -58,6 +68,7 @@ _HOME = {
     "probe": "probing",
     "replay": "extraction",
     "steer": "control",
+    "transfer": "probing",
     "write_report": "report",
 }
 
@@ -79,6 +90,7 @@ __all__ = [
     "ReprobeError",
     "Scope",
     "Site",
+    "TransferGrid",
     "capture",
     "divergence",
     "dose_response",
@@ -90,6 +102,7 @@ __all__ = [
     "probe",
     "replay",
     "steer",
+    "transfer",
     "write_report",
 ]
 

@@ -3,25 +3,43 @@
 direction  · a unit vector at a site, with its provenance    artifact  · one safe file for what is kept
     reader     · what all readers share                          readers   · the readers, one class each
 rows       · which rows of a store, with which labels        crossval  · folds that never split a group
-grid       · one reader at every site: `probe`               intervals · AUROC and cluster bootstrap
-probe_grid · what that leaves: `ProbeGrid`
+grid       · one reader at every site: `probe`               metrics   · AUROC, recall at 1 % FPR, ECE
+probe_grid · what that leaves: `ProbeGrid`                   intervals · how sure they are, over groups
+transfer   · from data set to data set                       calibration · scores as probabilities
+permutation · p-values that include the search               controls  · selectivity, online code
 """
 
+from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.controls import OnlineCode, Selectivity, online_code, reader_probabilities, selectivity
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction
 from reprobe.probing.grid import probe
+from reprobe.probing.permutation import MeanDifferenceRefit, Permutations, permutation_test
 from reprobe.probing.probe_grid import ProbeGrid, Selected
 from reprobe.probing.reader import Reader
 from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader
+from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
     "Direction",
     "LogisticReader",
     "MeanDifference",
+    "MeanDifferenceRefit",
+    "OnlineCode",
     "PCAReader",
+    "Permutations",
+    "Platt",
     "ProbeGrid",
     "Reader",
     "Selected",
+    "Selectivity",
+    "TransferGrid",
     "group_folds",
+    "online_code",
+    "permutation_test",
+    "platt",
     "probe",
+    "reader_probabilities",
+    "selectivity",
+    "transfer",
 ]
