@@ -6,6 +6,7 @@ lengths in bits. Does not know stores or sites.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def online_code(
     wanted = np.ceil(shares * len(rows))
     ends = np.unique(reached[np.searchsorted(reached, wanted)]).tolist()
     bits = [float(ends[0])]
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in pairwise(ends):
         block = rows[start:end]
         p = np.asarray(probabilities(rows[:start], block), dtype=np.float64)
         given = np.where(positive[block], p, 1 - p)

@@ -150,8 +150,8 @@ def permutation_test(
 
     `refit` must do with any labels all that was done with the true ones (scaling, folds, choices); its scores are
     judged by `statistic`, by default the AUROC against the labels it was given, as a mean over `folds` (None: the
-    scores of all rows compare). `folds` also bound where whole groups' labels are exchanged. If the choice of one site is part of what is reported, let `refit` return the
-    scores of that choice alone.
+    scores of all rows compare). `folds` also bound where labels of whole groups are exchanged. If the choice of one
+    site is part of what is reported, let `refit` return the scores of that choice alone.
     """
     if permutations < 1:
         raise UsageError(f"{permutations} permutations: at least 1 is needed, and 999 give p-values down to 0.001")

@@ -51,7 +51,8 @@ def test_a_reader_that_remembers_groups_recognises_none_in_a_grid(store_of_any, 
     try:
         grid = probe(store, Remembers(), folds=folds, seed=seed, n_jobs=1)
     except UsageError as error:
-        assert "fold" in str(error)  # pairs joined too many groups
+        if "fold" not in str(error):  # pairs joined too many groups
+            raise
         return
     assert (grid.oof < 0).all()
     # Every inner prediction is "negative" as well, so the inner accuracy is the share of negative rows outside.
@@ -72,7 +73,8 @@ def test_a_reader_that_remembers_groups_recognises_none_after_transfer(store_of_
     try:
         grid = transfer(stores, Remembers(), folds=folds, seed=one[3], n_jobs=1)
     except UsageError as error:
-        assert "fold" in str(error) or "share so many groups" in str(error)
+        if "fold" not in str(error) and "share so many groups" not in str(error):
+            raise
         return
     for line in grid.table.iter_rows(named=True):
         negative = 1 - stores[line["test"]].index["label"].mean()

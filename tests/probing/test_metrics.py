@@ -35,12 +35,13 @@ def test_a_weight_of_k_is_k_copies_of_the_row(case):
     scores, positive, folds, weights = case
     weights[:4] += 1
     copies = np.repeat(np.arange(len(scores)), weights)
-    probabilities = scores / 6
+    p = scores / 6
+    s, y, k = scores[copies], positive[copies], folds[copies]
     pairs = [
-        (weighted_auroc(scores, positive, folds), fold_auroc(scores[copies], positive[copies], folds[copies])),
-        (weighted_recall(scores, positive, folds, 0.3), recall_at_fpr(scores[copies], positive[copies], folds[copies], 0.3)),
-        (weighted_calibration_error(probabilities, positive), calibration_error(probabilities[copies], positive[copies])),
-    ]  # fmt: skip
+        (weighted_auroc(scores, positive, folds), fold_auroc(s, y, k)),
+        (weighted_recall(scores, positive, folds, 0.3), recall_at_fpr(s, y, k, 0.3)),
+        (weighted_calibration_error(p, positive), calibration_error(p[copies], y)),
+    ]
     for weighted, expected in pairs:
         assert weighted(weights[:, None])[0] == pytest.approx(expected)
 

@@ -104,7 +104,7 @@ def test_sites_are_those_that_all_stores_hold(three_sets, store_of, planted):
     data = planted(n=80, width=21)
     three_sets["small"] = store_of({"resid.post@1": data.X}, data.y, group=[f"z{p}" for p in data.pairs])
     assert transfer(three_sets, MeanDifference()).sites == ("resid.post@1",)
-    with pytest.raises(UnknownSite, match="resid.post@0"):
+    with pytest.raises(UnknownSite, match=r"resid.post@0"):
         transfer(three_sets, MeanDifference(), sites="resid.post@0")
 
 
@@ -120,7 +120,7 @@ def test_a_table_is_saved_in_three_formats_and_nothing_is_overwritten(three_sets
     with pytest.raises(ArtifactExists):
         grid.save(csv)
     grid.save(csv, overwrite=True)
-    with pytest.raises(UsageError, match="not .xlsx"):
+    with pytest.raises(UsageError, match=r"not .xlsx"):
         grid.save(tmp_path / "t.xlsx")
 
 
@@ -129,7 +129,7 @@ def test_the_matrix_is_ordered_by_name_as_given(three_sets):
     accuracy = grid.matrix("resid.post@1")
     assert accuracy[1, 2] == line(grid, "negated", "elsewhere")["accuracy"]
     assert grid.matrix("resid.post@1", "auroc_low")[0, 1] == line(grid, "cities", "negated")["auroc_low"]
-    with pytest.raises(UnknownSite, match="there are sites resid.post@0, resid.post@1; 'training'"):
+    with pytest.raises(UnknownSite, match=r"there are sites resid.post@0, resid.post@1; 'training'"):
         grid.matrix("resid.post@7")
     with pytest.raises(UnknownSite, match="own mean"):
         grid.matrix("resid.post@1", centring="own mean")
