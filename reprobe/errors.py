@@ -66,6 +66,10 @@ class StoreLocked(ReprobeError):
     """Another process is writing this store."""
 
 
+class StoreUnreachable(ReprobeError):
+    """The place of a store cannot be reached or refuses access: no bucket, no credentials, no network."""
+
+
 class DiskFull(ReprobeError, OSError):
     """No room left on the device. What was committed is kept."""
 

@@ -30,7 +30,7 @@ app.add_typer(data_app, name="data")
 
 Model = Annotated[str, typer.Argument(help="Bundled name, hub id, local folder, or .gguf file.")]
 Data = Annotated[str, typer.Argument(help="Bundled name, .jsonl/.json/.csv/.parquet file, or hf:NAME.")]
-Store = Annotated[Path, typer.Argument(help="A store made by `reprobe extract`.")]
+Store = Annotated[str, typer.Argument(help="A store made by `reprobe extract`: a folder, or s3://BUCKET/PREFIX.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: CUDA where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or float16; default: as stored.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
@@ -83,24 +83,44 @@ def demo(
 def extract(
     model: Model,
     data: Data,
-    to: Annotated[Path, typer.Option(help="The store to write.")],
+    to: Annotated[str, typer.Option(help="The store to write: a folder, or s3://BUCKET/PREFIX.")],
     sites: Annotated[str, typer.Option(help="Sites or patterns, comma-separated.")] = "resid.post@*",
     at: Annotated[str, typer.Option(help="last, all, mean, index:-2, span:NAME:last|first|mean|all")] = "last",
     store_dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 on disk.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
+    pack: Annotated[
+        Literal["forest", "padded", "single"], typer.Option(help="How prompts run together; the rows are the same.")
+    ] = "forest",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per forward pass; default: what is fastest on the device.")
+    ] = None,
     truncate: Annotated[
         Literal["left", "right"] | None, typer.Option(help="Cut prompts beyond the context on this side.")
     ] = None,
     shard_rows: Annotated[int | None, typer.Option(help="Rows per shard.")] = None,
+    format: Annotated[  # noqa: A002
+        Literal["zarr", "hdf5"], typer.Option(help="One array per site, or one file per shard.")
+    ] = "zarr",
+    compression: Annotated[Literal["zstd"] | None, typer.Option(help="Shuffle bytes and compress them.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
+    rank: Annotated[
+        int | None, typer.Option(help="This process of several, from 0; default: the environment's.")
+    ] = None,
+    world: Annotated[int | None, typer.Option(help="How many processes write the store together.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run and what it takes; write nothing.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted store.")] = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Stream hidden states of a model on a data set into a store."""
-    from reprobe.extraction import prepare
+    """Stream hidden states of a model on a data set into a store.
+
+    Under torchrun and in SLURM arrays each process writes its own shards of one store, without further options.
+    """
+    from reprobe.extraction import Share, prepare
     from reprobe.progress import terminal
     from reprobe.prompts import PromptSet
 
@@ -111,18 +131,41 @@ def extract(
         prompts,
         sites=sites,
         at=at,
+        pack=pack,
         dtype=store_dtype,
         batch_tokens=batch_tokens,
         truncate=truncate,
         shard_rows=shard_rows,
+        format=format,
+        compression=compression,
     )
+    share = Share.of_environment() if rank is None and world is None else Share(rank or 0, world or 1)
+    if resume or share.world > 1:
+        job = job.as_begun_at(to)
+    own = job.own(share)
+    if dry_run:
+        saved = job.n_tokens - job.n_computed
+        plan = {
+            "prompts": f"{len(prompts):,}",
+            "tokens": f"{job.n_tokens:,}",
+            "computed": f"{job.n_computed:,} ({saved:,} saved, {saved / job.n_tokens:.0%}: shared beginnings)",
+            "packs": f"{job.plan.n_packs:,} of at most {job.batch_tokens} tokens, {job.plan.packing}",
+            "rows": f"{job.rows:,} × {len(job.sites)} sites, {job.dtype}",
+            "size": f"{_bytes(job.n_bytes)} in {job.grid.n_shards} shards of {job.grid.shard_rows:,} rows",
+            "time": f"about {_duration(job.seconds())} on {lm.device}",
+        }
+        _show(job.numbers() if as_json else plan, as_json)
+        return
+    part = f"; process {share.rank} of {share.world} writes {_shards_text(own)} of {job.grid.n_shards}"
     _say(
-        f"{len(prompts)} prompts, {job.n_tokens:,} tokens in {job.plan.n_packs} packs → {job.rows:,} rows × "
-        f"{len(job.sites)} sites, {job.dtype}: {_bytes(job.n_bytes)} on disk at {to}"
+        f"{len(prompts)} prompts, {job.n_tokens:,} tokens ({job.n_computed:,} to compute) in {job.plan.n_packs} packs "
+        f"→ {job.rows:,} rows × {len(job.sites)} sites, {job.dtype}: {_bytes(job.n_bytes)} on disk at {to}"
+        + (part if share.world > 1 else "")
     )
     with terminal("tokens") as progress:
-        store = job.run(to, resume=resume, overwrite=overwrite, progress=progress)
-    _say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, complete")
+        store = job.run(to, resume=resume, overwrite=overwrite, own=own if share.world > 1 else None, progress=progress)
+    state = "complete" if store.complete else f"{len(store.committed)} of {job.grid.n_shards} shards there by now"
+    _say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, {state}")
 
 
 @verb("reprobe info cities.reprobe")
@@ -146,6 +189,7 @@ def info(store: Store, as_json: AsJson = False) -> None:
             "sites": opened.manifest.sites_text,
             "rows": f"{told['rows']:,}",
             "dtype": told["dtype"],
+            "format": told["format"] + (f", {told['compression']}" if told["compression"] else ""),
             "shards": shards,
             "size": _bytes(told["bytes_on_disk"]) if told["complete"] else sizes,
             "prompts": told["prompts"],
@@ -424,6 +468,18 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     with contextlib.suppress(BrokenPipeError):
         console.print(table)
+
+
+def _shards_text(own: range) -> str:
+    if not own:
+        return "no shard (there are fewer than processes: lower --shard-rows)"
+    return f"shard {own[0]}" if len(own) == 1 else f"shards {own[0]}–{own[-1]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _counts(values: Any) -> str:

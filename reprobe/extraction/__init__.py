@@ -1,6 +1,10 @@
-"""Extraction: from prompts to activations in a store."""
+"""Extraction: from prompts to activations in a store.
 
-from reprobe.extraction.plan import Plan, padded_plan
+run         · from prompts to a store         calibration · how many tokens a pass should hold
+transfer    · from the device to the host     share       · which shards one of several processes writes
+"""
+
 from reprobe.extraction.run import Job, extract, prepare
+from reprobe.extraction.share import Share
 
-__all__ = ["Job", "Plan", "extract", "padded_plan", "prepare"]
+__all__ = ["Job", "Share", "extract", "prepare"]

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedModel, UnsupportedOperation
 from reprobe.model.families import FAMILIES, Family, Kind, Place, Side
 from reprobe.model.sites import Parts, Site, ranges
 
+#: Attention implementations of transformers that take a prepared mask as it is.
+_TAKE_MASKS = ("eager", "sdpa")
 _BLOCK_IN = Place("", "in")
 _BLOCK_OUT = Place("", "out")
 
@@ -39,8 +42,8 @@ class Tap:
 class Architecture:
     """A family's row, with what depends on the network's config settled. Made by `architecture_of`.
 
-    `forest`: tokens mix through the attention mask and position_ids alone and none sees a later one, so that
-    prompts with a common prefix can share it.
+    `forest`: tokens mix through the attention mask and position_ids alone and none sees a later one, and the
+    attention implementation takes a mask as it is, so that prompts with a common prefix can share it.
     """
 
     family: str
@@ -69,6 +72,39 @@ class Architecture:
     def context(self, config: Any) -> int | None:
         """The longest prompt in tokens, None where the architecture sets no limit."""
         return self.row.context(config)
+
+    def alone_beyond(self, config: Any) -> int | None:
+        """Prompts of more tokens than this must not share a pass with shorter ones; None where that never matters.
+
+        Rotary embeddings of the type longrope choose their frequencies by the longest position of the whole pass.
+        """
+        rotary = getattr(config, "rope_parameters", None) or {}
+        kinds = [rotary, *(v for v in rotary.values() if isinstance(v, Mapping))]  # one, or one per layer type
+        limits = [k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"]
+        return min(map(int, limits), default=None)
+
+    def tree_masks(
+        self, net: Any, ends: Int[Tensor, "rows columns"], positions: Int[Tensor, "rows columns"]
+    ) -> Tensor | dict[str, Tensor]:
+        """The attention mask of rows of prefix trees, as the trunk takes it: a token sees itself and its ancestors.
+
+        `ends[r, k]` is the first column that is not k itself or a descendant of it; `positions` are depths. Shape
+        (rows, 1, columns, columns), 0 or the lowest number of the network's dtype; or a mapping from layer type to
+        such a mask.
+        """
+        columns = torch.arange(ends.shape[1], device=ends.device)
+        query, key = columns[None, :, None], columns[None, None, :]
+        sees = (query >= key) & (query < ends[:, None, :])
+        window = self.row.window(net.config)
+
+        def additive(mask: Tensor) -> Tensor:
+            zero = torch.zeros((), dtype=net.dtype, device=mask.device)
+            return torch.where(mask, zero, torch.finfo(net.dtype).min)[:, None]
+
+        near = sees if window is None else sees & (positions[:, :, None] - positions[:, None, :] < window)
+        if not self.row.mask_per_layer_type:
+            return additive(near)
+        return {"full_attention": additive(sees), "sliding_attention": additive(near)}
 
     # -- modules ---------------------------------------------------------------------------------------------
 
@@ -199,7 +235,8 @@ def architecture_of(net: Any) -> Architecture:
             raise UnsupportedModel(
                 f"this {name} network is a variant whose sites are not where reprobe looks for them: {what}"
             )
-    return Architecture(name, row, row.forest(config))
+    takes_masks = getattr(config, "_attn_implementation", "eager") in _TAKE_MASKS
+    return Architecture(name, row, row.forest(config) and takes_masks)
 
 
 def kind_of(config: Any) -> Kind:

@@ -60,6 +60,14 @@ def _max_positions(config: Any) -> int | None:
     return int(config.max_position_embeddings)
 
 
+def _no_window(config: Any) -> int | None:
+    return None
+
+
+def _sliding_window(config: Any) -> int | None:
+    return None if config.sliding_window is None else int(config.sliding_window)
+
+
 def _raw_logits(logits: Tensor, config: Any) -> Tensor:
     return logits
 
@@ -94,6 +102,10 @@ class Family:
     experts: str | None = None
     #: Tokens mix through the attention mask and position_ids alone, and none sees a later one.
     forest: When = _always
+    #: A token sees this many tokens back, itself included; None for all.
+    window: Callable[[Any], int | None] = _no_window
+    #: Only blocks of the layer type "sliding_attention" have the window: the trunk takes one mask per layer type.
+    mask_per_layer_type: bool = False
     #: The trunk takes position_ids, counted from 0.
     takes_positions: bool = True
     #: Longest prompt in tokens; None where nothing limits it.
@@ -127,6 +139,8 @@ _LLAMA = Family(
     )
 )
 _MOE = replace(_LLAMA, experts="mlp.experts")
+_WINDOWED = replace(_LLAMA, window=_sliding_window)
+_MIXED = replace(_LLAMA, window=_sliding_window, mask_per_layer_type=True)
 _GEMMA2 = Family(
     _sequential(
         heads="self_attn.o_proj",
@@ -137,6 +151,8 @@ _GEMMA2 = Family(
     ),
     post_norms=True,
     logits=_soft_capped,
+    window=_sliding_window,
+    mask_per_layer_type=True,
     not_covered=_BIDIRECTIONAL,
 )
 _BERT = Family(
@@ -244,11 +260,11 @@ FAMILIES: Mapping[str, Family] = {
         context=lambda c: None if c.alibi else _max_positions(c),
     ),
     "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _MOE,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _MOE,
+    "mistral": _WINDOWED,
+    "mixtral": replace(_MOE, window=_sliding_window),
+    "qwen2": _MIXED,
+    "qwen3": _MIXED,
+    "qwen3_moe": replace(_MOE, window=_sliding_window),
     "gemma": replace(_LLAMA, not_covered=_BIDIRECTIONAL),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
@@ -262,7 +278,7 @@ FAMILIES: Mapping[str, Family] = {
         final="final_layernorm",
         parallel=_always,
     ),
-    "phi3": _LLAMA,
+    "phi3": _WINDOWED,
     "olmo2": Family(
         _sequential(
             heads="self_attn.o_proj",
@@ -286,7 +302,8 @@ FAMILIES: Mapping[str, Family] = {
             mid="post_attention_layernorm",
             neurons="mlp.c_proj",
             mlp="mlp",
-        )
+        ),
+        window=_sliding_window,
     ),
     "cohere": replace(
         _LLAMA,

@@ -94,7 +94,7 @@ class Board:
         self._interventions: list[Intervention] = []
         self._observers: list[tuple[Site, Observer]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._prompts: Prompts | None = None
+        self._prompts: Prompts | Tokens | None = None
         self._tokens: Tokens | None = None
         self._pre: dict[int, Tensor] = {}  # resid.pre of blocks whose resid.mid is being written
         self._prompt_columns: int | None = None
@@ -124,7 +124,8 @@ class Board:
             self._install()
 
     @contextlib.contextmanager
-    def told(self, prompts: Prompts) -> Iterator[None]:
+    def told(self, prompts: Prompts | Tokens) -> Iterator[None]:
+        """Say which tokens run inside: `Prompts` with what is generated from them, or the `Tokens` of each pass."""
         before = self._prompts
         self._prompts = prompts
         try:
@@ -250,6 +251,9 @@ class Board:
         ids = next(value for value in given if isinstance(value, Tensor))
         rows, now = self._shape = int(ids.shape[0]), int(ids.shape[1])
         if not self._interventions:
+            return
+        if isinstance(self._prompts, Tokens):
+            self._tokens = self._prompts
             return
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())

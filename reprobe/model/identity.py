@@ -5,7 +5,6 @@ manifest and header. Does not know where weights came from; it looks at what is 
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -103,13 +102,14 @@ def digest_tokenizer(tokenizer: Any) -> str:
     Truncation and padding settings are left out: they are states of a call, not of the vocabulary.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        body: Any = {k: v for k, v in state.items() if k not in ("truncation", "padding")}
-    else:
-        body = sorted(tokenizer.get_vocab().items())
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-    return digest([body, special])
+    if backend is None:
+        return digest([sorted(tokenizer.get_vocab().items()), special])
+    # The text is canonical, its maps ordered, and those settings stand before the vocabulary. Parsing it to drop them
+    # would take seconds for a large one.
+    text = backend.to_str()
+    head, mark, rest = text.partition('"added_tokens":')
+    return digest([digest_bytes((rest if mark else head).encode()), special])
 
 
 def digest_template(tokenizer: Any) -> str | None:

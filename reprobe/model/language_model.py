@@ -6,9 +6,12 @@ it. Does not know data sets, stores or directions.
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import cached_property
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -29,15 +32,27 @@ from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
 from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
-from reprobe.model.hooks import Prompts, board_of, observe
+from reprobe.model.hooks import Prompts, Tokens, board_of, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
+from reprobe.model.packs import BUDGET, Layout, Packing, Plan, lay_out, plan_packs
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
 from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
 from reprobe.progress import Progress, silent
 
+#: Logits in memory at a time while scoring; a vocabulary of 262,144 has 256 rows of them.
+_LOGITS_AT_ONCE = 2**26
+
 #: One prompt: plain text, or chat messages.
 Prompt = str | Messages
 Padding = Literal["left", "right"]
+
+
+class _Role(IntEnum):
+    """What a token of a scored text is: of the prompt, the prompt's last, of the continuation."""
+
+    PROMPT = 0
+    LAST = 1
+    GENERATED = 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,8 @@ class LanguageModel:
         a local folder, or a hub id (`revision` is a branch, tag or commit there). `dtype` ("float32", "bfloat16",
         "float16"; default: as the checkpoint says, float32 for bundled and GGUF weights). `device` defaults to CUDA
         where there is one. `device_map`, `attn_implementation` and `quantization_config` go to transformers as they
-        are. Raises `FetchFailed`, `ModelLoadFailed`, `UnsupportedModel`.
+        are. Under torchrun the default is the process's own GPU (LOCAL_RANK). Raises `FetchFailed`,
+        `ModelLoadFailed`, `UnsupportedModel`.
         """
         source, label = _resolve(str(name), progress)
         local = Path(source).is_dir()
@@ -121,7 +137,7 @@ class LanguageModel:
         except Exception as e:  # transformers raises many kinds for the same few causes
             raise ModelLoadFailed(_why_not(str(name), local, e)) from e
         if device_map is None and quantization_config is None:
-            net = net.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+            net = net.to(torch.device(device) if device is not None else _own_device())
         commit = getattr(net.config, "_commit_hash", None)
         return cls(net, tokenizer, name=label, revision=commit or revision)
 
@@ -248,10 +264,40 @@ class LanguageModel:
             out["position_ids"] = batch.position_ids
         return out
 
+    def plan(
+        self, tokens: np.ndarray, starts: np.ndarray, *, packing: Packing = "forest", budget: int | None = None
+    ) -> Plan:
+        """How prompts with the token ids `tokens[starts[i]:starts[i + 1]]` run on this model; see `plan_packs`.
+
+        Where the architecture cannot share prefixes, "forest" means "padded". `budget` defaults to the device's.
+        """
+        if packing == "forest" and not self.architecture.forest:
+            packing = "padded"
+        return plan_packs(
+            tokens,
+            starts,
+            packing=packing,
+            budget=BUDGET.get(self.device.type, BUDGET["cpu"]) if budget is None else budget,
+            alone_beyond=self.architecture.alone_beyond(self.net.config),
+        )
+
+    def pack_inputs(self, layout: Layout) -> dict[str, Any]:
+        """A pack as the keyword arguments of the trunk."""
+        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(layout.ids).to(self.device)}
+        if layout.ends is not None:
+            ends, positions = (torch.from_numpy(a).to(self.device) for a in (layout.ends, layout.positions))
+            inputs |= {
+                "position_ids": positions,
+                "attention_mask": self.architecture.tree_masks(self.net, ends, positions),
+            }
+        elif self.architecture.kind == "encoder":
+            inputs["attention_mask"] = torch.from_numpy(layout.real.astype(np.int64)).to(self.device)
+        # Decoders need no mask for rows of one prompt: padding is on the right, where no real token looks.
+        return inputs
+
     @contextlib.contextmanager
-    def _told(self, batch: Encoded, width: int | None = None) -> Iterator[None]:
-        columns = int(batch.real.shape[1]) if width is None else width
-        with board_of(self).told(Prompts(batch.real, columns, batch.spans)):
+    def _told(self, batch: Encoded) -> Iterator[None]:
+        with board_of(self).told(Prompts(batch.real, int(batch.real.shape[1]), batch.spans)):
             yield
 
     # -- numbers out ------------------------------------------------------------------------------------------
@@ -293,9 +339,9 @@ class LanguageModel:
         last = (columns * batch.real).amax(1)
         return self.unembed(hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)])
 
-    def _run(self, batch: Encoded, width: int | None = None) -> Float[Tensor, "rows columns d_model"]:
+    def _run(self, batch: Encoded) -> Float[Tensor, "rows columns d_model"]:
         """The stack of blocks on a batch; returns the state after the final norm."""
-        with self._told(batch, width):
+        with self._told(batch):
             out = self.architecture.trunk(self.net)(**self.inputs(batch), **self.no_cache)
         hidden: Tensor = out.last_hidden_state
         return hidden
@@ -310,14 +356,15 @@ class LanguageModel:
         prompts: Prompt | Sequence[Prompt],
         continuations: Sequence[str] | Sequence[Sequence[str]],
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int | None = None,
     ) -> list[np.ndarray]:
         """Log-probability (nats) of continuations, summed over their tokens.
 
         One list of continuations per prompt → one float64 array per prompt. A continuation is tokenised together
         with its prompt and found again by character offsets, so a token that straddles the seam counts as the
         continuation's. For interventions the continuation's tokens count as generated. A leading blank belongs to
-        the continuation. Raises `PromptTooLong`.
+        the continuation. Beginnings that texts share are computed once, where the architecture allows it.
+        `batch_tokens` bounds the tokens of one forward pass. Raises `PromptTooLong`.
         """
         self._need_decoder("logprobs")
         batch = _batch(prompts)
@@ -335,40 +382,56 @@ class LanguageModel:
             context=self.context,
             truncate=None,
         )
-        out = [np.zeros(len(group)) for group in lists]
-        slots = [(i, k) for i, group in enumerate(lists) for k in range(len(group))]
-        order = sorted(range(len(rows)), key=lambda r: -len(rows[r].ids))
-        for chosen in _under_budget(order, [len(r.ids) for r in rows], batch_tokens):
-            for r, value in zip(chosen, self._score([rows[r] for r in chosen]), strict=True):
-                i, k = slots[r]
-                out[i][k] = value
-        return out
-
-    def _score(self, rows: Sequence[TokenisedText]) -> list[float]:
-        """Summed log-probability of each row's tokens from `suffix` on."""
-        # Prompts end in the same column, so that "prompt" and "generated" are columns for every row alike.
-        seams = [r.suffix for r in rows]
-        if min(seams) < 1:
+        if min(r.suffix for r in rows) < 1:
             raise UsageError(
                 "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
                 "a beginning-of-text token"
             )
-        width = max(seams)
-        total = width + max(len(r.ids) - s for r, s in zip(rows, seams, strict=True))
-        ids = torch.full((len(rows), total), self.pad_id, dtype=torch.long)
-        real = torch.zeros(len(rows), total, dtype=torch.bool)
-        for i, (r, s) in enumerate(zip(rows, seams, strict=True)):
-            ids[i, width - s : width - s + len(r.ids)] = torch.as_tensor(r.ids)
-            real[i, width - s : width - s + len(r.ids)] = True
-        batch = Encoded(ids.to(self.device), real.to(self.device), {})
-        hidden = self._run(batch, width)[:, width - 1 : -1]
-        asked = real[:, width:].to(hidden.device)
-        logits = self.unembed(hidden[asked]).float()
-        target = batch.input_ids[:, width:].to(logits.device)[asked.to(logits.device)]
-        each = -torch.nn.functional.cross_entropy(logits, target, reduction="none").double()
-        owner = asked.nonzero()[:, 0].to(each.device)
-        sums = torch.zeros(len(rows), dtype=torch.float64, device=each.device).index_add_(0, owner, each)
-        return [float(v) for v in sums.cpu()]
+        scores = iter(self._scores(rows, batch_tokens))
+        return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
+
+    def _scores(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> Float[np.ndarray, " rows"]:
+        """Summed log-probability of each row's tokens from `suffix` on."""
+        # A token's role is made a part of its number: only tokens of one role can be one place of a tree.
+        numbers = np.concatenate([r.ids * len(_Role) + _roles(r) for r in rows])
+        starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
+        plan = self.plan(numbers, starts, budget=batch_tokens)
+        out = np.zeros(len(rows))
+        for k in range(plan.n_packs):
+            layout = lay_out(plan, k, numbers, starts)
+            roles = torch.from_numpy(layout.ids % len(_Role)).to(self.device)
+            layout = replace(layout, ids=layout.ids // len(_Role))
+            real = torch.from_numpy(layout.real).to(self.device)
+            generated, last = real & (roles == _Role.GENERATED), real & (roles >= _Role.LAST)
+            with board_of(self).told(Tokens(real, generated, last, bool(layout.real.all()), {})):
+                hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
+            prompts = plan.pack(k)
+            # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
+            asked = np.concatenate(
+                [np.arange(a + rows[p].suffix, b) for p, (a, b) in zip(prompts, pairwise(layout.starts), strict=True)]
+            )
+            places, which = np.unique(layout.at[asked - 1], return_inverse=True)
+            targets = layout.ids.ravel()[layout.at[asked]]
+            states = hidden.last_hidden_state.flatten(0, 1)
+            each = self._token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
+            owner = np.repeat(prompts, [len(rows[p].ids) - rows[p].suffix for p in prompts])
+            np.add.at(out, owner, each)
+        return out
+
+    def _token_logprobs(
+        self, states: Float[Tensor, "places d_model"], which: np.ndarray, targets: np.ndarray
+    ) -> Float[np.ndarray, " tokens"]:
+        """Log-probability of each target token after the state `which` of those given, in float64."""
+        out = np.zeros(len(targets))
+        vocabulary = int(self.net.get_input_embeddings().weight.shape[0])
+        step = max(1, _LOGITS_AT_ONCE // vocabulary)
+        for start in range(0, len(states), step):
+            logits = self.unembed(states[start : start + step]).float()
+            here = np.flatnonzero((which >= start) & (which < start + step))
+            row = torch.from_numpy(which[here] - start).to(logits.device)
+            target = torch.from_numpy(targets[here]).to(logits.device)
+            out[here] = (logits[row, target].double() - logits.logsumexp(-1).double()[row]).cpu().numpy()
+        return out
 
     @torch.no_grad()
     def generate(
@@ -465,6 +528,12 @@ def _why_not(name: str, local: bool, e: Exception) -> str:
     )
 
 
+def _own_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
@@ -490,6 +559,13 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _roles(row: TokenisedText) -> np.ndarray:
+    roles = np.full(len(row.ids), _Role.GENERATED)
+    roles[: row.suffix] = _Role.PROMPT
+    roles[row.suffix - 1] = _Role.LAST
+    return roles
+
+
 def _is_chat(prompt: Any) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
@@ -501,15 +577,3 @@ def _batch(prompts: Any) -> list[Prompt]:
     if not batch:
         raise UsageError("no prompts were given")
     return batch
-
-
-def _under_budget(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut `order` (by falling length) into runs whose padded size stays under `budget` tokens."""
-    run: list[int] = []
-    for r in order:
-        if run and (len(run) + 1) * lengths[run[0]] > budget:
-            yield run
-            run = []
-        run.append(r)
-    if run:
-        yield run

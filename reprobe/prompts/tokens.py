@@ -5,6 +5,8 @@ flat arrays, and the index that a store keeps of them. Characters become tokens 
 offsets, and nowhere else. Does not know models, packs or padding.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -104,8 +106,9 @@ def tokenize(
     special = special_ids(tokenizer)
     parts: list[_Part] = []
     too_long: list[tuple[int, str]] = []
-    for frame in prompts.frame.iter_slices(CHUNK):
-        encoded = _encode(frame, tokenizer, at, add_generation_prompt)
+    for encoded in _ahead(
+        lambda frame: _encode(frame, tokenizer, at, add_generation_prompt), prompts.frame.iter_slices(CHUNK)
+    ):
         lengths = np.diff(encoded.starts)
         if truncate is None and context is not None:
             over = np.flatnonzero(lengths > context)
@@ -189,6 +192,19 @@ class _Part:
     n_tokens: Ints
     rows: NDArray[np.int32]
     n_rows: Ints
+
+
+def _ahead(function: Callable[[pl.DataFrame], _Encoded], chunks: Iterable[pl.DataFrame]) -> Iterator[_Encoded]:
+    """`function` of each chunk in turn, the next one in a thread while the last is put to use."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reprobe-tokenize") as pool:
+        pending: Future[_Encoded] | None = None
+        for chunk in chunks:
+            following = pool.submit(function, chunk)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
 
 def _encode(frame: pl.DataFrame, tokenizer: Any, at: Position, add_generation_prompt: bool | None) -> _Encoded:

@@ -118,7 +118,7 @@ def _points(store: ActivationStore, site: Site, grid: ProbeGrid | None, label: s
     index = store.index
     if grid is not None:
         if (of := grid.provenance.get("store")) not in (None, store.manifest.digest):
-            raise UsageError(f"the grid was made from another store ({of}), not from {store.path.name}")
+            raise UsageError(f"the grid was made from another store ({of}), not from {store.name}")
         rows, positive, classes = grid.rows, grid.positive, grid.classes
     else:
         if label not in index.columns:

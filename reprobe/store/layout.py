@@ -1,8 +1,8 @@
-"""How rows lie on disk: names, shard ranges, sizes, and the bits of each dtype.
+"""How rows lie on disk: names, shard ranges, and the bits of each dtype.
 
 Enters: counts of rows, widths, a dtype name, tensors. Leaves: a `Grid` (which rows form which shard and
-chunk), sizes in bytes before anything is written, and arrays whose bits are exactly those of the tensors.
-Does not open files and does not know zarr.
+chunk), the names of a store's files, and arrays whose bits are exactly those of the tensors. Does not open
+files and knows neither zarr nor HDF5.
 """
 
 import math
@@ -45,9 +45,6 @@ _STORED: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
 }
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_CHECKSUM_BYTES = 4  # crc32c of a chunk, and of a shard's index
-_INDEX_ENTRY_BYTES = 16  # offset and length of a chunk in its shard
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,19 @@ class Grid:
         return tuple(self.shard(k) for k in range(self.n_shards))
 
 
+#: How arrays may be stored. Compression is a shuffle of bytes, then zstd.
+FORMATS = ("zarr", "hdf5")
+COMPRESSIONS = (None, "zstd")
+
+
+def check_format(name: str, compression: str | None) -> None:
+    """Raise `UsageError` unless there are such a format and compression."""
+    if name not in FORMATS:
+        raise UsageError(f"there is no store format {name!r}; there are {', '.join(FORMATS)}")
+    if compression not in COMPRESSIONS:
+        raise UsageError(f"there is no compression {compression!r}; there are {', '.join(map(str, COMPRESSIONS))}")
+
+
 def check_dtype(dtype: str) -> str:
     """`dtype` itself if a store can hold it; raises `UsageError` otherwise."""
     if dtype not in _STORED:
@@ -144,16 +154,6 @@ def stored_dtype(dtype: str) -> np.dtype[np.generic]:
 def itemsize(dtype: str) -> int:
     """Bytes per number."""
     return stored_dtype(dtype).itemsize
-
-
-def size_on_disk(widths: Iterable[int], grid: Grid, dtype: str) -> int:
-    """Bytes that all shard files of a store will take, exactly; index and records come on top."""
-    total = 0
-    for width in widths:
-        chunk = grid.chunk_rows * width * itemsize(dtype) + _CHECKSUM_BYTES
-        index = grid.shard_rows // grid.chunk_rows * _INDEX_ENTRY_BYTES + _CHECKSUM_BYTES
-        total += sum(math.ceil(s.rows / grid.chunk_rows) * chunk + index for s in grid.shards)
-    return total
 
 
 def encode(values: "torch.Tensor | NDArray[np.generic]", dtype: str) -> NDArray[np.generic]:
@@ -183,7 +183,7 @@ def decode(array: NDArray[np.generic], dtype: str) -> torch.Tensor:
 
 
 def array_name(site: Site) -> str:
-    """Folder name of a site's array; `@` is not portable in names of zarr nodes."""
+    """Name of a site's array in its format; `@` is not portable in names of zarr nodes."""
     return str(site).replace("@", "-")
 
 
@@ -192,11 +192,16 @@ def commit_name(shard: int) -> str:
     return f"{COMMITS}/{shard:05d}.json"
 
 
+def hdf5_name(shard: int) -> str:
+    """Path of a shard's HDF5 file inside its store."""
+    return f"activations-{shard:05d}.h5"
+
+
 _NODE = rf"{re.escape(ARRAYS)}/[a-z.]+(?:-\d+)?"
 _FOLDERS = re.compile(rf"{COMMITS}|{re.escape(ARRAYS)}|{_NODE}")
-_FILES = re.compile(
-    rf"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TOKENS)}|{COMMITS}/\d{{5,}}\.json"
-    rf"|{re.escape(ARRAYS)}/zarr\.json|{_NODE}/(?:zarr\.json|c\.\d+\.0)"
+_OF_SHARD = re.compile(rf"{COMMITS}/(\d{{5,}})\.json|{_NODE}/c\.(\d+)\.0|activations-(\d{{5,}})\.h5")
+_OF_STORE = re.compile(
+    rf"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TOKENS)}|{re.escape(ARRAYS)}/zarr\.json|{_NODE}/zarr\.json"
 )
 _TEMPORARY = re.compile(r"((?:.+/)?)\.([^/]+)\.[^./]+\.tmp")
 
@@ -208,10 +213,16 @@ def is_store_folder(relative: str) -> bool:
 
 def is_store_file(relative: str) -> bool:
     """Whether a store may have a file of this relative path (the lock and temporary files aside)."""
-    return _FILES.fullmatch(relative) is not None
+    return _OF_STORE.fullmatch(relative) is not None or shard_of(relative) is not None
 
 
-def is_temporary(relative: str) -> bool:
-    """Whether this is what an interrupted durable write of one of the store's files leaves behind."""
+def shard_of(relative: str) -> int | None:
+    """Number of the shard that a file of this relative path belongs to; None if it belongs to none."""
+    m = _OF_SHARD.fullmatch(relative)
+    return None if m is None else int(next(filter(None, m.groups())))
+
+
+def written_as(relative: str) -> str | None:
+    """The file of a store whose interrupted durable write leaves a file of this path; None if there is none."""
     m = _TEMPORARY.fullmatch(relative)
-    return m is not None and is_store_file(m[1] + m[2])
+    return m[1] + m[2] if m is not None and is_store_file(m[1] + m[2]) else None

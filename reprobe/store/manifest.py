@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, UnknownSite, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import UNIT_PARTS, Site, ranges
 from reprobe.provenance import canonical_json, digest
-from reprobe.store.layout import MANIFEST, Grid, check_dtype, itemsize
+from reprobe.store.layout import MANIFEST, Grid, check_dtype, check_format, itemsize
+from reprobe.store.places import Place
 from reprobe.store.sealed import seal, unseal
 
 SCHEMA = 2
@@ -64,11 +64,14 @@ class Manifest:
     sites: tuple[StoredSite, ...]
     dtype: str
     grid: Grid
+    format: str
+    compression: str | None
     files: Mapping[str, str]
     versions: Mapping[str, str]
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        check_format(self.format, self.compression)
         names = [str(s.site) for s in self.sites]
         if not names or len(set(names)) < len(names):
             raise UsageError(f"a store needs sites, each once; got: {', '.join(names) or 'none'}")
@@ -129,6 +132,8 @@ class Manifest:
             "rows": self.grid.rows,
             "shard_rows": self.grid.shard_rows,
             "chunk_rows": self.grid.chunk_rows,
+            "format": self.format,
+            "compression": self.compression,
             "files": dict(self.files),
             "versions": dict(self.versions),
         }
@@ -175,6 +180,8 @@ class Manifest:
             sites=tuple(StoredSite(Site.parse(s["site"]), s["width"], s["unit_width"]) for s in value["sites"]),
             dtype=value["dtype"],
             grid=Grid(value["rows"], value["shard_rows"], value["chunk_rows"]),
+            format=value["format"],
+            compression=value["compression"],
             files=value["files"],
             versions=value["versions"],
         )
@@ -187,7 +194,7 @@ class Manifest:
         pairs = {k: (mine.get(k, absent), theirs.get(k, absent)) for k in names if k != "plan_digest"}
         return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
-    def require_same(self, other: "Manifest", where: Path) -> None:
+    def require_same(self, other: "Manifest", where: Place) -> None:
         """Raise `IdentityMismatch`, listing the fields, unless `other` would write the store at `where`."""
         if diff := self.differences(other):
             lines = [f"  {k}: {_short(a)} there, {_short(b)} now" for k, (a, b) in diff.items()]
@@ -198,19 +205,18 @@ class Manifest:
             )
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the store at `folder`; raises `ArtifactMissing` or `CorruptArtifact`."""
-    path = folder / MANIFEST
+def read_manifest(place: Place) -> Manifest:
+    """The manifest of the store at `place`; raises `ArtifactMissing` or `CorruptArtifact`."""
     try:
-        data = path.read_bytes()
+        data = place.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if not folder.exists():
-            raise ArtifactMissing(f"there is no store at {folder}: make one with reprobe extract") from error
+        if not place.exists():
+            raise ArtifactMissing(f"there is no store at {place}: make one with reprobe extract") from error
         raise ArtifactMissing(
-            f"{folder} is not a store: it has no {MANIFEST}. If an extraction to it was interrupted at its "
+            f"{place} is not a store: it has no {MANIFEST}. If an extraction to it was interrupted at its "
             "very start, run that again with resume=True (--resume)."
         ) from error
-    return Manifest.from_bytes(data, str(path))
+    return Manifest.from_bytes(data, place.at(MANIFEST))
 
 
 def _flat(value: Mapping[str, Any]) -> dict[str, Any]:

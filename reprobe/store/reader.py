@@ -1,6 +1,6 @@
 """Reading a store: rows of sites, bit for bit as they were written.
 
-Enters: the path of a store. Leaves: tensors in the stored dtype, the index, and what the manifest says.
+Enters: the path or URL of a store. Leaves: tensors in the stored dtype, the index, and what the manifest says.
 Memory grows with what is asked for, not with the store. Does not know models: which model a store belongs to
 is in `identity`, and the stations that put it to use compare it.
 """
@@ -23,14 +23,14 @@ from reprobe.model.sites import Parts, Site, expand
 from reprobe.provenance import digest, digest_bytes
 from reprobe.store.batches import Arrays, Batch, Source, batches, mixed
 from reprobe.store.commit import Commit, committed
-from reprobe.store.folder import survey
-from reprobe.store.layout import INDEX, TOKENS, Grid, decode, size_on_disk, stored_dtype
+from reprobe.store.formats import Decoder, format_of, size_on_disk
+from reprobe.store.layout import INDEX, TOKENS, Grid, decode, stored_dtype
 from reprobe.store.manifest import Manifest, StoredSite, read_manifest
 from reprobe.store.order import Order, check_batch_rows, in_order, mixed_pieces, piece_rows, shuffled
+from reprobe.store.places import Place, place_of
 from reprobe.store.rows import RowNumbers, Rows, row_numbers, rows_where, runs, shards_of
 from reprobe.store.torch_batches import TorchBatches
 from reprobe.store.verification import VerifyReport, verify
-from reprobe.store.zarr_backend import Decoder, metadata_file, shard_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,12 +38,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What a person wants to know of a store. Sizes are in bytes."""
+    """What a person wants to know of a store. Sizes are in bytes; that of the complete arrays is exact for zarr
+    without compression, and an upper bound otherwise (see `size_on_disk`)."""
 
-    path: Path
+    path: Path | str
     model: str
     revision: str | None
     dtype: str
+    format: str
+    compression: str | None
     sites: tuple[Site, ...]
     rows: int
     shards: int
@@ -64,16 +67,29 @@ class ActivationStore:
     files are checked as they are read (a checksum per chunk); `verify` checks all of them.
     """
 
-    path: Path
+    place: Place
     manifest: Manifest
     committed: frozenset[int]
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
-        """The store at `path`, complete or not. Raises `ArtifactMissing`, `CorruptArtifact`."""
-        path = Path(path).absolute()
-        manifest = read_manifest(path)
-        return cls(path, manifest, committed(path, manifest))
+        """The store at `path`, a folder or a URL such as s3://bucket/prefix, complete or not.
+
+        Raises `ArtifactMissing`, `CorruptArtifact`, and `StoreUnreachable` if an object store cannot be used.
+        """
+        place = place_of(path)
+        manifest = read_manifest(place)
+        return cls(place, manifest, committed(place, manifest))
+
+    @property
+    def path(self) -> Path | str:
+        """The store's folder (absolute), or its URL: what `open` takes."""
+        return self.place.path
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.place.name
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -102,7 +118,7 @@ class ActivationStore:
             if site.layer is not None:
                 of_layer[site.layer].add(site.part)
         return Parts(
-            model=f"{self.path.name} ({self.identity.name})",
+            model=f"{self.name} ({self.identity.name})",
             of_layer=tuple(frozenset(p) for p in of_layer),
             units=self.manifest.units,
             why_absent="not stored",
@@ -113,7 +129,7 @@ class ActivationStore:
         for stored in self.manifest.sites:
             if stored.site.part == part and stored.unit_width is not None:
                 return stored.unit_width
-        raise UnknownSite(f"{self.path.name} stores no {part!r} with units; it has {self._listing()}")
+        raise UnknownSite(f"{self.name} stores no {part!r} with units; it has {self._listing()}")
 
     @cached_property
     def index(self) -> pl.DataFrame:
@@ -266,8 +282,8 @@ class ActivationStore:
         (rank, world): with it, so do the ranks of distributed training, equally to within a row. With
         `drop_last` every worker of every rank gets the same number of whole batches, and the few rows over are
         left out (others in each shuffled epoch). Shuffled, call `set_epoch(n)` before each epoch: the order
-        depends on seed and n. Works with workers that are forked or spawned, and kept or not. The columns are
-        held in memory, and copied to each worker that is spawned.
+        depends on seed and n. Workers may be forked or spawned (spawned only for a store at a URL), and kept or
+        not. The columns are held in memory, and copied to each worker that is spawned.
 
         Raises `UnknownSite`, `UsageError`, `IncompleteStore`; `CorruptArtifact` where rows are read.
         """
@@ -311,19 +327,23 @@ class ActivationStore:
 
     def info(self) -> StoreInfo:
         """A summary for people; does not read any rows."""
-        m, found = self.manifest, survey(self.path)
+        m = self.manifest
         return StoreInfo(
             path=self.path,
             model=m.identity.name,
             revision=m.identity.revision,
             dtype=m.dtype,
+            format=m.format,
+            compression=m.compression,
             sites=self.sites,
             rows=self.rows,
             shards=self._grid.n_shards,
             committed=len(self.committed),
             complete=self.complete,
-            bytes_on_disk=sum((self.path / name).stat().st_size for name in found.files),
-            bytes_of_arrays_when_complete=size_on_disk([s.width for s in m.sites], self._grid, m.dtype),
+            bytes_on_disk=sum(self.place.survey().files.values()),
+            bytes_of_arrays_when_complete=size_on_disk(
+                [s.width for s in m.sites], self._grid, m.dtype, format=m.format, compression=m.compression
+            ),
             prompts=m.prompts,
             plan=dict(m.plan),
             versions=dict(m.versions),
@@ -343,23 +363,25 @@ class ActivationStore:
 
     def _commit(self, shard: int) -> Commit:
         if shard not in self._commits:
-            self._commits[shard] = Commit.read(self.path, self.manifest, shard)
+            self._commits[shard] = Commit.read(self.place, self.manifest, shard)
         return self._commits[shard]
 
     def _decoder(self, site: Site) -> Decoder:
         if site not in self._decoders:
-            self._untouched(metadata_file(site))
-            self._decoders[site] = Decoder(self.path, site)
+            backend = format_of(self.manifest.format)
+            for name in backend.metadata_files(site):
+                self._untouched(name)
+            self._decoders[site] = backend.decoder(self.place, self.manifest, self._place(site)[0])
         return self._decoders[site]
 
     def _untouched(self, name: str) -> bytes:
         """Bytes of a file whose digest the manifest holds; `CorruptArtifact` unless they agree."""
         try:
-            data = (self.path / name).read_bytes()
+            data = self.place.read(name)
         except FileNotFoundError as error:
-            raise CorruptArtifact(f"{self.path / name} is missing from the store") from error
+            raise CorruptArtifact(f"{self.place.at(name)} is missing from the store") from error
         if digest_bytes(data) != self.manifest.files.get(name):
-            raise CorruptArtifact(f"{self.path / name} is not as it was written: its checksum is wrong")
+            raise CorruptArtifact(f"{self.place.at(name)} is not as it was written: its checksum is wrong")
         return data
 
     def _place(self, site: str | Site) -> tuple[StoredSite, slice]:
@@ -372,7 +394,7 @@ class ActivationStore:
                 if site.unit >= stored.units:
                     raise UnknownSite(f"'{site}': {site.whole} has units 0–{stored.units - 1}")
                 return stored, slice(site.unit * stored.unit_width, (site.unit + 1) * stored.unit_width)
-        raise UnknownSite(f"'{site}' is not in {self.path}; it has {self._listing()}")
+        raise UnknownSite(f"'{site}' is not in {self.place}; it has {self._listing()}")
 
     def _expand(self, sites: str | Site | Iterable[str | Site]) -> tuple[Site, ...]:
         """One site by its name (a pattern is none), or what the patterns of several match; all of them stored."""
@@ -396,7 +418,7 @@ class ActivationStore:
         if absent := [k for k in shards if k not in self.committed]:
             first, last = self._grid.shard(absent[0]), self._grid.shard(absent[-1])
             raise IncompleteStore(
-                f"{self.path} is incomplete: {len(absent)} of the shards that hold the wanted rows are not "
+                f"{self.place} is incomplete: {len(absent)} of the shards that hold the wanted rows are not "
                 f"written (the first: rows {first.start}–{first.stop - 1}, the last: rows {last.start}–"
                 f"{last.stop - 1}). Finish it with reprobe extract … --resume, or read other rows."
             )
@@ -404,9 +426,8 @@ class ActivationStore:
     def _require_files(self, shards: Sequence[int], stored: StoredSite) -> None:
         """Raise unless each shard's file of the site is whole: zarr takes a missing one for zeros."""
         for k in shards:
-            path = self.path / shard_file(stored.site, k)
-            want = self._commit(k).files[str(stored.site)].bytes
-            have = path.stat().st_size if path.is_file() else None
+            name = format_of(self.manifest.format).shard_file(stored.site, k)
+            want, have = self._commit(k).files[name].bytes, self.place.size(name)
             if have != want:
                 found = "is missing" if have is None else f"has {have} bytes"
-                raise CorruptArtifact(f"{path} {found}, though {want} bytes were committed")
+                raise CorruptArtifact(f"{self.place.at(name)} {found}, though {want} bytes were committed")

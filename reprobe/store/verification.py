@@ -1,6 +1,6 @@
 """Verifying a store: is every byte as it was written, and is nothing missing?
 
-Enters: the path of a store. Leaves: a `VerifyReport` that lists every problem. Damaged content is reported,
+Enters: the path or URL of a store. Leaves: a `VerifyReport` that lists every problem. Damaged content is reported,
 never raised. Does not know models: whether the activations are those of a model is another question.
 """
 
@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reprobe.errors import ArtifactMissing, CorruptArtifact
-from reprobe.provenance import digest_file
 from reprobe.store.commit import Commit, FileRecord, committed
-from reprobe.store.folder import survey
-from reprobe.store.layout import ARRAYS, COMMITS, MANIFEST, array_name, commit_name
+from reprobe.store.formats import shard_files
+from reprobe.store.layout import MANIFEST, commit_name
 from reprobe.store.manifest import Manifest, read_manifest
-from reprobe.store.zarr_backend import shard_file
+from reprobe.store.places import Place, Survey, place_of
 
 
 @dataclass(frozen=True)
 class VerifyReport:
     """What `verify` found: one sentence per problem, and how many files were checked."""
 
-    path: Path
+    path: Path | str
     problems: tuple[str, ...]
     files: int
 
@@ -35,26 +34,27 @@ def verify(path: str | Path) -> VerifyReport:
     """Recompute every checksum of the store at `path`, and look for missing, unfinished and unexpected files.
 
     A store that is not complete has problems too: a commit record that was lost looks the same. Raises
-    `ArtifactMissing` if there is no folder at all; anything in the folder, however damaged, is reported.
+    `ArtifactMissing` if there is nothing at all; anything that is there, however damaged, is reported.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ArtifactMissing(f"there is no store at {path}")
+    place = place_of(path)
+    if not place.exists():
+        raise ArtifactMissing(f"there is no store at {place}")
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(place)
     except (ArtifactMissing, CorruptArtifact, OSError) as error:
-        return VerifyReport(path, (str(error),), 1)
-    problems = [*_fixed_files(path, manifest), *_shards(path, manifest), *_strangers(path, manifest)]
-    return VerifyReport(path, tuple(problems), len(survey(path).files))
+        return VerifyReport(place.path, (str(error),), 1)
+    found = place.survey()
+    problems = [*_fixed_files(place, manifest), *_shards(place, manifest), *_strangers(place, manifest, found)]
+    return VerifyReport(place.path, tuple(problems), len(found.files))
 
 
-def _fixed_files(path: Path, manifest: Manifest) -> Iterator[str]:
+def _fixed_files(place: Place, manifest: Manifest) -> Iterator[str]:
     for name, sha256 in manifest.files.items():
-        yield from _compare(path / name, sha256)
+        yield from _compare(place, name, sha256)
 
 
-def _shards(path: Path, manifest: Manifest) -> Iterator[str]:
-    there = committed(path, manifest)
+def _shards(place: Place, manifest: Manifest) -> Iterator[str]:
+    there = committed(place, manifest)
     if absent := [s.number for s in manifest.grid.shards if s.number not in there]:
         yield (
             f"{len(absent)} of {manifest.grid.n_shards} shards have no commit record (the first is "
@@ -62,36 +62,34 @@ def _shards(path: Path, manifest: Manifest) -> Iterator[str]:
         )
     for number in sorted(there):
         try:
-            commit = Commit.read(path, manifest, number)
+            commit = Commit.read(place, manifest, number)
         except (CorruptArtifact, OSError) as error:
             yield str(error)
             continue
-        for stored in manifest.sites:
-            yield from _compare(path / shard_file(stored.site, number), commit.files[str(stored.site)])
+        for name, record in commit.files.items():
+            yield from _compare(place, name, record)
 
 
-def _strangers(path: Path, manifest: Manifest) -> Iterator[str]:
-    found = survey(path)
-    shards = range(manifest.grid.n_shards)
+def _strangers(place: Place, manifest: Manifest, found: Survey) -> Iterator[str]:
     expected = {MANIFEST, *manifest.files}
-    expected |= {commit_name(k) for k in shards}
-    expected |= {shard_file(s.site, k) for s in manifest.sites for k in shards}
-    folders = {COMMITS, ARRAYS, *(f"{ARRAYS}/{array_name(s.site)}" for s in manifest.sites)}
+    for shard in manifest.grid.shards:
+        expected |= {commit_name(shard.number), *shard_files(manifest, shard.number)}
+    folders = {str(parent) for name in expected for parent in Path(name).parents}
     for name in (*found.foreign, *(set(found.files) - expected), *(set(found.folders) - folders)):
-        yield f"{path / name} is not part of the store"
+        yield f"{place.at(name)} is not part of the store"
     for name in found.temporary:
-        yield f"{path / name} was left by an interrupted write; resuming removes it"
+        yield f"{place.at(name)} was left by an interrupted write; resuming removes it"
 
 
-def _compare(path: Path, want: "str | FileRecord") -> Iterator[str]:
+def _compare(place: Place, name: str, want: "str | FileRecord") -> Iterator[str]:
     sha256 = want if isinstance(want, str) else want.sha256
     try:
-        size = path.stat().st_size
-        if isinstance(want, FileRecord) and size != want.bytes:
-            yield f"{path} has {size} bytes, not the {want.bytes} that were written"
-        elif digest_file(path) != sha256:
-            yield f"{path} is not as it was written: its checksum is wrong"
-    except FileNotFoundError:
-        yield f"{path} is missing"
+        size = place.size(name)
+        if size is None:
+            yield f"{place.at(name)} is missing"
+        elif isinstance(want, FileRecord) and size != want.bytes:
+            yield f"{place.at(name)} has {size} bytes, not the {want.bytes} that were written"
+        elif place.digest(name) != sha256:
+            yield f"{place.at(name)} is not as it was written: its checksum is wrong"
     except OSError as error:
-        yield f"{path} cannot be read: {error}"
+        yield f"{place.at(name)} cannot be read: {error}"

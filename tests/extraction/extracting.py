@@ -24,10 +24,27 @@ def prompts(n: int) -> rp.PromptSet:
     return rp.PromptSet.from_records({"id": f"{i:05d}", "text": f"{words[i % 5]} is number {i}"} for i in range(n))
 
 
-def run(path: Path, n: int, shard_rows: int, resume: bool, sites: str = "resid.post@*,attn.heads@1") -> None:
-    """An extraction of every token of n prompts."""
+def run(
+    path: Path,
+    n: int,
+    shard_rows: int,
+    resume: bool,
+    sites: str = "resid.post@*,attn.heads@1",
+    variables: dict[str, str] | None = None,
+    options: dict[str, str | None] | None = None,
+) -> None:
+    """An extraction of every token of n prompts, in an environment with further variables."""
+    os.environ.update(variables or {})
     rp.extract(
-        model(), prompts(n), to=path, sites=sites, at="all", batch_tokens=64, shard_rows=shard_rows, resume=resume
+        model(),
+        prompts(n),
+        to=path,
+        sites=sites,
+        at="all",
+        batch_tokens=64,
+        shard_rows=shard_rows,
+        resume=resume,
+        **(options or {}),
     )
 
 

@@ -13,7 +13,6 @@ import pytest
 
 import reprobe as rp
 
-KILLS = 20
 N, SHARD_ROWS = 60, 40
 
 
@@ -33,7 +32,8 @@ def tree(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def test_twenty_kills_and_as_many_resumes_leave_the_bytes_of_an_undisturbed_run(server, tmp_path):
+@pytest.mark.parametrize("n_kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_and_as_many_resumes_leave_the_bytes_of_an_undisturbed_run(server, tmp_path, n_kills):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     first = server.Process(target=extracting.run, args=(whole, N, SHARD_ROWS, False))
     first.start()
@@ -48,7 +48,7 @@ def test_twenty_kills_and_as_many_resumes_leave_the_bytes_of_an_undisturbed_run(
     rng = np.random.default_rng(0)
     kills = 0
     progress = []
-    while kills < KILLS:
+    while kills < n_kills:
         child = server.Process(target=extracting.run, args=(torn, N, SHARD_ROWS, torn.exists()))
         child.start()
         # Points over the whole run, start-up included; a child that finishes first begins the store anew.
@@ -92,6 +92,57 @@ def test_what_a_kill_left_is_kept_and_not_computed_again(server, tmp_path):
     more.join()
     assert more.exitcode == 0
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+def of_torchrun(rank, world):
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+
+
+def of_slurm(rank, world):
+    return {"SLURM_ARRAY_TASK_ID": str(rank + 1), "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": str(world)}
+
+
+def together(server, path, environment, world, options=None):
+    children = [
+        server.Process(
+            target=extracting.run,
+            args=(path, N, SHARD_ROWS, False),
+            kwargs={"variables": environment(rank, world), "options": options},
+        )
+        for rank in range(world)
+    ]
+    for child in children:
+        child.start()
+    return children
+
+
+@pytest.mark.parametrize("environment", [of_torchrun, of_slurm])
+@pytest.mark.parametrize("options", [{}, {"format": "hdf5", "compression": "zstd"}], ids=str)
+def test_four_processes_write_the_store_of_one(server, tmp_path, environment, options):
+    extracting.run(tmp_path / "one", N, SHARD_ROWS, False, options=options)
+    children = together(server, tmp_path / "four", environment, 4, options)
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
+    assert tree(tmp_path / "four") == tree(tmp_path / "one")
+    assert rp.ActivationStore.open(tmp_path / "four").complete
+
+
+def test_one_of_several_processes_is_killed_and_started_again(server, tmp_path):
+    extracting.run(tmp_path / "one", N, SHARD_ROWS, False)
+    children = together(server, tmp_path / "s", of_torchrun, 3)
+    while not list((tmp_path / "s").glob("commits/*.json")):
+        assert all(child.exitcode in (None, 0) for child in children)
+        time.sleep(0.002)
+    children[2].kill()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children[:2]] == [0, 0]
+    again = together(server, tmp_path / "s", of_torchrun, 3)
+    for child in again:
+        child.join()
+    assert [child.exitcode for child in again] == [0] * 3
+    assert tree(tmp_path / "s") == tree(tmp_path / "one")
 
 
 def test_memory_does_not_grow_with_the_number_of_prompts(server, tmp_path):

@@ -17,7 +17,9 @@ from reprobe.errors import (
     UnknownSite,
     UsageError,
 )
-from reprobe.extraction import padded_plan, prepare
+from reprobe.extraction import Share, prepare
+from reprobe.extraction.calibration import CANDIDATES, token_budget
+from reprobe.model.packs import BUDGET
 
 TEXTS = ["the cat is on the mat", "a dog", "in the end and on the other hand of it", "an owl is here", "the"]
 SPANS = [{"who": (4, 7)}, {"who": (2, 5)}, {"who": (7, 10)}, {"who": (3, 6)}, {"who": (0, 3)}]
@@ -145,21 +147,6 @@ def test_a_store_of_a_real_model_holds_what_the_stock_model_computes(real_lm, tm
         assert worst(store, lm, data, at, sites) < 1e-5, at
 
 
-@settings(deadline=None, max_examples=20)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
-    budget=st.integers(1, 200),
-)
-def test_a_plan_runs_every_prompt_once_within_its_budget(lengths, budget):
-    n = np.asarray(lengths)
-    plan = padded_plan(n, budget)
-    packs = [plan.pack(k) for k in range(plan.n_packs)]
-    assert sorted(np.concatenate(packs).tolist()) == list(range(len(lengths)))
-    for pack in packs:
-        assert len(pack) > 0
-        assert len(pack) == 1 or len(pack) * n[pack].max() <= budget
-
-
 @settings(deadline=None, max_examples=10)
 @given(budget=st.integers(1, 120), shard_rows=st.integers(1, 30))
 def test_packs_and_shards_never_change_a_row(tiny_lm, tmp_path_factory, budget, shard_rows):
@@ -250,6 +237,14 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm, tmp_path):
         rp.extract(lm, prompts(), at="span:whom:last", to=to)
     with pytest.raises(UsageError, match="budget"):
         rp.extract(lm, prompts(), batch_tokens=0, to=to)
+    with pytest.raises(UsageError, match="forest, padded, single"):
+        rp.extract(lm, prompts(), pack="woods", to=to)
+    with pytest.raises(UsageError, match="shard_rows is 0"):
+        rp.extract(lm, prompts(), shard_rows=0, to=to)
+    with pytest.raises(UsageError, match="zarr, hdf5"):
+        rp.extract(lm, prompts(), format="npz", to=to)
+    with pytest.raises(UsageError, match="zstd"):
+        rp.extract(lm, prompts(), compression="gzip", to=to)
     assert not to.exists()
 
 
@@ -280,3 +275,85 @@ def test_the_size_on_disk_is_known_before_anything_runs(tiny_lm, tmp_path):
     shards = [p for p in (tmp_path / "s").rglob("*") if p.is_file() and p.name.startswith("c.")]
     assert sum(p.stat().st_size for p in shards) == job.n_bytes
     assert job.rows == store.rows
+
+
+def measuring(monkeypatch, budget):
+    monkeypatch.setattr("reprobe.extraction.run.token_budget", lambda lm, n_tokens: budget)
+
+
+def test_resuming_takes_the_budget_that_was_measured_when_the_store_was_begun(tiny_lm, tmp_path, monkeypatch):
+    lm = tiny_lm("llama")
+    measuring(monkeypatch, 64)
+    rp.extract(lm, prompts(), to=tmp_path / "whole", at="all", shard_rows=4)
+    job = prepare(lm, prompts(), at="all", shard_rows=4)
+    job.run(tmp_path / "s", own=range(2))
+    measuring(monkeypatch, 32)
+    store = rp.extract(lm, prompts(), to=tmp_path / "s", at="all", shard_rows=4, resume=True)
+    assert store.complete
+    assert store.manifest.plan["batch_tokens"] == 64
+    assert store.manifest.digest == rp.ActivationStore.open(tmp_path / "whole").manifest.digest
+    with pytest.raises(IdentityMismatch, match="batch_tokens"):
+        rp.extract(lm, prompts(), to=tmp_path / "s", at="all", shard_rows=4, resume=True, batch_tokens=32)
+
+
+def test_of_processes_that_measure_differently_all_take_the_budget_of_the_first(tiny_lm, tmp_path, monkeypatch):
+    lm = tiny_lm("llama")
+    jobs = []
+    for budget in (64, 32):
+        measuring(monkeypatch, budget)
+        jobs.append(prepare(lm, prompts(), at="all", shard_rows=4))  # before either has begun the store
+    for rank, job in enumerate(jobs):
+        job.run(tmp_path / "s", own=job.own(Share(rank, 2)))
+    store = rp.ActivationStore.open(tmp_path / "s")
+    assert store.complete
+    assert store.manifest.plan["batch_tokens"] == 64
+
+
+def test_a_budget_is_measured_once_and_only_for_long_runs(tiny_lm):
+    lm = tiny_lm("gpt2")
+    passes = []
+    handle = lm.net.transformer.h[0].register_forward_hook(lambda *_: passes.append(1))
+    try:
+        assert token_budget(lm, 1000) == BUDGET["cpu"]
+        assert not passes
+        found = token_budget(lm, 10**6)
+        assert found in CANDIDATES["cpu"]
+        n = len(passes)
+        assert n > 0
+        assert token_budget(lm, 10**7) == found
+        assert len(passes) == n
+    finally:
+        handle.remove()
+
+
+def test_a_dry_run_says_what_a_run_then_takes(tiny_lm, tmp_path):
+    job = prepare(tiny_lm("llama"), prompts([f"the cat is on the mat {i}" for i in range(30)], [{}] * 30), at="all")
+    told = job.numbers()
+    store = job.run(tmp_path / "s")
+    assert told["tokens"] == store.rows
+    assert told["tokens_computed"] + told["tokens_saved"] == told["tokens"]
+    assert told["tokens_saved"] > 0.5 * told["tokens"]
+    assert told["places"] >= told["tokens_computed"]
+    assert told["rows"] == store.rows
+    assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "s").rglob("c.*"))
+    assert told["seconds"] > 0
+
+
+@pytest.mark.parametrize(("kind", "compression"), [("hdf5", None), ("hdf5", "zstd"), ("zarr", "zstd")])
+def test_every_format_holds_the_same_rows(tiny_lm, tmp_path, kind, compression):
+    lm = tiny_lm("gemma3_text")
+    plain = rp.extract(lm, prompts(), to=tmp_path / "plain", at="all", dtype="bfloat16")
+    other = rp.extract(
+        lm, prompts(), to=tmp_path / "other", at="all", dtype="bfloat16", format=kind, compression=compression
+    )
+    for site in plain.sites:
+        assert torch.equal(plain.read(site).view(torch.int16), other.read(site).view(torch.int16))
+    assert plain.index.equals(other.index)
+    assert other.verify().ok
+
+
+def test_the_tokens_of_a_store_are_those_of_its_prompts(tiny_lm, tmp_path):
+    lm = tiny_lm("llama")
+    store = rp.extract(lm, prompts(), to=tmp_path / "s")
+    for prompt, tokens in store.tokens.iter_rows():
+        assert tokens == lm.tokenizer(TEXTS[int(prompt[1:])])["input_ids"]

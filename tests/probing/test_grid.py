@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import torch
 from sklearn.model_selection import KFold, cross_val_score
+from store.synthetic import tokens as tokens_of
 
 from reprobe.errors import ArtifactExists, CorruptArtifact, UnknownData, UnknownSite, UsageError
 from reprobe.model.sites import Site
@@ -292,6 +293,7 @@ def test_a_store_on_disk_is_probed_like_one_in_memory(dtype, three_layers, ident
         sites=stored,
         dtype=dtype,
         index=three_layers.index,
+        tokens=tokens_of(three_layers.index),
     ) as writer:
         for shard in writer.missing():
             writer.write_shard(shard.number, {s: t[shard.start : shard.stop] for s, t in arrays.items()})

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from store.synthetic import tokens as tokens_of
 
 from reprobe.evaluation import Contrast
 from reprobe.methods.repe import Scan
@@ -87,6 +88,7 @@ def make_store(
         sites=sites,
         dtype="float32",
         index=index,
+        tokens=tokens_of(index),
     )
     with writer:
         for shard in writer.missing():

@@ -28,7 +28,9 @@ def folder() -> Iterator[Path]:
 
 
 class Server:
-    """Forks a writer per order. `finish` waits for it and returns its exit status, negative for a signal."""
+    """Forks a writer per order, several at once for several. `finish` waits for them and returns the first's
+    exit status, `finish_all` those of all; negative for a signal.
+    """
 
     def __init__(self) -> None:
         here = Path(synthetic.__file__)
@@ -42,13 +44,20 @@ class Server:
         )
 
     def order(self, **order: Any) -> None:
+        self.order_all([order])
+
+    def order_all(self, orders: list[dict[str, Any]]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps(orders) + "\n")
         self._process.stdin.flush()
 
     def finish(self) -> int:
+        return self.finish_all()[0]
+
+    def finish_all(self) -> list[int]:
         assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
+        statuses: list[int] = json.loads(self._process.stdout.readline())
+        return statuses
 
     def stop(self) -> None:
         self._process.kill()  # it is waiting for orders, or still importing

@@ -31,6 +31,7 @@ SITES = (
     StoredSite(Site("final"), 35),
 )
 ROWS, SHARD_ROWS, CHUNK_ROWS = 23, 6, 3
+FORMATS = ("zarr", "hdf5")
 BITS = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -57,7 +58,7 @@ def tokens(of: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({"prompt": prompts, "tokens": lists})
 
 
-def create(path: Path, *, rows: int = ROWS, **changes: Any) -> StoreWriter:
+def create(path: Path | str, *, rows: int = ROWS, **changes: Any) -> StoreWriter:
     """A writer of the synthetic store; `changes` replace arguments of `StoreWriter.create`."""
     arguments: dict[str, Any] = {
         "identity": IDENTITY,
@@ -134,23 +135,23 @@ def _own_namespace() -> None:
         Path(f"/proc/self/{kind}id_map").write_text(f"0 {own} 1")
 
 
-def _on_small_disk(path: Path) -> dict[str, Any]:
+def _on_small_disk(path: Path, pages: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Fill a tmpfs of a few pages, then enlarge it and resume; what happened, as JSON."""
     try:
         _own_namespace()
-        size = 20 * os.sysconf("SC_PAGE_SIZE")  # a file takes whole pages, and the store has 22 files
+        size = pages * os.sysconf("SC_PAGE_SIZE")  # a file takes whole pages
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
     except (OSError, AttributeError, subprocess.CalledProcessError) as error:
         return {"skipped": f"no disk of our own can be mounted here: {error}"}
     root = path / "s.reprobe"
     out: dict[str, Any] = {}
     try:
-        fill(create(root, plan={}))
+        fill(create(root, **changes))
     except DiskFull as error:
         out["message"] = str(error)
     out["before"] = {k: v.hex() for k, v in tree(root).items()}
     subprocess.run(["mount", "-o", "remount,size=10m", path], check=True)
-    writer = create(root, plan={}, resume=True)
+    writer = create(root, **changes, resume=True)
     out["missing"] = len(writer.missing())
     fill(writer)
     out["after"] = {k: v.hex() for k, v in tree(root).items()}
@@ -159,28 +160,43 @@ def _on_small_disk(path: Path) -> dict[str, Any]:
 
 def _child(order: dict[str, Any]) -> None:
     if "small_disk" in order:
-        Path(order["result"]).write_text(json.dumps(_on_small_disk(Path(order["small_disk"]))))
+        result = _on_small_disk(Path(order["small_disk"]), order["pages"], order["changes"])
+        Path(order["result"]).write_text(json.dumps(result))
         return
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if "log" in order else None
     if "operation" in order:
         _dies_at(order["operation"])
-    fill(create(Path(order["path"]), **order["changes"]))
+    changes = order["changes"] | ({"own": range(*order["own"])} if "own" in order else {})
+    with create(Path(order["path"]), **changes) as writer:
+        for shard in writer.missing():
+            if log is not None:
+                os.write(log, f"{shard.number}\n".encode())
+            writer.write_shard(shard.number, shard_values(writer, shard))
+
+
+def _forked(order: dict[str, Any]) -> int:
+    """A child that carries out the order; its process id."""
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            _child(order)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
 
 
 def _serve() -> None:
     for line in sys.stdin:
-        order = json.loads(line)
-        if (pid := os.fork()) == 0:
-            status = 1
-            try:
-                _child(order)
-                status = 0
-            finally:
-                os._exit(status)
-        if "seconds" in order:
-            time.sleep(order["seconds"])
-            os.kill(pid, signal.SIGKILL)  # perhaps it has finished; not waited for, it keeps its id
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        sys.stdout.write(f"{status}\n")
+        orders = json.loads(line)
+        children = [(order, _forked(order)) for order in orders]
+        statuses = []
+        for order, pid in children:
+            if "seconds" in order:
+                time.sleep(order["seconds"])
+                os.kill(pid, signal.SIGKILL)  # perhaps it has finished; not waited for, it keeps its id
+            statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        sys.stdout.write(json.dumps(statuses) + "\n")
         sys.stdout.flush()
 
 

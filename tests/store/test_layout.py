@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reprobe.errors import UsageError
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Site
 from reprobe.store import Grid, size_on_disk
-from reprobe.store.layout import SHARD_BYTES, array_name, decode, encode, is_store_file, is_temporary
+from reprobe.store.layout import SHARD_BYTES, array_name, decode, encode, hdf5_name, is_store_file, written_as
 from reprobe.store.zarr_backend import metadata_file, shard_file
 
 counts = st.integers(1, 3_000_000)
@@ -92,13 +92,14 @@ def test_only_files_of_a_store_and_leftovers_of_them_are_taken_for_its_own() -> 
     own = [
         shard_file(Site("resid.post", 3), 12),
         metadata_file(Site("final")),
+        hdf5_name(123456),
         "commits/00000.json",
         "index.parquet",
     ]
     for name in own:
         assert is_store_file(name)
         path = Path(name)
-        assert is_temporary((path.parent / f".{path.name}.x1_y2z3w.tmp").as_posix())
+        assert written_as((path.parent / f".{path.name}.x1_y2z3w.tmp").as_posix()) == name
     for name in [
         "notes.txt",
         "commits/a.json",
@@ -107,5 +108,5 @@ def test_only_files_of_a_store_and_leftovers_of_them_are_taken_for_its_own() -> 
         "x/manifest.json",
     ]:
         assert not is_store_file(name)
-        assert not is_temporary(name)
-    assert not is_temporary(".notes.txt.x1_y2z3w.tmp")
+        assert written_as(name) is None
+    assert written_as(".notes.txt.x1_y2z3w.tmp") is None

@@ -23,6 +23,8 @@ MANIFEST = Manifest(
     sites=synthetic.SITES,
     dtype="float16",
     grid=Grid(23, 6, 3),
+    format="hdf5",
+    compression="zstd",
     files={"index.parquet": "0" * 64},
     versions={"python": "3"},
 )
@@ -98,9 +100,12 @@ def test_every_changed_lost_or_added_byte_of_a_manifest_is_noticed(data: bytes) 
         changed(units={"attn.heads": 4}),
         changed(n_layers=4),
         changed(shard_rows=7),
+        changed(format="npy"),
+        changed(format=None),
+        changed(compression="gzip"),
         changed(more="fields"),
     ],
-    ids=range(25),
+    ids=range(28),
 )
 def test_a_foreign_or_forged_manifest_is_corrupt_and_never_a_traceback(data: bytes) -> None:
     with pytest.raises(CorruptArtifact):
@@ -153,10 +158,10 @@ def test_every_changed_byte_of_a_commit_record_is_noticed(folder: Path) -> None:
     for i in range(len(data)):
         path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
         with pytest.raises(CorruptArtifact):
-            Commit.read(store.path, store.manifest, 1)
+            Commit.read(store.place, store.manifest, 1)
 
 
-@pytest.mark.parametrize("change", ["another shard", "another store", "a site less", "not a record"])
+@pytest.mark.parametrize("change", ["another shard", "another store", "a file less", "not a record"])
 def test_a_commit_record_counts_in_its_own_place_only(folder: Path, change: str) -> None:
     synthetic.fill(synthetic.create(folder / "s.reprobe"))
     store = ActivationStore.open(folder / "s.reprobe")
@@ -169,7 +174,8 @@ def test_a_commit_record_counts_in_its_own_place_only(folder: Path, change: str)
     else:
         body = json.loads(path.read_bytes())
         del body["digest"]
-        body["sites"] = {k: v for k, v in body["sites"].items() if k != "final"} if "less" in change else {"final": 3}
+        files = {k: v for k, v in body["files"].items() if "final" not in k}
+        body["files"] = files if "less" in change else {"final": 3}
         path.write_bytes(seal(body))
     with pytest.raises(CorruptArtifact, match="00001"):
         store.read("final")

@@ -25,11 +25,13 @@ def _full_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
+@pytest.mark.parametrize(("form", "pages"), [("zarr", 20), ("hdf5", 9)])  # of about 22 and 14 that are needed
 def test_a_store_on_a_disk_that_is_really_full_keeps_its_shards_and_resumes_once_there_is_room(
-    server: Any, folder: Path
+    server: Any, folder: Path, form: str, pages: int
 ) -> None:
     (folder / "disk").mkdir()
-    server.order(small_disk=str(folder / "disk"), result=str(folder / "result.json"))
+    changes = {"plan": {}, "format": form}
+    server.order(small_disk=str(folder / "disk"), pages=pages, changes=changes, result=str(folder / "result.json"))
     assert server.finish() == 0
     result = json.loads((folder / "result.json").read_text())
     if "skipped" in result:
@@ -40,26 +42,27 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_its_shards_and_resumes_once
     assert 0 < len(committed) < 4
     assert result["missing"] == 4 - len(committed)
     assert not [name for name in result["before"] if name.endswith(".tmp")]
-    synthetic.fill(synthetic.create(folder / "whole.reprobe", plan={}))
+    synthetic.fill(synthetic.create(folder / "whole.reprobe", **changes))
     assert {k: bytes.fromhex(v) for k, v in result["after"].items()} == synthetic.tree(folder / "whole.reprobe")
 
 
+@pytest.mark.parametrize(("form", "calls"), [("zarr", 3), ("hdf5", 0), ("hdf5", 2)])
 def test_a_shard_for_which_there_is_no_room_leaves_the_shards_before_it_readable(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, form: str, calls: int
 ) -> None:
     path = folder / "s.reprobe"
-    with synthetic.create(path) as writer:
+    with synthetic.create(path, format=form) as writer:
         first, second, *_ = writer.shards
         writer.write_shard(first.number, synthetic.shard_values(writer, first))
         with monkeypatch.context() as patch:
-            _full_after(patch, 3)
+            _full_after(patch, calls)
             with pytest.raises(DiskFull, match=r"1 of 4 shards are committed and kept.*--resume"):
                 writer.write_shard(second.number, synthetic.shard_values(writer, second))
         assert not list(path.rglob("*.tmp"))
         assert ActivationStore.open(path).read("final", slice(0, 6)).shape == (6, 35)
         writer.write_shard(second.number, synthetic.shard_values(writer, second))  # there is room again
-    synthetic.fill(synthetic.create(path, resume=True))
-    synthetic.fill(synthetic.create(folder / "whole.reprobe"))
+    synthetic.fill(synthetic.create(path, format=form, resume=True))
+    synthetic.fill(synthetic.create(folder / "whole.reprobe", format=form))
     assert synthetic.tree(path) == synthetic.tree(folder / "whole.reprobe")
 
 

@@ -1,0 +1,168 @@
+"""What a run of the benchmark leaves behind: JSON, and Markdown made from it.
+
+Enters: claims, timings and facts of the works. Leaves: one JSON-ready mapping with the machine that it was measured
+on, and its Markdown. No host names and no paths. Does not know how anything was measured.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from race import Timing
+
+LIBRARIES = ("torch", "transformers", "numpy", "transformer-lens", "nnsight", "repeng", "steering-vectors")
+#: Instructions that decide how fast a matrix product is.
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`measured` is a ratio or share that should be `relation` the target."""
+
+    what: str
+    measured: float
+    relation: Literal["≥", "≤"]
+    target: float
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.target if self.relation == "≥" else self.measured <= self.target
+
+
+@dataclass
+class Work:
+    """Results of one work on one model. `notes` are sentences for the reader; `facts` go to the JSON only."""
+
+    name: str
+    model: str
+    about: str
+    claims: list[Claim] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        told = ""
+    model = re.search(r"model name\s*: (.*)", told)
+    flags = set(told.partition("flags")[2].partition("\n")[0].split())
+    return {
+        "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
+        "instructions": [flag for flag in FLAGS if flag in flags],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "torch threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def as_json(works: Iterable[Work], about: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **about,
+        "works": [
+            {
+                "work": work.name,
+                "model": work.model,
+                "about": work.about,
+                "claims": [
+                    {
+                        "what": claim.what,
+                        "measured": round(claim.measured, 4),
+                        "target": f"{claim.relation} {claim.target:g}",
+                        "met": claim.met,
+                    }
+                    for claim in work.claims
+                ],
+                "sides": [
+                    {
+                        "side": timing.name,
+                        "tokens per second": round(timing.tokens_per_second, 1),
+                        "seconds": [round(s, 3) for s in timing.seconds],
+                        "tokens": timing.of_tokens,
+                        "tokens timed": timing.tokens,
+                    }
+                    for timing in work.timings
+                ],
+                "notes": work.notes,
+                **work.facts,
+            }
+            for work in works
+        ],
+    }
+
+
+def as_markdown(record: Mapping[str, Any]) -> str:
+    """The record for people: what was claimed, then the sides of each work."""
+    at = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items() if version)
+    out = [
+        "# Extraction: results",
+        "",
+        f"`{record['command']}`, {at['date']}, commit {at['commit']}.",
+        "",
+        f"{at['cores']} cores ({at['cpu']}; {', '.join(at['instructions']) or 'no vector instructions known'}), "
+        f"{at['memory GiB']} GiB, no GPU used, {at['torch threads']} torch threads; Python {at['python']}, {versions}.",
+        "",
+        f"Sides run in turn in one process, {record['repeats']} rounds, the fastest of each counts; the machine's load "
+        f"was {record['load'][0]:.1f} before and {record['load'][1]:.1f} after. Absolute numbers vary with the "
+        "machine; the ratios are what is claimed.",
+        "",
+        "| work | model | claim | target | measured | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for work in record["works"]:
+        for claim in work["claims"]:
+            cells = (work["work"], work["model"], claim["what"], claim["target"], f"{claim['measured']:.3g}")
+            out.append(f"| {' | '.join(cells)} | {'met' if claim['met'] else '**missed**'} |")
+    for why in record["left out"]:
+        out += ["", f"Left out: {why}."]
+    for work in record["works"]:
+        out += ["", f"## {work['work']}, {work['model']}", "", work["about"], ""]
+        if work["sides"]:
+            out += ["| side | tokens/s | s | slowest round |", "|---|---|---|---|"]
+            for side in sorted(work["sides"], key=lambda side: min(side["seconds"])):
+                best, worst = min(side["seconds"]), max(side["seconds"])
+                sample = (
+                    "" if side["tokens"] == side["tokens timed"] else f" (scaled from {side['tokens timed']:,} tokens)"
+                )
+                out.append(
+                    f"| {side['side']}{sample} | {side['tokens per second']:,.0f} | {best:.2f} | "
+                    f"+{100 * (worst / best - 1):.0f} % |"
+                )
+        out += [line for note in work["notes"] for line in ("", note)]
+    return "\n".join(out) + "\n"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The checkout's commit, and whether tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
