@@ -1,8 +1,8 @@
 """Extraction on a Ray cluster: many workers write one store.
 
 Enters: how to load a model, prompts, what `extract` takes. Leaves: the store that a single process with the same token
-budget writes, byte for byte, whoever wrote which shard. Does not know what computing a shard takes: a worker is a
-process that prepares the same `Job` as all others and writes the shards that it is told to.
+budget and number of threads writes, byte for byte, whoever wrote which shard. Does not know what computing a shard
+takes: a worker is a process that prepares the same `Job` as all others and writes the shards that it is told to.
 
 Whoever is free gets the next few neighbouring shards, so that a slow worker delays little. Nothing of a worker that
 dies is needed: what it committed stays, the rest goes to the others, and a new worker takes its place.
@@ -476,7 +476,7 @@ def _connected(address: str | None, transport_bytes: int) -> Iterator[Any]:
                 "use that, or call ray.shutdown() first"
             )
         main = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGTERM) if main else None  # Ray puts its own
+        handler = signal.getsignal(signal.SIGTERM) if main else None  # Ray puts its own in place of it
         try:
             if own:
                 _connect(ray, address or "local", transport_bytes)
@@ -486,7 +486,7 @@ def _connected(address: str | None, transport_bytes: int) -> Iterator[Any]:
                 if own:
                     ray.shutdown()
         finally:
-            if main:
+            if handler is not None:
                 signal.signal(signal.SIGTERM, handler)
 
 

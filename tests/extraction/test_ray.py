@@ -26,8 +26,10 @@ from extracting import prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_net, tiny_tokenizer
+from typer.testing import CliRunner
 
 import reprobe as rp
+from reprobe.cli.app import app
 from reprobe.errors import (
     ArtifactExists,
     ClusterFailed,
@@ -42,7 +44,7 @@ from reprobe.extraction import cluster, extract_on_ray
 from reprobe.extraction.cluster import Crew, Worker
 from reprobe.model.language_model import LanguageModel
 
-N = 80
+N = 50
 OPTIONS = {"at": "all", "sites": "resid.post@*,attn.heads@1", "batch_tokens": 64, "shard_rows": 40}
 
 
@@ -76,13 +78,14 @@ class FewRay:
 
     exceptions = ray.exceptions
 
-    def __init__(self, fate=lambda what, nth: None, seed=0, cpus=3):
-        self.fate, self.random, self.cpus = fate, random.Random(seed), cpus
+    def __init__(self, fate=lambda what, nth: None, seed=0):
+        self.fate, self.random = fate, random.Random(seed)
         self.calls, self.done, self.live, self.hired = [], {}, set(), 0
         self.counts = {"load": 0, "begin": 0, "join": 0, "write": 0}
 
     def nodes(self):
-        return [{"Alive": True, "Resources": {"CPU": float(self.cpus)}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+        # one thread per worker, since the last bits depend on their number
+        return [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
 
     def put(self, value):
         return value
@@ -146,7 +149,7 @@ class FewRay:
 def on_few(folder):
     """`on_few(few, to, **options)`: the run on a `FewRay` in place of Ray; nobody is left working after it."""
 
-    def run(few, to, **options):
+    def run(few, to, model=folder / "model", **options):
         def connected(address, transport_bytes):
             return nullcontext(few)
 
@@ -154,14 +157,14 @@ def on_few(folder):
             patch.setattr(cluster, "_connected", connected)
             patch.setattr(cluster, "_PAUSE_SECONDS", 0.001)
             try:
-                return extract_on_ray(folder / "model", prompts(N), to=to, **OPTIONS | options)
+                return extract_on_ray(model, prompts(N), to=to, **OPTIONS | options)
             finally:
                 assert not few.live
 
     return run
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 99),
     workers=st.integers(1, 4),
@@ -179,7 +182,7 @@ def test_the_bytes_are_those_of_one_process_whoever_works_and_whoever_dies(
     on_few, whole, tmp_path_factory, seed, workers, deaths, halves
 ):
     fates = {("write", nth): "half" for nth in halves} | deaths
-    few = FewRay(lambda what, nth: fates.get((what, nth)), seed, cpus=workers)
+    few = FewRay(lambda what, nth: fates.get((what, nth)), seed)
     store = on_few(few, tmp_path_factory.mktemp("any") / "s", workers=workers)
     assert store.complete
     assert tree(store.path) == whole
@@ -221,6 +224,8 @@ def test_an_error_of_a_worker_ends_the_run_as_itself_and_is_not_tried_again(on_f
     with pytest.raises(UnknownSite, match="@9"):
         on_few(few, tmp_path / "t", workers=1, sites="resid.post@9")
     assert few.counts == {"load": 1, "begin": 1, "join": 0, "write": 0}
+    with pytest.raises(ModelLoadFailed, match="no such folder"):
+        on_few(FewRay(), tmp_path / "t", workers=1, model=tmp_path / "nothing")
     with pytest.raises(IdentityMismatch, match="dtype"):
         on_few(FewRay(), tmp_path / "s", workers=1, dtype="float16", resume=True)
 
@@ -346,6 +351,18 @@ def test_a_worker_takes_no_particular_gpu(folder, tmp_path):
         extract_on_ray(folder / "model", prompts(2), to=tmp_path / "s", load={"device": "cuda:1"})
 
 
+@pytest.mark.parametrize(
+    "more", [("--workers", "2"), ("--ray", "local", "--rank", "0"), ("--ray", "local", "--dry-run")]
+)
+def test_options_that_make_no_sense_together_are_refused(folder, tmp_path, more):
+    prompts(2).to_jsonl(tmp_path / "p.jsonl")
+    line = ["extract", str(folder / "model"), str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "s"), *more]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "--ray" in result.output
+    assert not (tmp_path / "s").exists()
+
+
 # -- a real cluster --------------------------------------------------------------------------------------------------
 
 
@@ -399,13 +416,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_computed_twice(address, fold
 
 
 def test_an_error_crosses_the_cluster_as_itself(address, folder, tmp_path):
-    start = time.monotonic()
     with pytest.raises(UnknownSite, match="@9") as caught:
         extract_on_ray(folder / "model", prompts(N), to=tmp_path / "s", workers=1, sites="resid.post@9")
     assert type(caught.value) is UnknownSite
-    with pytest.raises(ModelLoadFailed, match="no such folder"):
-        extract_on_ray(tmp_path / "nothing", prompts(N), to=tmp_path / "s", workers=1)
-    assert time.monotonic() - start < 60
     assert not (tmp_path / "s").exists()
 
 
