@@ -28,7 +28,9 @@ def test_very_large_stores_have_shards_of_up_to_a_gib(row_bytes: int, shards: tu
 
 @settings(deadline=None, max_examples=200)
 @given(rows=counts, row_bytes=widths)
-def test_default_shards_hold_about_64_mb_or_a_4096th_of_the_store_in_chunks_of_256_to_1024_rows(rows: int, row_bytes: list[int]) -> None:
+def test_default_shards_hold_about_64_mb_or_a_4096th_of_the_store_in_chunks_of_256_to_1024_rows(
+    rows: int, row_bytes: list[int]
+) -> None:
     grid = Grid.of(rows, row_bytes)
     assert grid.shard_rows % grid.chunk_rows == 0
     assert min(rows, 256) <= grid.chunk_rows <= 1024
