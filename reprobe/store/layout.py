@@ -93,9 +93,10 @@ class Grid:
     ) -> "Grid":
         """The grid for `rows` rows whose sites take `row_bytes` bytes per row each.
 
-        By default shards of about `SHARD_BYTES` over all sites (up to 1 GiB in stores of more than 256 GiB), made
-        as equal as possible, in chunks of 256–1024 rows (fewer only if there are fewer rows). A given `shard_rows` is rounded up to whole
-        chunks; a given `chunk_rows` is cut to the shard.
+        By default shards of about `SHARD_BYTES` over all sites (up to 1 GiB in stores of more than 256
+        GiB), made as equal as possible, in chunks of 256–1024 rows (fewer only if there are fewer
+        rows). A given `shard_rows` is rounded up to whole chunks; a given `chunk_rows` is cut to the
+        shard.
         """
         row_bytes = tuple(row_bytes)
         if not row_bytes:
