@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reprobe.control import Ablate, Add, Scope, steer
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
-    from reprobe.extraction import Replay, extract, import_vllm, replay
+    from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
     from reprobe.probing import (
         Direction,
@@ -55,12 +55,14 @@ _HOME = {
     "Replay": "extraction",
     "ReprobeError": "errors",
     "Scope": "control",
+    "Share": "extraction",
     "Site": "model",
     "TransferGrid": "probing",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "extract": "extraction",
+    "extract_on_ray": "extraction",
     "import_vllm": "extraction",
     "intervene": "model",
     "log_odds": "evaluation",
@@ -89,12 +91,14 @@ __all__ = [
     "Replay",
     "ReprobeError",
     "Scope",
+    "Share",
     "Site",
     "TransferGrid",
     "capture",
     "divergence",
     "dose_response",
     "extract",
+    "extract_on_ray",
     "import_vllm",
     "intervene",
     "log_odds",
