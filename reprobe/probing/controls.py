@@ -40,7 +40,8 @@ class Selectivity:
 
     @property
     def selectivity(self) -> Float[np.ndarray, " probes"]:
-        return self.accuracy - self.control
+        above: np.ndarray = self.accuracy - self.control
+        return above
 
 
 def selectivity(

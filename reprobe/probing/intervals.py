@@ -99,8 +99,11 @@ class ClusterBootstrap:
 
     def _values(self, metric: Weighted, counts: Integer[np.ndarray, "groups draws"]) -> Float[np.ndarray, " defined"]:
         """The metric in every draw in which it is defined."""
-        values = np.concatenate([metric(counts[self.groups, part]) for part in self._parts(counts.shape[1])])
-        return values[~np.isnan(values)]
+        values: np.ndarray = np.concatenate(
+            [metric(counts[self.groups, part]) for part in self._parts(counts.shape[1])]
+        )
+        defined: np.ndarray = values[~np.isnan(values)]
+        return defined
 
     def _parts(self, draws: int) -> Iterator[slice]:
         """Slices of the draws, few enough at a time for arrays with a line per row."""
