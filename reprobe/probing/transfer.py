@@ -21,7 +21,7 @@ from reprobe.errors import ArtifactExists, UnknownSite, UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
-from reprobe.probing.grid import Source, _reads, _sites
+from reprobe.probing.grid import Source, site_rows, wanted_sites
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.reader import Reader, TrainingRows
 from reprobe.probing.rows import ProbeRows, common_groups, select_rows
@@ -170,7 +170,9 @@ def transfer(
     sets = _in_common_folds(names, stores, selected, folds, seed)
     tasks = (
         delayed(_at_site)(reader, arrays[0][0], [X for _, X in arrays], sets, transductive)
-        for arrays in zip(*(_reads(s, chosen, r) for s, r in zip(stores.values(), selected, strict=True)), strict=True)
+        for arrays in zip(
+            *(site_rows(s, chosen, r) for s, r in zip(stores.values(), selected, strict=True)), strict=True
+        )
     )
     lines: list[dict[str, Any]] = []
     progress("transfer", 0, len(chosen))
@@ -346,7 +348,7 @@ def _select(
 def _common_sites(stores: Mapping[str, Source], sites: str | Site | Iterable[str | Site] | None) -> tuple[Site, ...]:
     """The sites asked for, which every store must hold; by default those that every store holds."""
     asked = sites if sites is None or isinstance(sites, str | Site) else tuple(sites)
-    found = {name: _sites(store, asked) for name, store in stores.items()}
+    found = {name: wanted_sites(store, asked) for name, store in stores.items()}
     first = next(iter(found.values()))
     if sites is None:
         common = tuple(s for s in first if all(s in other for other in found.values()))
