@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reprobe.control import Ablate, Add, Affine, Scope, steer
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
-    from reprobe.extraction import Replay, extract, import_vllm, replay
+    from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
@@ -70,12 +70,14 @@ _HOME = {
     "ReprobeError": "errors",
     "RidgeReader": "probing",
     "Scope": "control",
+    "Share": "extraction",
     "Site": "model",
     "TTPDReader": "probing",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "extract": "extraction",
+    "extract_on_ray": "extraction",
     "import_vllm": "extraction",
     "intervene": "model",
     "log_odds": "evaluation",
@@ -111,12 +113,14 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ReprobeError",
     "RidgeReader",
     "Scope",
+    "Share",
     "Site",
     "TTPDReader",
     "capture",
     "divergence",
     "dose_response",
     "extract",
+    "extract_on_ray",
     "import_vllm",
     "intervene",
     "log_odds",

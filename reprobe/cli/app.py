@@ -112,6 +112,10 @@ def extract(
         int | None, typer.Option(help="This process of several, from 0; default: the environment's.")
     ] = None,
     world: Annotated[int | None, typer.Option(help="How many processes write the store together.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Run on a Ray cluster: HOST:PORT, auto (this node's), or local (started here).")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="With --ray: how many; default: one per GPU or 4 CPUs.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run and what it takes; write nothing.")
     ] = False,
@@ -121,13 +125,42 @@ def extract(
 ) -> None:
     """Stream hidden states of a model on a data set into a store.
 
-    Under torchrun and in SLURM arrays each process writes its own shards of one store, without further options.
+    Under torchrun and in SLURM arrays each process writes its own shards of one store, without further options. On a
+    Ray cluster all nodes must see the model and the store under the same path.
     """
-    from reprobe.extraction import Share, prepare
+    from reprobe.extraction import Share, extract_on_ray, prepare
     from reprobe.progress import terminal
     from reprobe.prompts import PromptSet
 
     prompts = PromptSet.load(data, limit=limit)
+    if ray is None and workers is not None:
+        raise UsageError("--workers counts those of a Ray cluster: say which with --ray (local starts one here)")
+    if ray is not None:
+        if dry_run or rank is not None or world is not None:
+            raise UsageError("--ray shares the work out by itself and goes without --rank, --world and --dry-run")
+        with terminal() as progress:
+            store = extract_on_ray(
+                model,
+                prompts,
+                to=to,
+                load={"dtype": dtype, "device": device, "revision": revision},
+                address=ray,
+                workers=workers,
+                sites=sites,
+                at=at,
+                pack=pack,
+                dtype=store_dtype,
+                batch_tokens=batch_tokens,
+                truncate=truncate,
+                shard_rows=shard_rows,
+                format=format,
+                compression=compression,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        _say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, complete")
+        return
     lm = _load(model, dtype=dtype, device=device, revision=revision)
     job = prepare(
         lm,
