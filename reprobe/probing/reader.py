@@ -112,7 +112,8 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
 
     def decision_function(self, X: Any) -> Float[np.ndarray, " rows"]:
         """Signed distances from the boundary, (n, width) → (n,). Raises `ReaderNotFitted` before `fit`."""
-        return self.direction_.score(checked_again(self, "direction_", X))
+        X = checked_again(self, "direction_", X)
+        return self.direction_.score(X)
 
     def predict(self, X: Any) -> np.ndarray:
         """The label of each row: `classes_[1]` where `decision_function` is above 0."""
