@@ -40,7 +40,8 @@ class LEACE(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-le
     vary (fewer rows than features), the map is one of several with the same effect on the training rows.
 
     `n_erased_` is the number of dimensions taken away: one for two classes or a number, at most classes − 1; 0 if
-    nothing is correlated with z, and then rows stay as they are. `mean_` is μ, `left_ @ right_.T` the projection.
+    nothing is correlated with z, and then rows stay as they are. A dimension goes whole, however weak its correlation:
+    labels that have nothing to do with the rows cost one too. `mean_` is μ, `left_ @ right_.T` the projection.
     """
 
     mean_: Float[np.ndarray, " width"]

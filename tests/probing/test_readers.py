@@ -43,6 +43,12 @@ sound_reader = pytest.mark.parametrize(
 )
 
 
+#: Cosines with the planted axis that are surpassed at 240 rows of 21 features. Readers that invert a covariance
+#: without shrinkage or stop at any separating direction are further off (0.915 to 0.938 and 0.892 to 0.930 over six
+#: seeds, 0.99 and 0.98 at ten times the rows); the others are above 0.98.
+CLOSE = {str(READERS[k]): cosine for k, cosine in (("logistic", 0.9), ("whitened", 0.88), ("ccs", 0.85))}
+
+
 def fit(reader, data, y=None):
     return clone(reader).fit(data.X, data.y if y is None else y, pairs=data.pairs)
 
@@ -60,7 +66,7 @@ def test_a_planted_direction_is_recovered(reader, planted):
     if isinstance(reader, KSparseReader):
         assert set(np.flatnonzero(d.vector)) == set(np.argsort(-np.abs(data.axis))[: reader.k])
     else:
-        assert d.vector @ data.axis > (0.9 if isinstance(reader, LogisticReader) else 0.98)
+        assert d.vector @ data.axis > CLOSE.get(str(reader), 0.98)
     test = planted(strength=4.0, seed=1)
     test.X += 4.0 * np.outer(test.y - 0.5, data.axis - test.axis)  # new noise, the same axis
     assert fit(reader, data).score(test.X, test.y) > 0.9

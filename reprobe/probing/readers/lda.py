@@ -51,13 +51,14 @@ class LDAReader(MomentsReader):
         return Plane(normal, level, "the positive class has the higher mean")
 
     def _amount(self, covariance: Float[np.ndarray, "width width"], n: int) -> float:
-        if self.shrinkage is None:
+        given: object = self.shrinkage  # whatever a caller passed, not only what the types allow
+        if given is None:
             return 0.0
-        if self.shrinkage == "oas":
+        if given == "oas":
             return oas_shrinkage(covariance, n)
-        if isinstance(self.shrinkage, str) or not 0 <= self.shrinkage <= 1:
-            raise UsageError(f"shrinkage={self.shrinkage!r}; a number from 0 to 1, 'oas', or None")
-        return float(self.shrinkage)
+        if not isinstance(given, int | float | np.number) or not 0 <= given <= 1:
+            raise UsageError(f"shrinkage={given!r}; a number from 0 to 1, 'oas', or None")
+        return float(given)
 
 
 def oas_shrinkage(covariance: Float[np.ndarray, "width width"], n: int) -> float:
