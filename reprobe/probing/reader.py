@@ -155,10 +155,10 @@ def checked(
             check_consistent_length(y, other)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if type_of_target(y) == "unknown":
+    if y.dtype == object and type_of_target(y) == "unknown":
         raise UsageError(
-            f"Unknown label type: y is an array of {y.dtype} with values such as {y.flat[0]!r}; give an array of numbers, "
-            "bools or strings"
+            f"Unknown label type: y is an array of {y.dtype} with values such as {y.flat[0]!r}; give an array of "
+            "numbers, bools or strings"
         )
     require_finite(X)
     return X, y

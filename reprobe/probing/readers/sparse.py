@@ -43,7 +43,7 @@ def rank_features(moments: ClassMoments) -> np.ndarray:
     spread = np.sqrt(np.maximum(within, 0) / moments.total.n)
     # A gap or spread that is rounding error of sums about a far mean counts as none.
     rounding = 16 * np.finfo(np.float64).eps * (np.abs(moments.means).max(axis=0) + spread)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         score = np.where(gap <= rounding, 0.0, np.where(spread <= rounding, np.inf, gap / spread))
     ranked: np.ndarray = np.argsort(-score, kind="stable")
     return ranked
