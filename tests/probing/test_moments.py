@@ -252,7 +252,8 @@ def test_moments_hold_no_more_than_the_memory_they_may():
             yield Batch(rows, {s: torch.from_numpy(values(11))[rows] for s in sites})
 
     n = np.arange(20)
-    rows = ProbeRows(n, n % 2 == 0, n, None, (False, True), tuple(map(str, n)), "", "")
+    names = tuple(map(str, n))
+    rows = ProbeRows(n, n % 2 == 0, n, None, names, (False, True), names, "", "")
     sites = [Site("resid.post", i) for i in range(5)]
     one = 8 * 2 * 11 * 11
     assert len(list(read_moments(Counting(), sites, rows, memory=2 * one + 7))) == 5
