@@ -8,7 +8,8 @@ The way of the data, station by station:
                 (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
-    control     steer with Add, Ablate: a direction put back into the model
+                (LEACE: a concept erased)
+    control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
     evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
 
@@ -19,12 +20,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reprobe.control import Ablate, Add, Scope, steer
+    from reprobe.control import Ablate, Add, Affine, Scope, steer
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
-    from reprobe.extraction import Replay, extract, import_vllm, replay
+    from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
-    from reprobe.probing import Direction, LogisticReader, MeanDifference, PCAReader, ProbeGrid, probe
+    from reprobe.probing import (
+        LEACE,
+        CCSReader,
+        ClusterMean,
+        Direction,
+        KSparseReader,
+        LDAReader,
+        LogisticReader,
+        MeanDifference,
+        PCAReader,
+        ProbeGrid,
+        RandomReader,
+        RidgeReader,
+        TransferGrid,
+        TTPDReader,
+        probe,
+        transfer,
+    )
     from reprobe.prompts import Position, PromptSet
     from reprobe.report import write_report
     from reprobe.store import ActivationStore
@@ -33,8 +51,14 @@ _HOME = {
     "Ablate": "control",
     "ActivationStore": "store",
     "Add": "control",
+    "Affine": "control",
+    "CCSReader": "probing",
+    "ClusterMean": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "KSparseReader": "probing",
+    "LDAReader": "probing",
+    "LEACE": "probing",
     "LanguageModel": "model",
     "LogisticReader": "probing",
     "MeanDifference": "probing",
@@ -43,14 +67,20 @@ _HOME = {
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
+    "RandomReader": "probing",
     "Replay": "extraction",
     "ReprobeError": "errors",
+    "RidgeReader": "probing",
     "Scope": "control",
+    "Share": "extraction",
     "Site": "model",
+    "TTPDReader": "probing",
+    "TransferGrid": "probing",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "extract": "extraction",
+    "extract_on_ray": "extraction",
     "import_vllm": "extraction",
     "intervene": "model",
     "log_odds": "evaluation",
@@ -58,15 +88,22 @@ _HOME = {
     "probe": "probing",
     "replay": "extraction",
     "steer": "control",
+    "transfer": "probing",
     "write_report": "report",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Ablate",
     "ActivationStore",
     "Add",
+    "Affine",
+    "CCSReader",
+    "ClusterMean",
     "Contrast",
     "Direction",
+    "KSparseReader",
+    "LDAReader",
+    "LEACE",
     "LanguageModel",
     "LogisticReader",
     "MeanDifference",
@@ -75,14 +112,20 @@ __all__ = [
     "Position",
     "ProbeGrid",
     "PromptSet",
+    "RandomReader",
     "Replay",
     "ReprobeError",
+    "RidgeReader",
     "Scope",
+    "Share",
     "Site",
+    "TTPDReader",
+    "TransferGrid",
     "capture",
     "divergence",
     "dose_response",
     "extract",
+    "extract_on_ray",
     "import_vllm",
     "intervene",
     "log_odds",
@@ -90,6 +133,7 @@ __all__ = [
     "probe",
     "replay",
     "steer",
+    "transfer",
     "write_report",
 ]
 

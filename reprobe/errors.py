@@ -70,6 +70,10 @@ class StoreUnreachable(ReprobeError):
     """The place of a store cannot be reached or refuses access: no bucket, no credentials, no network."""
 
 
+class ClusterFailed(ReprobeError):
+    """A Ray cluster does not answer, or its workers die again and again. What was committed is kept."""
+
+
 class DiskFull(ReprobeError, OSError):
     """No room left on the device. What was committed is kept."""
 

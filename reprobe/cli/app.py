@@ -112,6 +112,10 @@ def extract(
         int | None, typer.Option(help="This process of several, from 0; default: the environment's.")
     ] = None,
     world: Annotated[int | None, typer.Option(help="How many processes write the store together.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Run on a Ray cluster: HOST:PORT, auto (this node's), or local (started here).")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="With --ray: how many; default: one per GPU or 4 CPUs.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run and what it takes; write nothing.")
     ] = False,
@@ -121,13 +125,42 @@ def extract(
 ) -> None:
     """Stream hidden states of a model on a data set into a store.
 
-    Under torchrun and in SLURM arrays each process writes its own shards of one store, without further options.
+    Under torchrun and in SLURM arrays each process writes its own shards of one store, without further options. On a
+    Ray cluster all nodes must see the model and the store under the same path.
     """
-    from reprobe.extraction import Share, prepare
+    from reprobe.extraction import Share, extract_on_ray, prepare
     from reprobe.progress import terminal
     from reprobe.prompts import PromptSet
 
     prompts = PromptSet.load(data, limit=limit)
+    if ray is None and workers is not None:
+        raise UsageError("--workers counts those of a Ray cluster: say which with --ray (local starts one here)")
+    if ray is not None:
+        if dry_run or rank is not None or world is not None:
+            raise UsageError("--ray shares the work out by itself and goes without --rank, --world and --dry-run")
+        with terminal() as progress:
+            store = extract_on_ray(
+                model,
+                prompts,
+                to=to,
+                load={"dtype": dtype, "device": device, "revision": revision},
+                address=ray,
+                workers=workers,
+                sites=sites,
+                at=at,
+                pack=pack,
+                dtype=store_dtype,
+                batch_tokens=batch_tokens,
+                truncate=truncate,
+                shard_rows=shard_rows,
+                format=format,
+                compression=compression,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        _say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, complete")
+        return
     lm = _load(model, dtype=dtype, device=device, revision=revision)
     job = prepare(
         lm,
@@ -382,6 +415,70 @@ def probe(
         )
 
 
+@verb(
+    "reprobe transfer cities.reprobe neg_cities.reprobe --reader mean-difference --sites 'resid.post@8:20' --to t.json"
+)
+def transfer(
+    stores: Annotated[list[str], typer.Argument(help="Two stores or more, each as PATH or NAME=PATH.")],
+    reader: Annotated[
+        Literal["logistic", "mean-difference", "pca"], typer.Option(help="Which reader to train.")
+    ] = "mean-difference",
+    sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all that every store holds.")] = None,
+    label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
+    positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
+    transductive: Annotated[
+        bool, typer.Option("--transductive", help="Also centre each data set by its own mean, the tested one included.")
+    ] = False,
+    folds: Annotated[int, typer.Option(help="Folds wherever train and test share groups.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    to: Annotated[Path | None, typer.Option(help="Save the table here (.parquet, .csv, .json).")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the matrix here (.svg, .png, .pdf).")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="The site shown and drawn; default: the best where train and test are the same.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one reader on each store, test it on each: what is read here, does it hold there?"""
+    from reprobe.cli.demo import READERS
+    from reprobe.probing import transfer as run_transfer
+    from reprobe.progress import terminal
+    from reprobe.report import transfer_map
+    from reprobe.report.transfer import best_on_the_diagonal
+    from reprobe.store import ActivationStore
+
+    for path in (to, figure):
+        _refuse_existing(path, overwrite)
+    named = [_named_store(text) for text in stores]
+    opened = {name: ActivationStore.open(path) for name, path in named}
+    if len(opened) < len(named):
+        raise UsageError("two stores have the same name: tell them apart with NAME=PATH")
+    with terminal() as progress:
+        grid = run_transfer(
+            opened,
+            READERS[reader](),
+            sites=sites,
+            label=label,
+            positive=_label(next(iter(opened.values())).index, label, positive),
+            transductive=transductive,
+            folds=folds,
+            seed=seed,
+            progress=progress,
+        )
+    for name, note in grid.notes.items():
+        if note:
+            _say(f"note on {name}: {note}")
+    if to is not None:
+        grid.save(to, overwrite=overwrite)
+    if figure is not None:
+        transfer_map(grid, at).savefig(figure)
+    place = at or best_on_the_diagonal(grid)
+    shown = ["train", "test", "site", "centring", "left_out", "n", "accuracy", "accuracy_low", "accuracy_high", "auroc"]
+    grid.matrix(place)  # says which sites there are if this is none
+    rows = grid.table.filter(grid.table["site"] == place).to_dicts()
+    _table(grid.table.to_dicts() if as_json else [{c: row[c] for c in shown} for row in rows], as_json)
+
+
 @verb('reprobe scan smollm2-135m "Paris is in France. Paris is in Peru." --grid truth.grid')
 def scan(
     model: Model,
@@ -561,6 +658,14 @@ def _label(index: Any, column: str, text: str | None) -> Any:
     if text is None or column not in index.columns:
         return text
     return next((value for value in index[column].unique() if str(value) == text), text)
+
+
+def _named_store(text: str) -> tuple[str, str]:
+    """NAME=PATH, or a path, whose last part without suffix is the name."""
+    name, equals, path = text.partition("=")
+    if equals and name and path and "/" not in name:
+        return name, path
+    return Path(text.rstrip("/")).stem, text
 
 
 def _refuse_existing(path: Path | None, overwrite: bool) -> None:

@@ -17,19 +17,18 @@ def steer(lm: LanguageModel, *interventions: Operator, allow_mismatch: bool = Fa
     """Steer whatever the model does inside the context: `lm.generate`, `lm.logits`, `lm.logprobs`, or a direct call.
 
     Interventions act in the order given; nested contexts compose, the outer first. Cached and uncached, padded and
-    unpadded runs agree. Raises `UnknownSite`, `IdentityMismatch` if a direction was read in another model (unless
+    unpadded runs agree. Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless
     `allow_mismatch`), `UsageError` if its width does not fit the site.
     """
     here = None
     for item in interventions:
-        made_with = item.direction.identity
-        if made_with is not None:
+        if item.identity is not None:
             here = here or lm.identity
-            made_with.require_same(here, f"the direction at {item.direction.site}", allow_mismatch=allow_mismatch)
-        width, have = lm.width(item.site), len(item.direction.vector)
-        if width != have:
+            item.identity.require_same(here, f"the {type(item).__name__} at {item.site}", allow_mismatch=allow_mismatch)
+        if (width := lm.width(item.site)) != item.width:
             raise UsageError(
-                f"a direction of width {have} does not fit {item.site} of {lm.name}, which is {width} wide"
+                f"{type(item).__name__} of width {item.width} does not fit {item.site} of {lm.name}, which is "
+                f"{width} wide"
             )
     with intervene(lm, interventions):
         yield

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, UsageError
@@ -81,10 +81,14 @@ class Job:
 
     def own(self, share: Share) -> range:
         """The shards that a share of this job comprises."""
-        ends = self._row_ends
+        return share.shards(self.costs)
+
+    @property
+    def costs(self) -> Float[np.ndarray, " shards"]:
+        """What each shard takes to compute: places of its packs, padding included."""
         bounds = [0, *(shard.stop for shard in self.grid.shards)]
         cost = np.concatenate([[0], np.cumsum(self.plan.size(self.table.n_tokens))])
-        return share.shards(np.diff(np.interp(bounds, ends, cost)))
+        return np.diff(np.interp(bounds, self._row_ends, cost))
 
     def as_begun_at(self, to: str | Path) -> "Job":
         """This job with the token budget that the store at `to` was begun with, if that was left to measurement."""
@@ -148,14 +152,20 @@ class Job:
                 "the steering context, or read steered activations with observe"
             )
         try:
-            writer = self._writer(to, resume=resume, overwrite=overwrite, own=own)
+            writer = self.writer(to, resume=resume, overwrite=overwrite, own=own)
         except IdentityMismatch:
             # Another process may have begun the store meanwhile, with the budget that it measured.
             begun = self.as_begun_at(to)
             if begun is self:
                 raise
             return begun.run(to, resume=resume, overwrite=overwrite, own=own, progress=progress)
-        with writer, ThreadPoolExecutor(max_workers=1, thread_name_prefix="reprobe-write") as pool:
+        with writer:
+            self.fill(writer, progress)
+        return ActivationStore.open(to)
+
+    def fill(self, writer: StoreWriter, progress: Progress = silent) -> None:
+        """Compute and write the missing shards of a writer of this job's store."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reprobe-write") as pool:
             pending: Future[None] | None = None
             try:
                 for shard, values in self._shards(writer.missing(), progress):
@@ -165,9 +175,11 @@ class Job:
             finally:
                 if pending is not None:
                     pending.result()
-        return ActivationStore.open(to)
 
-    def _writer(self, to: str | Path, *, resume: bool, overwrite: bool, own: range | None) -> StoreWriter:
+    def writer(
+        self, to: str | Path, *, resume: bool = False, overwrite: bool = False, own: range | None = None
+    ) -> StoreWriter:
+        """Begin the store of this job, or join it; arguments and errors are those of `run`."""
         return StoreWriter.create(
             to,
             identity=self.lm.identity,

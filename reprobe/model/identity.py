@@ -5,6 +5,7 @@ manifest and header. Does not know where weights came from; it looks at what is 
 """
 
 import hashlib
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 
 from reprobe.errors import CorruptArtifact, IdentityMismatch
 from reprobe.provenance import digest, digest_bytes
+
+#: By fast tokenizer: its state in short, and the digest.
+_DIGESTS: "weakref.WeakKeyDictionary[Any, tuple[str, str]]" = weakref.WeakKeyDictionary()
 
 #: Elements of each tensor that enter the weights digest, evenly spaced from the first to the last.
 SAMPLE = 2048
@@ -105,11 +109,16 @@ def digest_tokenizer(tokenizer: Any) -> str:
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
     if backend is None:
         return digest([sorted(tokenizer.get_vocab().items()), special])
-    # The text is canonical, its maps ordered, and those settings stand before the vocabulary. Parsing it to drop them
-    # would take seconds for a large one.
-    text = backend.to_str()
-    head, mark, rest = text.partition('"added_tokens":')
-    return digest([digest_bytes((rest if mark else head).encode()), special])
+    # Writing out a large vocabulary takes a third of a second, so it is done once for what can be changed in place.
+    state = repr((len(tokenizer), special, tokenizer.added_tokens_decoder, backend.normalizer, backend.pre_tokenizer,
+                  backend.post_processor, backend.decoder))  # fmt: skip
+    known = _DIGESTS.get(tokenizer)
+    if known is None or known[0] != state:
+        # The text is canonical, its maps ordered, and the settings of a call stand before the vocabulary. Parsing it
+        # to drop them would take seconds.
+        head, mark, rest = backend.to_str().partition('"added_tokens":')
+        known = _DIGESTS[tokenizer] = (state, digest([digest_bytes((rest if mark else head).encode()), special]))
+    return known[1]
 
 
 def digest_template(tokenizer: Any) -> str | None:

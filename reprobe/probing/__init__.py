@@ -3,26 +3,71 @@
 direction  · a unit vector at a site, with its provenance    artifact  · one safe file for what is kept
     reader     · what all readers share                          readers   · the readers, one class each
 rows       · which rows of a store, with which labels        crossval  · folds that never split a group
-grid       · one reader at every site: `probe`               intervals · AUROC and cluster bootstrap
-probe_grid · what that leaves: `ProbeGrid`                   logistic  · many logistic regressions solved at once
-    logistic_reader · one penalty, or the best of several
+grid       · one reader at every site: `probe`               metrics   · AUROC, recall at 1 % FPR, ECE
+probe_grid · what that leaves: `ProbeGrid`                   intervals · how sure they are, over groups
+transfer   · from data set to data set                       calibration · scores as probabilities
+permutation · p-values that include the search               controls  · selectivity, online code
+moments    · one-pass sums, streamed from a store        leace     · erasing a concept
+logistic   · many logistic regressions solved at once
 """
 
+from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.controls import OnlineCode, Selectivity, online_code, reader_probabilities, selectivity
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction
 from reprobe.probing.grid import probe
+from reprobe.probing.leace import LEACE
+from reprobe.probing.moments import ClassMoments, JointMoments, Moments, MomentsAccumulator, read_moments
+from reprobe.probing.permutation import MeanDifferenceRefit, Permutations, permutation_test
 from reprobe.probing.probe_grid import ProbeGrid, Selected
 from reprobe.probing.reader import Reader
-from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader
+from reprobe.probing.readers import (
+    CCSReader,
+    ClusterMean,
+    KSparseReader,
+    LDAReader,
+    LogisticReader,
+    MeanDifference,
+    PCAReader,
+    RandomReader,
+    RidgeReader,
+    TTPDReader,
+)
+from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
+    "LEACE",
+    "CCSReader",
+    "ClassMoments",
+    "ClusterMean",
     "Direction",
+    "JointMoments",
+    "KSparseReader",
+    "LDAReader",
     "LogisticReader",
     "MeanDifference",
+    "MeanDifferenceRefit",
+    "Moments",
+    "MomentsAccumulator",
+    "OnlineCode",
     "PCAReader",
+    "Permutations",
+    "Platt",
     "ProbeGrid",
+    "RandomReader",
     "Reader",
+    "RidgeReader",
     "Selected",
+    "Selectivity",
+    "TTPDReader",
+    "TransferGrid",
     "group_folds",
+    "online_code",
+    "permutation_test",
+    "platt",
     "probe",
+    "read_moments",
+    "reader_probabilities",
+    "selectivity",
+    "transfer",
 ]

@@ -86,7 +86,7 @@ def probe(
             f"{type(reader).__name__} reads pairs: "
             'leave them out with where=pl.col("pair").is_not_null()'
         )
-    chosen = _sites(store, sites)
+    chosen = wanted_sites(store, sites)
     fold = group_folds(rows.groups, rows.positive, folds, seed)
     bootstrap = ClusterBootstrap.draw(rows.groups, seed)
     kept = _training(fold)
@@ -96,7 +96,7 @@ def probe(
     # more than they bring (ten times the time, measured with two).
     with threadpool_limits(1, user_api="blas"):
         run = Parallel(n_jobs=n_jobs, backend="threading", return_as="generator")
-        reads = _reads(store, chosen, rows)
+        reads = site_rows(store, chosen, rows)
         if isinstance(reader, BatchReader):
             fitted = _fit_together(reader, reads, rows, kept)
             tasks = (delayed(_judge)(X, one, rows, fold, bootstrap) for X, one in fitted)
@@ -287,7 +287,7 @@ def _judge(
     )
 
 
-def _sites(store: Source, sites: str | Site | Iterable[str | Site] | None) -> tuple[Site, ...]:
+def wanted_sites(store: Source, sites: str | Site | Iterable[str | Site] | None) -> tuple[Site, ...]:
     if sites is None:
         heads = {s: expand(f"attn.heads@{s.layer}.*", store.parts) for s in store.sites if s.part == "attn.heads"}
         return tuple(one for s in store.sites for one in heads.get(s, (s,)))
@@ -298,7 +298,7 @@ def _sites(store: Source, sites: str | Site | Iterable[str | Site] | None) -> tu
     return chosen
 
 
-def _reads(
+def site_rows(
     store: Source, sites: tuple[Site, ...], rows: ProbeRows
 ) -> Iterator[tuple[Site, Float[np.ndarray, "n width"]]]:
     """The rows of each site as float64. Neighbouring heads (or neurons) of one block are read at once."""

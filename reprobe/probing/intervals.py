@@ -1,11 +1,19 @@
-"""How well scores separate two classes, and how sure that is when rows come in groups.
+"""How sure a metric is when rows come in groups: 95 % intervals that cover.
 
-Enters: held-out scores or right/wrong marks, with the group and fold of each row. Leaves: AUROCs and 95 %
-intervals. Does not know sites or readers.
+Enters: right/wrong marks, or a metric as a function of row weights, with the group of each row. Leaves: lower and
+upper bounds. Does not know sites or readers.
 
-Intervals are percentile cluster bootstraps: groups, not rows, are drawn with replacement, as often as there
-are groups, since the rows of one group are not independent. The fitted readers stay as they are; what is
-resampled is their evaluation.
+Groups are what varies, not rows, since the rows of one group are not independent. The plain percentile interval of a
+cluster bootstrap is too narrow with few groups, by √((G−1)/G) and for want of a t quantile, and it takes no account
+of skewness (measured with 12 to 40 groups: 82–94 %). Used here instead:
+
+- for a share, Wilson's interval with the effective number of rows and the t quantile of G − 1 degrees of freedom
+  (Wilson 1927; effective size as in Korn & Graubard 1998). Unlike any bootstrap it does not shrink to a point where
+  every row is right;
+- for any other metric, the BCa bootstrap over groups (Efron 1987), its levels widened for the number of groups as in
+  the expanded percentile interval (Hesterberg 2015, "What teachers should know about the bootstrap").
+
+The fitted readers stay as they are; what is uncertain is their evaluation, on groups like these.
 """
 
 from collections.abc import Iterator
@@ -13,12 +21,19 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
-from scipy.stats import rankdata
+from scipy.stats import norm, t
+
+from reprobe.errors import UsageError
+from reprobe.probing.metrics import FPR, Weighted, fold_auroc, weighted_auroc, weighted_recall
+
+__all__ = ["LEVEL", "RESAMPLES", "ClusterBootstrap", "fold_auroc", "share_interval"]
 
 RESAMPLES = 1000
 LEVEL = 0.95
 #: Numbers held at once while resampling, so that memory does not grow with rows × resamples.
 _BLOCK = 1 << 22
+#: The jackknife leaves out groups one by one up to this many, beyond it in as many blocks of groups.
+_JACKKNIFE = 200
 
 
 @dataclass(frozen=True)
@@ -31,8 +46,8 @@ class ClusterBootstrap:
 
     @classmethod
     def draw(cls, groups: Integer[np.ndarray, " rows"], seed: int, resamples: int = RESAMPLES) -> "ClusterBootstrap":
-        """Resamples of the groups 0 … n−1 named by `groups`."""
-        n = int(groups.max()) + 1
+        """Resamples of the groups 0 … n−1 named by `groups`; `UsageError` for a single one."""
+        n = _count(groups)
         rng = np.random.default_rng(seed)
         counts = np.empty((n, resamples), dtype=np.uint16)
         for b in range(resamples):
@@ -40,15 +55,8 @@ class ClusterBootstrap:
         return cls(counts, groups)
 
     def accuracy(self, correct: Bool[np.ndarray, "rows sites"]) -> Float[np.ndarray, "2 sites"]:
-        """Lower and upper bound of the share of correct rows, for every column at once."""
-        n = len(self.counts)
-        right = np.stack([np.bincount(self.groups, weights=c, minlength=n) for c in correct.T], axis=1)
-        size = np.bincount(self.groups, minlength=n)
-        shares = []
-        for part in self._parts(n):
-            times = self.counts[:, part].T.astype(np.float64)
-            shares.append((times @ right) / (times @ size)[:, None])
-        return _bounds(np.concatenate(shares))
+        """Lower and upper bound of the share of correct rows, for every column at once. Draws nothing."""
+        return share_interval(correct, self.groups)
 
     def auroc(
         self,
@@ -56,56 +64,102 @@ class ClusterBootstrap:
         positive: Bool[np.ndarray, " rows"],
         folds: Integer[np.ndarray, " rows"],
     ) -> Float[np.ndarray, " 2"]:
-        """Lower and upper bound of `fold_auroc`. A fold that a resample leaves without one class does not
-        count in it.
+        """Lower and upper bound of `fold_auroc`. A fold that a resample leaves without one class does not count
+        in it."""
+        return self._within_unit(weighted_auroc(scores, positive, folds), positive)
 
-        Per fold, the negatives are sorted once; what a positive beats is then a running sum of resampled
-        counts.
-        """
-        total, used = np.zeros(self.counts.shape[1]), np.zeros(self.counts.shape[1])
-        for fold in np.unique(folds):
-            high, low = (
-                np.flatnonzero((folds == fold) & positive),
-                np.flatnonzero((folds == fold) & ~positive),
-            )
-            low = low[np.argsort(scores[low])]
-            below = np.searchsorted(scores[low], scores[high], side="left")
-            not_above = np.searchsorted(scores[low], scores[high], side="right")
-            for part in self._parts(len(high) + len(low)):
-                n_high = self.counts[self.groups[high], part].astype(np.float64)
-                n_low = self.counts[self.groups[low], part]
-                beaten = np.zeros((len(low) + 1, n_low.shape[1]))
-                np.cumsum(n_low, axis=0, out=beaten[1:])
-                wins = np.einsum("rb,rb->b", n_high, beaten[below] + beaten[not_above]) / 2
-                pairs = n_high.sum(axis=0) * beaten[-1]
-                total[part] += np.divide(wins, pairs, out=np.zeros_like(wins), where=pairs > 0)
-                used[part] += pairs > 0
-        return _bounds((total[used > 0] / used[used > 0])[:, None])[:, 0]
+    def recall_at_fpr(
+        self,
+        scores: Float[np.ndarray, " rows"],
+        positive: Bool[np.ndarray, " rows"],
+        folds: Integer[np.ndarray, " rows"],
+        fpr: float = FPR,
+    ) -> Float[np.ndarray, " 2"]:
+        """Lower and upper bound of `recall_at_fpr`, the threshold drawn anew in every resample."""
+        return self._within_unit(weighted_recall(scores, positive, folds, fpr), positive)
 
-    def _parts(self, rows: int) -> Iterator[slice]:
-        """Slices of the resamples, few enough at a time for arrays of `rows` lines."""
-        step = max(1, _BLOCK // rows)
-        return (slice(a, a + step) for a in range(0, self.counts.shape[1], step))
+    def bounds(self, metric: Weighted) -> Float[np.ndarray, " 2"]:
+        """Lower and upper bound of any metric of weighted rows: BCa with expanded levels."""
+        n, blocks = len(self.counts), min(len(self.counts), _JACKKNIFE)
+        block = np.arange(n) * blocks // n
+        estimate = float(metric(np.ones((len(self.groups), 1)))[0])
+        left_out = self._values(metric, (block[:, None] != np.arange(blocks)).astype(np.uint16))
+        return _bca(estimate, self._values(metric, self.counts), left_out, n)
+
+    def _within_unit(self, metric: Weighted, positive: Bool[np.ndarray, " rows"]) -> Float[np.ndarray, " 2"]:
+        """`bounds` of a metric between 0 and 1. At an end, where resamples do not vary, Wilson's bound for as many
+        successes in a row as the rarer class has groups."""
+        low, high = self.bounds(metric)
+        if low == high and low in (0.0, 1.0):
+            n = min(len(np.unique(self.groups[side])) for side in (positive, ~positive))
+            reach = _quantile(len(self.counts)) ** 2
+            reach = reach / (n + reach)
+            low, high = (0.0, reach) if high == 0 else (1 - reach, 1.0)
+        return np.array([low, high])
+
+    def _values(self, metric: Weighted, counts: Integer[np.ndarray, "groups draws"]) -> Float[np.ndarray, " defined"]:
+        """The metric in every draw in which it is defined."""
+        values: np.ndarray = np.concatenate(
+            [metric(counts[self.groups, part]) for part in self._parts(counts.shape[1])]
+        )
+        defined: np.ndarray = values[~np.isnan(values)]
+        return defined
+
+    def _parts(self, draws: int) -> Iterator[slice]:
+        """Slices of the draws, few enough at a time for arrays with a line per row."""
+        step = max(1, _BLOCK // len(self.groups))
+        return (slice(a, a + step) for a in range(0, draws, step))
 
 
-def fold_auroc(
-    scores: Float[np.ndarray, " rows"], positive: Bool[np.ndarray, " rows"], folds: Integer[np.ndarray, " rows"]
-) -> float:
-    """The mean over folds of the AUROC within each fold; ties count half.
+def share_interval(
+    correct: Bool[np.ndarray, "rows columns"], groups: Integer[np.ndarray, " rows"]
+) -> Float[np.ndarray, "2 columns"]:
+    """Wilson's interval of the share of True in each column, for rows in groups 0 … n−1.
 
-    Not pooled over folds: each fold's reader has its own scale and offset, so scores of two folds do not
-    compare.
+    The effective number of rows is what would give independent rows the variance between groups (linearised, with
+    G/(G−1)); it is at most the number of rows, and the number of groups where all rows are alike.
     """
-    values = []
-    for fold in np.unique(folds):
-        inside = folds == fold
-        ranks, high = rankdata(scores[inside]), positive[inside]
-        n_high, n_low = int(high.sum()), int((~high).sum())
-        values.append((ranks[high].sum() - n_high * (n_high + 1) / 2) / (n_high * n_low))
-    return float(np.mean(values))
-
-
-def _bounds(samples: Float[np.ndarray, "resamples columns"]) -> Float[np.ndarray, "2 columns"]:
-    tail = (1 - LEVEL) / 2
-    bounds: np.ndarray = np.quantile(samples, [tail, 1 - tail], axis=0)
+    n, rows = _count(groups), len(groups)
+    right = np.stack([np.bincount(groups, weights=c, minlength=n) for c in correct.T], axis=1)
+    share = right.sum(axis=0) / rows
+    spread = right - share * np.bincount(groups, minlength=n)[:, None]
+    variance = n / (n - 1) * (spread**2).sum(axis=0) / rows**2
+    alike = (share == 0) | (share == 1)
+    # The cap also serves groups that hold as many right as wrong rows each, which have no variance between them.
+    effective = np.where(
+        alike, n, share * (1 - share) / np.maximum(variance, np.where(alike, 1.0, share * (1 - share) / rows))
+    )
+    k2 = _quantile(n) ** 2
+    centre = (share + k2 / (2 * effective)) / (1 + k2 / effective)
+    half = np.sqrt(k2 * (share * (1 - share) / effective + k2 / (4 * effective**2))) / (1 + k2 / effective)
+    bounds: np.ndarray = np.clip([centre - half, centre + half], 0, 1)
     return bounds
+
+
+def _bca(
+    estimate: float, samples: Float[np.ndarray, " draws"], left_out: Float[np.ndarray, " blocks"], n_groups: int
+) -> Float[np.ndarray, " 2"]:
+    """Bias-corrected and accelerated bounds at levels widened for the number of groups; NaN without any sample."""
+    if not samples.size:
+        return np.full(2, np.nan)
+    # Half of the ties count as below: with few distinct values the bias would otherwise be that of the ties.
+    below = (np.mean(samples < estimate) + np.mean(samples <= estimate)) / 2
+    bias = norm.ppf(np.clip(below, 0.5 / len(samples), 1 - 0.5 / len(samples)))
+    skew = left_out.mean() - left_out if left_out.size else np.zeros(1)
+    scale = float((skew**2).sum()) ** 1.5
+    acceleration = float((skew**3).sum()) / (6 * scale) if scale > 0 else 0.0
+    z = np.sqrt(n_groups / (n_groups - 1)) * _quantile(n_groups) * np.array([-1.0, 1.0])
+    levels = norm.cdf(bias + (bias + z) / np.maximum(1 - acceleration * (bias + z), 1e-3))
+    bounds: np.ndarray = np.quantile(samples, levels)
+    return bounds
+
+
+def _quantile(n_groups: int) -> float:
+    return float(t.ppf(1 - (1 - LEVEL) / 2, n_groups - 1))
+
+
+def _count(groups: Integer[np.ndarray, " rows"]) -> int:
+    n = int(groups.max()) + 1
+    if n < 2:
+        raise UsageError("all rows are of one group: how results vary between groups cannot be told from it")
+    return n

@@ -60,20 +60,18 @@ def solve_many(
     positive: Bool[Tensor, "*problems rows"],
     C: float | Float[Tensor, "*sites problems"],
     weights: Float[Tensor, "problems rows"] | None = None,
-    *,
-    standardise: bool = True,
 ) -> Fits:
     """Minimise Σᵢ ωᵢ log(1 + exp(−yᵢ (zᵢ·w + b))) + ‖w‖² / (2C) over w and b, y = ±1; `b` is not penalised.
 
     z are the features standardised by the mean and standard deviation of the problem's own rows, weighted by ω
-    (`weights`, ≥ 0; default: all rows count once); a feature that is constant in them gets the weight 0. With
-    `standardise=False`, z are the rows as they are. `positive` is the same for all problems, or one line for each;
+    (`weights`, ≥ 0; default: all rows count once); a feature that is constant in them gets the weight 0.
+    `positive` is the same for all problems, or one line for each;
     `C` one number, or one for each problem, or for each site and problem. Computed on the device of X; in float64.
 
     A problem ends when its gradient is below `TOLERANCE` or no longer falls; the caller judges `gradient`.
     """
     sites, n, width = X.shape
-    y = torch.atleast_2d(positive).to(X.device, torch.float64)
+    y = positive.reshape(-1, n).to(X.device, torch.float64)
     ones = torch.ones(1, n, dtype=torch.float64, device=X.device)
     omega = ones if weights is None else weights.to(X.device, torch.float64)
     penalty = torch.as_tensor(C, dtype=torch.float64, device=X.device)
@@ -86,26 +84,11 @@ def solve_many(
         lines = len(shared.mean)
         per_problem = lines * (n + width if width > NARROW else n + width**2)
         found = [
-            _solve_chunk(shared, y[:, part], omega[:, part], penalty[at, part], standardise)
+            _solve_chunk(shared, y[:, part], omega[:, part], penalty[at, part])
             for part in _chunks(problems, 4 * _room(X) // per_problem)
         ]
         parts.append([torch.cat(one, dim=1) for one in zip(*found, strict=True)])
     return Fits(*(torch.cat(one) for one in zip(*parts, strict=True)))
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Log-odds are `Z @ weights + intercept`; `gradient` as in `Fits`."""
-
-    weights: Float[np.ndarray, " width"]
-    intercept: float
-    gradient: float
-
-
-def solve(Z: Float[np.ndarray, "rows width"], positive: Bool[np.ndarray, " rows"], C: float) -> Solution:
-    """One problem, features as they are: minimise Σ log(1 + exp(−y (Z w + b))) + ‖w‖² / (2C) over w and b."""
-    found = solve_many(as_tensor(Z)[None], as_tensor(positive), C, standardise=False)
-    return Solution(found.weights[0, 0].numpy(), float(found.intercept[0, 0]), float(found.gradient[0, 0]))
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
@@ -157,7 +140,7 @@ class _Own:
     constant: Bool[Tensor, "sites width problems"]
 
     @classmethod
-    def standardised(cls, shared: _Shared, omega: Float[Tensor, "rows problems"]) -> "_Own":
+    def of(cls, shared: _Shared, omega: Float[Tensor, "rows problems"]) -> "_Own":
         x, total = shared.A[..., :-1], omega.sum(0)
         m = x.mT @ omega / total
         variance = x.square().mT @ omega / total - m.square()
@@ -170,12 +153,6 @@ class _Own:
         rounding = (x.shape[1] * _EPS) ** 2 * (1 + m.square() + (mean / scale).square())
         constant = constant | (variance <= rounding)
         return cls(m, torch.where(constant, 1 / scale, variance.sqrt()), constant)
-
-    @classmethod
-    def raw(cls, shared: _Shared, problems: int) -> "_Own":
-        shape = (*shared.mean.shape, problems)
-        m, u = -(shared.mean / shared.scale)[..., None], (1 / shared.scale)[..., None]
-        return cls(m.expand(shape), u.expand(shape), torch.zeros(shape, dtype=torch.bool, device=m.device))
 
     def __getitem__(self, kept: Any) -> "_Own":
         return _Own(self.m[..., kept], self.u[..., kept], self.constant[..., kept])
@@ -191,10 +168,9 @@ def _solve_chunk(
     y: Float[Tensor, "rows problems"],
     omega: Float[Tensor, "rows problems"],
     C: Float[Tensor, "sites problems"],
-    standardise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four arrays of `Fits`."""
-    own = _Own.standardised(shared, omega) if standardise else _Own.raw(shared, y.shape[1])
+    own = _Own.of(shared, omega)
     # A constant feature is a second intercept; a wall of a penalty keeps it at 0.
     ridge = torch.where(own.constant, 1e8 * omega.sum(0), own.u.square() / C[:, None])
     task = _Task(shared.A, y.contiguous(), omega.contiguous(), pad(ridge, (0, 0, 0, 1)), own)

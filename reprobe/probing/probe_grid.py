@@ -63,7 +63,7 @@ class ProbeGrid:
     """Results of one reader at many sites.
 
     `table` has one line per site: accuracy of all held-out predictions, the mean of the folds' AUROCs, each
-    with its 95 % cluster-bootstrap interval over groups, and `chance`, the share of the larger class.
+    with its 95 % interval over groups (see `intervals`), and `chance`, the share of the larger class.
     `directions` are fitted on all rows. `oof[i, j]` is the held-out score of row i at site j; above 0
     predicts `classes[1]`. `inner[k, j]` is the accuracy at site j by cross-validation among the rows outside
     fold k. `positive`, `groups`, `fold` and `rows` (number in the store) are those of each row. `note` says

@@ -29,11 +29,12 @@ class ReaderNotFitted(NotFitted, NotFittedError):  # type: ignore[misc]
 @dataclass(frozen=True)
 class TrainingRows:
     """What a reader fits on: rows, which of them are of the positive class, and the pair and the group of each (None:
-    not given)."""
+    not given). `side` is a second division of the rows, for readers that need one: see their `fit`."""
 
     X: Float[np.ndarray, "rows width"]
     positive: Bool[np.ndarray, " rows"]
     pairs: Integer[np.ndarray, " rows"] | None
+    side: Bool[np.ndarray, " rows"] | None = None
     groups: Integer[np.ndarray, " rows"] | None = None
 
 
@@ -70,14 +71,14 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
         something: which groups are in X is decided by who calls. Raises `UsageError` for NaN, one class, more
         than two, or rows in which the classes do not differ.
         """
+        return self.fit_rows(self._checked(X, y, groups, pairs))
+
+    def _checked(self, X: Any, y: Any, groups: Any, pairs: Any) -> TrainingRows:
+        X, y = checked(self, X, y, groups, pairs)
         try:
-            X, y = validate_data(self, as_array(X), as_array(y), dtype=np.float64, ensure_all_finite=False)
-            for other in (groups, pairs):
-                check_consistent_length(y, other)
             check_classification_targets(y)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        _require_finite(X)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) == 1:
             raise UsageError(f"y holds one class only ({self.classes_[0]!r}); a reader needs two classes")
@@ -88,9 +89,12 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
                 f"y is {type_of_target(y)}, with {len(self.classes_)} classes: {found}"
                 f"{', …' if len(self.classes_) > 6 else ''}. Keep the rows of two of them."
             )
-        codes_of_pairs = _pair_codes(pairs) if self.uses_pairs and pairs is not None else None
-        groups = None if groups is None else np.unique(as_array(groups), return_inverse=True)[1]
-        return self.fit_rows(TrainingRows(X, codes == 1, codes_of_pairs, groups=groups))
+        return TrainingRows(
+            X,
+            codes == 1,
+            pair_codes(pairs) if self.uses_pairs and pairs is not None else None,
+            groups=None if groups is None else np.unique(as_array(groups), return_inverse=True)[1],
+        )
 
     def fit_rows(self, rows: TrainingRows) -> Self:
         """Fit on rows that have been checked: finite, float64, of both classes.
@@ -102,10 +106,12 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
             self.classes_ = np.array([False, True])
         self.n_features_in_ = rows.X.shape[1]
         plane = self._fit_plane(rows)
-        negative, positive = self.classes_.tolist()
-        scale = float(np.std(rows.X @ (plane.normal / np.linalg.norm(plane.normal))))
-        self.direction_ = direction_of(plane, scale, self, (negative, positive))
+        self._keep(plane, float(np.std(rows.X @ (plane.normal / np.linalg.norm(plane.normal)))))
         return self
+
+    def _keep(self, plane: Plane, scale: float) -> None:
+        negative, positive = self.classes_.tolist()
+        self.direction_ = direction_of(plane, scale, self, (negative, positive))
 
     @abstractmethod
     def _fit_plane(self, rows: TrainingRows) -> Plane:
@@ -113,13 +119,7 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
 
     def decision_function(self, X: Any) -> Float[np.ndarray, " rows"]:
         """Signed distances from the boundary, (n, width) → (n,). Raises `ReaderNotFitted` before `fit`."""
-        if not hasattr(self, "direction_"):
-            raise ReaderNotFitted(f"this {type(self).__name__} is not fitted yet; call fit(X, y) first")
-        try:
-            X = validate_data(self, as_array(X), dtype=np.float64, ensure_all_finite=False, reset=False)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        _require_finite(X)
+        X = checked_again(self, "direction_", X)
         return self.direction_.score(X)
 
     def predict(self, X: Any) -> np.ndarray:
@@ -150,6 +150,57 @@ class BatchReader(Reader):
         """
 
 
+def as_array(X: Any) -> Any:
+    """A tensor as a numpy array (bfloat16 and float16 as float32, which is exact); anything else as it is."""
+    if not isinstance(X, torch.Tensor):
+        return X
+    X = X.detach().cpu()
+    return (X.float() if X.dtype in (torch.bfloat16, torch.float16) else X).numpy()
+
+
+def checked(
+    estimator: Any, X: Any, y: Any, *others: Any, multi_output: bool = False
+) -> tuple[Float[np.ndarray, "rows width"], np.ndarray]:
+    """X in float64 and y as an array, of equal lengths, as those of `others` that are not None; X finite.
+
+    Sets the estimator's `n_features_in_`. Raises `UsageError`, with the numbers of rows that hold NaN or infinity.
+    """
+    try:
+        X, y = validate_data(
+            estimator,
+            as_array(X),
+            as_array(y),
+            dtype=np.float64,
+            ensure_all_finite=False,
+            ensure_min_samples=2,
+            multi_output=multi_output,
+        )
+        for other in others:
+            check_consistent_length(y, other)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if y.dtype == object and type_of_target(y) == "unknown":
+        raise UsageError(
+            f"Unknown label type: y is an array of {y.dtype} with values such as {y.flat[0]!r}; give an array of "
+            "numbers, bools or strings"
+        )
+    require_finite(X)
+    return X, y
+
+
+def checked_again(estimator: Any, fitted: str, X: Any) -> Float[np.ndarray, "rows width"]:
+    """X in float64, finite and as wide as in `fit`; `ReaderNotFitted` if there is no attribute `fitted` yet."""
+    if not hasattr(estimator, fitted):
+        raise ReaderNotFitted(f"this {type(estimator).__name__} is not fitted yet; call fit(X, y) first")
+    try:
+        X = validate_data(estimator, as_array(X), dtype=np.float64, ensure_all_finite=False, reset=False)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    require_finite(X)
+    rows: np.ndarray = X
+    return rows
+
+
 def direction_of(plane: Plane, scale: float, reader: Any, classes: tuple[Any, Any] | None) -> Direction:
     """The direction of a plane that `reader` has found."""
     length = float(np.linalg.norm(plane.normal))
@@ -166,28 +217,31 @@ def direction_of(plane: Plane, scale: float, reader: Any, classes: tuple[Any, An
     )
 
 
-def as_array(X: Any) -> Any:
-    """A tensor as a numpy array (bfloat16 and float16 as float32, which is exact); anything else as it is."""
-    if not isinstance(X, torch.Tensor):
-        return X
-    X = X.detach().cpu()
-    return (X.float() if X.dtype in (torch.bfloat16, torch.float16) else X).numpy()
-
-
-def require_direction(v: Float[np.ndarray, " width"], X: Float[np.ndarray, "rows width"], why: str) -> None:
-    """Raise `UsageError` with `why` if `v`, in units of X, is as short as the rounding error of sums of X."""
-    if np.linalg.norm(v) <= 16 * np.finfo(np.float64).eps * np.abs(X).max() * np.sqrt(X.shape[1]):
+def require_direction(v: Float[np.ndarray, " width"], magnitude: float, why: str) -> None:
+    """Raise `UsageError` with `why` if `v` is as short as the rounding error of sums of rows of this magnitude (the
+    largest absolute value in them)."""
+    if np.linalg.norm(v) <= 16 * np.finfo(np.float64).eps * magnitude * np.sqrt(len(v)):
         raise UsageError(why)
 
 
-def _require_finite(X: Float[np.ndarray, "rows width"]) -> None:
+def require_finite(X: Float[np.ndarray, "rows width"]) -> None:
+    """Raise `UsageError` with the numbers of the rows that hold NaN or infinity."""
     bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
     if bad.size:
         shown = ", ".join(map(str, bad[:8])) + (", …" if bad.size > 8 else "")
         raise UsageError(f"X contains NaN or infinity (inf) in {bad.size} of {len(X)} rows: {shown}")
 
 
-def _pair_codes(pairs: Any) -> Integer[np.ndarray, " rows"]:
+def above_zero(values: Any, name: str, n: int) -> Bool[np.ndarray, " rows"]:
+    """Which of n rows have a value above 0. Raises `UsageError` unless the values are n finite numbers (or bools)."""
+    found = np.asarray(as_array(values))
+    if found.shape != (n,) or found.dtype.kind not in "biuf" or not np.isfinite(found.astype(np.float64)).all():
+        raise UsageError(f"{name} must be {n} numbers or bools, one per row, not {found.dtype} of shape {found.shape}")
+    return found > 0
+
+
+def pair_codes(pairs: Any) -> Integer[np.ndarray, " rows"]:
+    """Pairs numbered from 0 in the order of their first rows; `UsageError` if a row names none."""
     names = np.asarray(as_array(pairs), dtype=object)
     missing = np.flatnonzero([p is None or p != p for p in names])
     if missing.size:

@@ -4,6 +4,7 @@ Enters: a store's index, the name of a label column. Leaves: `ProbeRows`. Does n
 readers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,8 @@ class ProbeRows:
     """Rows to fit and test on, in the order of prompt ids and positions, however the store is laid out.
 
     `rows` are row numbers of the store; `groups` counts from 0 without gaps; `pairs` is −1 where a row has
-    none, and None if no row has one. `note` says in words what a reader of the results must know; `digest`
+    none, and None if no row has one. `names` are the groups' own names ("group Paris"; "prompt 17" where there is
+    none), before pairs joined them. `note` says in words what a reader of the results must know; `digest`
     covers which tokens of which prompts these are, with label and group.
     """
 
@@ -30,6 +32,7 @@ class ProbeRows:
     positive: Bool[np.ndarray, " n"]
     groups: Integer[np.ndarray, " n"]
     pairs: Integer[np.ndarray, " n"] | None
+    names: tuple[str, ...]
     classes: tuple[Label, Label]
     prompts: tuple[str, ...]
     note: str
@@ -95,11 +98,37 @@ def select_rows(
         positive=np.array([v == classes[1] for v in values], dtype=bool),
         groups=groups.astype(np.int64),
         pairs=pairs,
+        names=tuple(named["group"]),
         classes=classes,
         prompts=tuple(frame["prompt"]),
         note=" ".join(notes),
         digest=digest_lines(f"{prompt!r} {position} {value!r} {group}" for prompt, position, value, group in lines),
     )
+
+
+def common_groups(selections: Sequence[ProbeRows], prompts: Sequence[str]) -> list[Integer[np.ndarray, " n"]]:
+    """Group numbers that hold across several selections: rows of one group have one number, wherever they are.
+
+    Groups are the same if their names are (the city of a true and of a negated statement), or if they hold the same
+    prompt; `prompts` are digests of the prompt sets, since ids compare only within one. Whatever pairs or names link
+    is one group, in every selection.
+    """
+    nodes: dict[object, int] = {}
+    edges = []
+    for i, (rows, digest) in enumerate(zip(selections, prompts, strict=True)):
+        for group, name, prompt in zip(rows.groups.tolist(), rows.names, rows.prompts, strict=True):
+            own = nodes.setdefault((i, group), len(nodes))
+            keys = [(digest, prompt)] if name.startswith("prompt ") else [(digest, prompt), name]
+            edges += [(own, nodes.setdefault(key, len(nodes))) for key in keys]
+    ends = np.array(edges, dtype=np.int64).T
+    graph = coo_matrix((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(len(nodes), len(nodes)))
+    component = connected_components(graph, directed=False)[1]
+    found = [
+        component[[nodes[i, group] for group in rows.groups.tolist()]].astype(np.int64)
+        for i, rows in enumerate(selections)
+    ]
+    codes = np.unique(np.concatenate(found), return_inverse=True)[1]
+    return np.split(codes, np.cumsum([len(f) for f in found])[:-1])
 
 
 def _classes(labels: pl.Series, name: str, positive: Label | None) -> tuple[Label, Label]:

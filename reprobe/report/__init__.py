@@ -3,7 +3,8 @@
 results  · the files of a results folder      study    · probe grids that belong together
 curves   · accuracy over blocks, effect over strength
 maps     · accuracy of heads, scores of tokens
-points   · rows of one site                   style    · how figures look
+points   · rows of one site                   transfer · from data set to data set
+style    · how figures look
 sections · what the page says                 blocks   · what sections are made of
 svg      · a figure as part of a page         page     · the page itself
 """
@@ -28,6 +29,7 @@ from reprobe.report.results import (
     write_scan,
     write_steering,
 )
+from reprobe.report.transfer import transfer_map
 
 __all__ = [
     "Results",
@@ -47,6 +49,7 @@ __all__ = [
     "scan_map",
     "scatter",
     "store_path",
+    "transfer_map",
     "write_report",
     "write_run",
     "write_scan",

@@ -49,7 +49,10 @@ from reprobe.report.study import (
 from reprobe.store.reader import ActivationStore
 
 _LEVEL = f"{100 * LEVEL:.0f}\u00a0%"
-_INTERVAL = f"{_LEVEL} percentile intervals of a cluster bootstrap over groups ({RESAMPLES:,} resamples)"
+_INTERVAL = (
+    f"{_LEVEL} intervals over groups (accuracy: Wilson, with the effective number of rows; AUROC: cluster bootstrap, "
+    f"BCa, {RESAMPLES:,} resamples)"
+)
 _HYPHEN = "\u2011"  # a hyphen at which no line ends
 
 
@@ -136,7 +139,7 @@ def _heads(found: Sequence[Study]) -> Section:
             above = grid.table.filter(pl.col("accuracy_low") > pl.col("chance")).height
             caption = (
                 f"{name} on {study.name} ({study.size}): held-out accuracy of each attention head. The "
-                f"{_LEVEL} cluster-bootstrap interval lies above chance ({study.chance:.3f}) in {above} of "
+                f"{_LEVEL} interval over groups lies above chance ({study.chance:.3f}) in {above} of "
                 f"{n} heads; × marks the others, the frame the highest."
             )
             figure = head_map(grid, limits=limits, title=f"{study.name}, {name}")

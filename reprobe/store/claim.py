@@ -61,7 +61,7 @@ def claim(place: Place, *, resume: bool, overwrite: bool, join: bool) -> Claim:
     if isinstance(place, LocalFolder):
         return Claim(place, _locked(place, may_exist=may_exist, join=join))
     if place.exists():
-        _require_ours(place, may_exist=may_exist)
+        require_ours(place, may_exist=may_exist)
     return Claim(place, None)
 
 
@@ -73,7 +73,7 @@ def _locked(place: LocalFolder, *, may_exist: bool, join: bool) -> Lock:
             root.mkdir()
         except FileExistsError:
             try:
-                _require_ours(place, may_exist=may_exist)  # before anything of ours, even a lock, is put there
+                require_ours(place, may_exist=may_exist)  # before anything of ours, even a lock, is put there
             except (ArtifactExists, FileNotFoundError):
                 if join and not root.exists():
                     continue  # another writer, whose beginning failed, took it back
@@ -89,7 +89,7 @@ def _locked(place: LocalFolder, *, may_exist: bool, join: bool) -> Lock:
             remove_if_empty(root)
             raise
         try:
-            _require_ours(place, may_exist=True)  # once more, now that nobody else can begin or replace it
+            require_ours(place, may_exist=True)  # once more, now that nobody else can begin or replace it
             if lock.alone or is_store(place):
                 return lock
         except BaseException:
@@ -153,7 +153,7 @@ def remove_temporary(place: Place, shards: range | None) -> None:
             place.remove(name)
 
 
-def _require_ours(place: Place, *, may_exist: bool) -> None:
+def require_ours(place: Place, *, may_exist: bool) -> None:
     """Raise `ArtifactExists` unless this may be used, and all of it belongs to a store or to one never begun."""
     store = is_store(place)
     # asked once more at the end: another writer may have begun it between the first two questions

@@ -34,6 +34,10 @@ TOKEN_COLUMNS = ("prompt", "tokens")
 #: Aim for the size of one shard over all sites together: large enough that a commit costs little beside the
 #: writing, small enough that a kill loses seconds and a buffer of one shard fits any machine.
 SHARD_BYTES = 64 * 2**20
+#: A very large store has larger shards, so that its files stay countable: about so many, as long as a shard is no
+#: larger than this, because two of them are in memory at once.
+_MANY_SHARDS = 4096
+_LARGEST_SHARD_BYTES = 2**30
 #: Rows in an inner chunk, the unit of random reading: at most so many, and half of it where a row is wide.
 CHUNK_ROWS = 1024
 _WIDE_ROW_BYTES = 4096
@@ -89,9 +93,10 @@ class Grid:
     ) -> "Grid":
         """The grid for `rows` rows whose sites take `row_bytes` bytes per row each.
 
-        By default shards of about `SHARD_BYTES` over all sites, made as equal as possible, in chunks of
-        256–1024 rows (fewer only if there are fewer rows). A given `shard_rows` is rounded up to whole
-        chunks; a given `chunk_rows` is cut to the shard.
+        By default shards of about `SHARD_BYTES` over all sites (up to 1 GiB in stores of more than 256
+        GiB), made as equal as possible, in chunks of 256–1024 rows (fewer only if there are fewer
+        rows). A given `shard_rows` is rounded up to whole chunks; a given `chunk_rows` is cut to the
+        shard.
         """
         row_bytes = tuple(row_bytes)
         if not row_bytes:
@@ -101,7 +106,8 @@ class Grid:
                 raise UsageError(f"{name} is {value}: it must be at least 1")
         cap = CHUNK_ROWS // 2 if max(row_bytes) > _WIDE_ROW_BYTES else CHUNK_ROWS
         if shard_rows is None:
-            most = max(SHARD_BYTES // sum(row_bytes), CHUNK_ROWS // 4)
+            aim = min(max(SHARD_BYTES, rows * sum(row_bytes) // _MANY_SHARDS), _LARGEST_SHARD_BYTES)
+            most = max(aim // sum(row_bytes), CHUNK_ROWS // 4)
             shard_rows = math.ceil(rows / math.ceil(rows / most))
             # equal shards may fall below the smallest chunk; a shorter last shard is better than tiny chunks
             shard_rows = min(rows, max(shard_rows, CHUNK_ROWS // 4))

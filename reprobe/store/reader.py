@@ -282,8 +282,8 @@ class ActivationStore:
         (rank, world): with it, so do the ranks of distributed training, equally to within a row. With
         `drop_last` every worker of every rank gets the same number of whole batches, and the few rows over are
         left out (others in each shuffled epoch). Shuffled, call `set_epoch(n)` before each epoch: the order
-        depends on seed and n. Works with workers that are forked or spawned, and kept or not. The columns are
-        held in memory, and copied to each worker that is spawned.
+        depends on seed and n. Workers may be forked or spawned (spawned only for a store at a URL), and kept or
+        not. The columns are held in memory, and copied to each worker that is spawned.
 
         Raises `UnknownSite`, `UsageError`, `IncompleteStore`; `CorruptArtifact` where rows are read.
         """

@@ -5,9 +5,10 @@ whatever the number of workers and ranks. Does not know models or losses.
 
 Every reader (each worker of each rank) has its own part of the epoch and opens the store itself: neither open
 files nor threads are carried from one process to another, and polars, which does not survive a fork, is used
-in the first process only.
+in the first process only. Neither does the client of object stores: their workers must be spawned.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class TorchBatches(IterableDataset[dict[str, Any]]):
         self._share = share
         self._drop_last = drop_last
         self._order(0, share)  # refuse malformed arguments here, not in a worker
+        self._process = os.getpid()
         # in shared memory, so that workers that are kept from epoch to epoch see it change
         self._epoch = _shared(torch.zeros((), dtype=torch.int64))
 
@@ -65,6 +67,11 @@ class TorchBatches(IterableDataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if isinstance(self._store.path, str) and os.getpid() != self._process:
+            raise UsageError(
+                f"a forked worker cannot read {self._store.path}, because the client of object stores does not survive "
+                "a fork: give the DataLoader multiprocessing_context='spawn'"
+            )
         rank, world = self._share
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -83,6 +90,7 @@ class TorchBatches(IterableDataset[dict[str, Any]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._process = os.getpid()
         self._epoch = _shared(self._epoch)
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import reprobe as rp
 from reprobe.cli.app import app
 
-VERBS = ("demo", "extract", "info", "verify", "probe", "scan", "steer", "report")
+VERBS = ("demo", "extract", "info", "verify", "probe", "transfer", "scan", "steer", "report")
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +218,21 @@ def test_a_typed_label_finds_the_number_that_it_means(run, made):
         "probe", "s.reprobe", "--positive", "0", "--reader", "mean-difference", "--folds", 4, "--to", "zero.safetensors"
     )
     assert rp.ProbeGrid.load(made / "zero.safetensors").classes == (1, 0)
+
+
+def test_transfer_prints_every_pair_and_saves_table_and_figure(run, made):
+    arguments = ["transfer", "one=s.reprobe", "s.reprobe", "--folds", 4, "--sites", "resid.post@*", "--transductive"]
+    shown = run(*arguments, "--at", "resid.post@1", "--to", "t.json", "--figure", "t.png").stdout
+    assert "resid.post@1" in shown
+    assert "resid.post@0" not in shown
+    rows = json.loads(run(*arguments, "--json").stdout)
+    assert {(r["train"], r["test"]) for r in rows} == {(a, b) for a in ("one", "s") for b in ("one", "s")}
+    assert len(rows) == 4 * 3 * 2
+    assert json.loads((made / "t.json").read_text())["table"] == rows
+    assert (made / "t.png").read_bytes().startswith(b"\x89PNG")
+    run(*arguments, "--to", "t.json", code=2)
+    assert "NAME=PATH" in run("transfer", "s.reprobe", "s.reprobe", code=2).stderr
+    assert "there are sites" in run(*arguments, "--at", "resid.post@9", code=2).stderr
 
 
 def test_scan_reads_every_token_at_every_block(run, made):

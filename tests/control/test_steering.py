@@ -45,7 +45,18 @@ def steps(lm, prompts, spans, *, use_cache=True, n=3, **options):
 
 def operators(lm, scope):
     d = direction(lm)
-    return {"add": rp.Add(d, 1.5, tokens=scope), "ablate": rp.Ablate(d, tokens=scope)}
+    return {
+        "add": rp.Add(d, 1.5, tokens=scope),
+        "ablate": rp.Ablate(d, tokens=scope),
+        "affine": rp.Affine(*affine(d), site=d.site, tokens=scope),
+    }
+
+
+def affine(d):
+    """A matrix and a row that change every vector: a quarter turned, shrunk, and moved."""
+    rng = np.random.default_rng(4)
+    A = 0.7 * np.eye(d.width) + 0.3 * rng.normal(size=(d.width, d.width)) / np.sqrt(d.width)
+    return A, rng.normal(size=d.width)
 
 
 def close(a, b):
@@ -216,6 +227,65 @@ def test_ablation_is_idempotent_and_undoes_what_was_added(tiny_lm):
         assert close(lm.logits(PROMPTS), once)
     with rp.steer(lm, rp.Ablate(d), rp.Add(d, 7.0)):  # order counts
         assert not close(lm.logits(PROMPTS), once)
+
+
+def test_an_affine_map_is_applied_to_each_row_and_ablation_is_one_of_them(tiny_lm):
+    lm = tiny_lm("llama")
+    d = direction(lm)
+    A, b = affine(d)
+    with observe(lm, d.site) as seen:
+        lm.logits(PROMPTS[1])
+        before = seen[d.site].double()
+        with rp.steer(lm, rp.Affine(A, b, site=d.site)):
+            lm.logits(PROMPTS[1])
+            after = seen[d.site]
+    assert torch.allclose(after.double(), before @ torch.from_numpy(A).T + torch.from_numpy(b), atol=1e-5)
+    projection = rp.Affine(np.eye(d.width) - np.outer(d.vector, d.vector), np.zeros(d.width), site=d.site)
+    with rp.steer(lm, projection):
+        projected = lm.logits(PROMPTS[1])
+    with rp.steer(lm, rp.Ablate(d)):
+        assert torch.allclose(projected, lm.logits(PROMPTS[1]), atol=1e-5)
+
+
+def test_an_eraser_in_the_model_leaves_the_class_means_equal(tiny_lm):
+    lm = tiny_lm("llama")
+    site = direction(lm).site
+    rng = np.random.default_rng(0)
+    texts = [
+        " ".join(rng.choice(["the", "cat", "dog", "is", "on"], 5)) + (" in" if i % 3 else " mat") for i in range(60)
+    ]
+    y = np.arange(60) % 3 > 0
+
+    def rows():
+        with observe(lm, site) as seen:
+            found = []
+            for text in texts:
+                lm.logits(text)
+                found.append(seen[site][0, -1].double().numpy())
+        return np.stack(found)
+
+    plain = rows()
+    eraser = rp.LEACE().fit(plain, y)
+    with rp.steer(lm, rp.Affine(*eraser.affine(), site=site, identity=lm.identity)):
+        erased = rows()
+    np.testing.assert_allclose(erased, eraser.transform(plain), atol=1e-4 * np.abs(plain).max())
+    gap, was = (np.linalg.norm(X[y].mean(axis=0) - X[~y].mean(axis=0)) for X in (erased, plain))
+    assert gap < 1e-4 * was
+
+
+def test_an_affine_map_that_does_not_fit_is_refused(tiny_lm):
+    lm = tiny_lm("llama")
+    for A, b, says in (
+        (np.eye(3), np.zeros(4), "not \\(3, 3\\) and \\(4,\\)"),
+        (np.eye(3) * np.inf, np.zeros(3), "NaN or infinity"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            rp.Affine(A, b, site="resid.post@1")
+    with (
+        pytest.raises(UsageError, match=r"Affine of width 3 does not fit resid\.post@1"),
+        rp.steer(lm, rp.Affine(np.eye(3), np.zeros(3), site="resid.post@1")),
+    ):
+        pass
 
 
 def test_zero_strength_is_the_identity_and_nothing_stays_behind(tiny_lm):

@@ -74,7 +74,7 @@ def test_with_room_for_all_every_distinct_beginning_is_computed_once(prompts):
     tokens, starts = flat(prompts)
     plan = plan_packs(tokens, starts, packing="forest", budget=10_000)
     distinct = {tuple(p[: n + 1]) for p in prompts for n in range(len(p))}
-    if len(distinct) <= 256:
+    if len(distinct) <= 64:
         assert plan.computed(np.diff(starts)).sum() == len(distinct)
 
 

@@ -81,15 +81,21 @@ def planted():
     return planted_rows
 
 
+def make_store(arrays: dict[str, Any], labels: Any, **index: Any) -> MemoryStore:
+    tensors = {Site.parse(s): torch.as_tensor(np.asarray(a), dtype=torch.float32) for s, a in arrays.items()}
+    return MemoryStore(tensors, make_index(labels, **index))
+
+
 @pytest.fixture
 def store_of():
     """`store_of({site: rows}, labels, group=…, pair=…)`: a store in memory."""
+    return make_store
 
-    def make(arrays: dict[str, Any], labels: Any, **index: Any) -> MemoryStore:
-        tensors = {Site.parse(s): torch.as_tensor(np.asarray(a), dtype=torch.float32) for s, a in arrays.items()}
-        return MemoryStore(tensors, make_index(labels, **index))
 
-    return make
+@pytest.fixture(scope="session")
+def store_of_any():
+    """`store_of` for hypothesis, which runs one test many times with the same fixtures."""
+    return make_store
 
 
 @pytest.fixture

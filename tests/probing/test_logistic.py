@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from reprobe.errors import UsageError
 from reprobe.probing import logistic
 from reprobe.probing.crossval import group_folds
-from reprobe.probing.logistic import NARROW, solve, solve_many
+from reprobe.probing.logistic import NARROW, solve_many
 from reprobe.probing.readers import LogisticReader
 
 
@@ -41,11 +41,11 @@ def reference(X, y, C, sample_weight=None):
     return w, float(model.intercept_[0] - w @ pipeline[0].mean_)
 
 
-def many(X, y, C, weights=None, **options):
+def many(X, y, C, weights=None):
     """`solve_many` at one site, from arrays."""
     C = torch.as_tensor(C, dtype=torch.float64)
     kept = None if weights is None else torch.as_tensor(np.asarray(weights, dtype=float))
-    return solve_many(torch.as_tensor(X)[None], torch.as_tensor(y), C, kept, **options)
+    return solve_many(torch.as_tensor(X)[None], torch.as_tensor(y), C, kept)
 
 
 def assert_is(found, p, expected, X, site=0):
@@ -150,7 +150,8 @@ def test_separable_classes_have_an_optimum_at_any_finite_penalty(n, width, C):
     y = X[:, 0] > 0
     found = many(X, y, C)
     assert found.gradient[0, 0] <= 1e-9
-    assert (((X @ found.weights[0, 0].numpy() + float(found.intercept[0, 0])) > 0) == y).all()
+    if C > 1:  # a penalty weak enough for the optimum to separate them
+        assert (((X @ found.weights[0, 0].numpy() + float(found.intercept[0, 0])) > 0) == y).all()
 
 
 @pytest.mark.parametrize("width", [12, 300])
@@ -167,16 +168,6 @@ def test_the_certificate_is_the_gradient_of_the_mean_loss(width, monkeypatch):
     assert np.abs(gradient).max() > 1e-6, "stopped too late to tell"
     assert found.gradient[0, 0] == pytest.approx(np.abs(gradient).max(), rel=1e-6)
     assert found.largest[0, 0] == pytest.approx(np.abs(w).max())
-
-
-def test_one_problem_on_rows_as_they_are():
-    X, y, _ = problem(5, width=9)
-    Z = X / np.abs(X).max(axis=0)
-    model = LogisticRegression(C=0.3, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(Z, y)
-    found = solve(Z, y, 0.3)
-    np.testing.assert_allclose(found.weights, model.coef_[0], atol=1e-6 * np.linalg.norm(model.coef_))
-    assert found.intercept == pytest.approx(model.intercept_[0], rel=1e-5)
-    assert found.gradient < 1e-9
 
 
 def test_of_several_penalties_the_one_with_the_lowest_held_out_loss_is_taken(planted):

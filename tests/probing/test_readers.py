@@ -14,10 +14,24 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from reprobe.errors import NotFitted, UsageError
-from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader
+from reprobe.probing.readers import (
+    CCSReader,
+    ClusterMean,
+    KSparseReader,
+    LDAReader,
+    LogisticReader,
+    MeanDifference,
+    PCAReader,
+    RandomReader,
+)
 
 READERS = {
     "mean": MeanDifference(),
+    "whitened": MeanDifference(whiten=True),
+    "cluster": ClusterMean(),
+    "lda": LDAReader(),
+    "sparse": KSparseReader(4),
+    "ccs": CCSReader(restarts=3, steps=150),
     "pca": PCAReader(),
     "repe": PCAReader(compat="repe"),
     "repeng": PCAReader(compat="repeng"),
@@ -29,11 +43,17 @@ sound_reader = pytest.mark.parametrize(
 )
 
 
+#: Cosines with the planted axis that are surpassed at 240 rows of 21 features. Readers that invert a covariance
+#: without shrinkage or stop at any separating direction are further off (0.915 to 0.938 and 0.892 to 0.930 over six
+#: seeds, 0.99 and 0.98 at ten times the rows); the others are above 0.98.
+CLOSE = {str(READERS[k]): cosine for k, cosine in (("logistic", 0.9), ("whitened", 0.88), ("ccs", 0.85))}
+
+
 def fit(reader, data, y=None):
     return clone(reader).fit(data.X, data.y if y is None else y, pairs=data.pairs)
 
 
-@every_reader
+@pytest.mark.parametrize("reader", [*READERS.values(), RandomReader()], ids=[*READERS, "random"])
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_scikit_learn_accepts_every_reader_as_an_estimator(reader):
     check_estimator(reader)
@@ -43,7 +63,10 @@ def test_scikit_learn_accepts_every_reader_as_an_estimator(reader):
 def test_a_planted_direction_is_recovered(reader, planted):
     data = planted(strength=4.0)
     d = fit(reader, data).direction_
-    assert d.vector @ data.axis > (0.9 if isinstance(reader, LogisticReader) else 0.98)
+    if isinstance(reader, KSparseReader):
+        assert set(np.flatnonzero(d.vector)) == set(np.argsort(-np.abs(data.axis))[: reader.k])
+    else:
+        assert d.vector @ data.axis > CLOSE.get(str(reader), 0.98)
     test = planted(strength=4.0, seed=1)
     test.X += 4.0 * np.outer(test.y - 0.5, data.axis - test.axis)  # new noise, the same axis
     assert fit(reader, data).score(test.X, test.y) > 0.9
@@ -69,13 +92,13 @@ def test_swapped_labels_negate_the_direction(reader, paired, planted):
     pairs = data.pairs if paired else None
     a = clone(reader).fit(data.X, data.y, pairs=pairs).direction_
     b = clone(reader).fit(data.X, 1 - data.y, pairs=pairs).direction_
-    tolerance = 1e-6 if isinstance(reader, LogisticReader) else 0
+    tolerance = 0 if type(reader) in (MeanDifference, PCAReader) and "whiten=True" not in str(reader) else 1e-6
     np.testing.assert_allclose(b.vector, -a.vector, atol=tolerance, rtol=0)
     assert b.offset == pytest.approx(-a.offset, abs=tolerance * 100)
     assert b.scale == pytest.approx(a.scale, rel=tolerance)
 
 
-@pytest.mark.parametrize("reader", [READERS[k] for k in ("mean", "pca", "repe")], ids=str)
+@pytest.mark.parametrize("reader", [READERS[k] for k in ("mean", "whitened", "cluster", "lda", "pca", "repe")], ids=str)
 def test_rotated_rows_give_the_rotated_direction_and_the_same_scores(reader, planted):
     data = planted()
     rotation = ortho_group.rvs(data.X.shape[1], random_state=1)
@@ -248,7 +271,7 @@ def test_equal_classes_have_no_direction_up_to_rounding(planted):
     data = planted(n=40)
     X = np.repeat(data.X[::2], 2, axis=0)  # both sides of each pair are the same row
     order = np.concatenate([np.arange(1, 40, 2), np.arange(0, 40, 2)[::-1]])  # summed in another order
-    for reader in (MeanDifference(), PCAReader(), LogisticReader()):
+    for reader in (MeanDifference(), ClusterMean(), LDAReader(), PCAReader(), LogisticReader(), KSparseReader()):
         with pytest.raises(UsageError):
             reader.fit(X[order], data.y[order], pairs=data.pairs[order])
 

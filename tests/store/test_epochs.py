@@ -28,12 +28,12 @@ ROWS = 203
 RESID, HEADS, FINAL = (s.site for s in synthetic.SITES)
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[ActivationStore]:
+@pytest.fixture(scope="module", params=synthetic.FORMATS)
+def store(request: pytest.FixtureRequest) -> Iterator[ActivationStore]:
     """203 rows in shards of 24 and chunks of 8."""
     with scratch() as name:
         path = Path(name) / "s.reprobe"
-        synthetic.fill(synthetic.create(path, rows=ROWS, shard_rows=24, chunk_rows=8))
+        synthetic.fill(synthetic.create(path, rows=ROWS, shard_rows=24, chunk_rows=8, format=request.param))
         yield ActivationStore.open(path)
 
 

@@ -19,18 +19,28 @@ counts = st.integers(1, 3_000_000)
 widths = st.lists(st.integers(1, 8192 * 4), min_size=1, max_size=80)
 
 
+@pytest.mark.parametrize(("row_bytes", "shards"), [(2048, (4000, 4200)), (163_840, (130_000, 190_000))])
+def test_very_large_stores_have_shards_of_up_to_a_gib(row_bytes: int, shards: tuple[int, int]) -> None:
+    grid = Grid.of(10**9, [16_384] * (row_bytes // 16_384) or [row_bytes])
+    assert shards[0] <= grid.n_shards <= shards[1]
+    assert 2**28 <= grid.shard_rows * row_bytes <= 1.1 * 2**30
+
+
 @settings(deadline=None, max_examples=200)
 @given(rows=counts, row_bytes=widths)
-def test_default_shards_hold_about_64_mb_in_chunks_of_256_to_1024_rows(rows: int, row_bytes: list[int]) -> None:
+def test_default_shards_hold_about_64_mb_or_a_4096th_of_the_store_in_chunks_of_256_to_1024_rows(
+    rows: int, row_bytes: list[int]
+) -> None:
     grid = Grid.of(rows, row_bytes)
     assert grid.shard_rows % grid.chunk_rows == 0
     assert min(rows, 256) <= grid.chunk_rows <= 1024
     assert grid.n_shards == math.ceil(rows / grid.shard_rows)
     # a row more per chunk of rounding is all that a shard may exceed the aim by, unless 256 rows do
+    aim = min(max(SHARD_BYTES, rows * sum(row_bytes) // 4096), 2**30)
     slack = grid.shard_rows // grid.chunk_rows * sum(row_bytes)
-    assert grid.shard_rows * sum(row_bytes) <= max(SHARD_BYTES + slack, 256 * sum(row_bytes))
+    assert grid.shard_rows * sum(row_bytes) <= max(aim + slack, 256 * sum(row_bytes))
     if grid.n_shards > 1:
-        assert grid.shard_rows * sum(row_bytes) >= min(SHARD_BYTES, 256 * sum(row_bytes)) / 2
+        assert grid.shard_rows * sum(row_bytes) >= min(aim, 256 * sum(row_bytes)) / 2
 
 
 @settings(deadline=None, max_examples=100)

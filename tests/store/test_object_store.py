@@ -16,6 +16,7 @@ import torch
 from moto.server import ThreadedMotoServer
 from obstore.store import from_url
 from store import synthetic
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from reprobe.cli.app import app
@@ -379,3 +380,17 @@ def test_the_command_line_takes_urls(url: str) -> None:
     assert json.loads(told.stdout)["path"] == url
     assert CliRunner().invoke(app, ["verify", url]).exit_code == 0
     assert CliRunner().invoke(app, ["info", url + "x"]).exit_code == 2
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])  # imports torch again
+def test_workers_of_a_data_loader_must_be_spawned_because_the_client_does_not_survive_a_fork(
+    url: str, context: str
+) -> None:
+    synthetic.fill(synthetic.create(url))
+    data = ActivationStore.open(url).to_torch(FINAL, batch_rows=4, shuffle=1)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=context, timeout=60)
+    if context == "fork":
+        with pytest.raises(UsageError, match="multiprocessing_context='spawn'"):
+            list(loader)
+    else:
+        assert sorted(int(r) for batch in loader for r in batch["row"]) == list(range(synthetic.ROWS))

@@ -312,3 +312,21 @@ def test_many_shards_do_not_make_a_writer_slow(folder: Path, monkeypatch: pytest
                     writer.write_shard(shard.number, synthetic.shard_values(writer, shard))
                 per_shard.append(len(calls))
     assert per_shard[0] == per_shard[1]
+
+
+@FORMS
+def test_a_writer_lends_itself_to_other_shards_and_writes_the_same_bytes(folder: Path, form: str) -> None:
+    whole = _whole(folder, form)
+    with synthetic.create(folder / "s", format=form, own=range(0)) as joined:
+        assert joined.complete
+    with joined.of(range(1, 3)) as first:
+        assert [s.number for s in first.missing()] == [1, 2]
+        with pytest.raises(StoreLocked, match="another process"):
+            joined.of(range(2, 4))
+        first.write_shard(1, synthetic.shard_values(first, first.shards[1]))
+        with pytest.raises(UsageError, match="another writer's"):
+            first.write_shard(0, synthetic.shard_values(first, first.shards[0]))
+    with joined.of(range(4)) as rest:
+        assert [s.number for s in rest.missing()] == [0, 2, 3]
+    synthetic.fill(joined.of(range(4)))
+    assert synthetic.tree(folder / "s") == whole

@@ -1,33 +1,17 @@
-"""The readers: each finds one direction that separates two classes.
+"""PCAReader: the main axis of pair differences, as in representation reading.
 
-Enters: checked training rows. Leaves: a boundary. What they share (checks, the scikit-learn interface, the
-`Direction` made from the boundary) is in `reader`. Sources and departures are in each docstring.
+Enters: checked training rows with their pairs. Leaves: a boundary. Source and departures are in its docstring.
 """
 
 from typing import Literal
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from reprobe.errors import UsageError
-from reprobe.probing.logistic_reader import LogisticReader
 from reprobe.probing.reader import Plane, Reader, TrainingRows, require_direction
-
-__all__ = ["LogisticReader", "MeanDifference", "PCAReader", "Reader"]
-
-
-class MeanDifference(Reader):
-    """θ = μ⁺ − μ⁻, threshold halfway between the projected class means (mass-mean; Marks & Tegmark 2023).
-
-    The direction points to the positive class by construction.
-    """
-
-    def _fit_plane(self, rows: TrainingRows) -> Plane:
-        high, low = rows.X[rows.positive].mean(axis=0), rows.X[~rows.positive].mean(axis=0)
-        theta = high - low
-        require_direction(theta, rows.X, "the two class means are equal: there is no difference to point along")
-        return Plane(theta, float((high @ theta + low @ theta) / 2), "the positive class has the higher mean")
+from reprobe.probing.readers.pairing import sides
 
 
 class PCAReader(Reader):
@@ -56,12 +40,8 @@ class PCAReader(Reader):
     def _fit_plane(self, rows: TrainingRows) -> Plane:
         if self.compat not in (None, "repe", "repeng"):
             raise UsageError(f"compat={self.compat!r}: PCAReader has None, 'repe' and 'repeng'")
-        if rows.pairs is None:
-            delta = _random_differences(rows, self.seed)
-            self.pairing_ = f"matched at random across the classes (seed {self.seed})"
-        else:
-            delta = _pair_differences(rows.X, rows.positive, rows.pairs)
-            self.pairing_ = "given"
+        high, low, self.pairing_ = sides(rows.X, rows.positive, rows.pairs, self.seed)
+        delta = high - low
         spread = delta
         if self.compat == "repe":
             spread = delta * np.random.default_rng(self.seed).choice([-1.0, 1.0], size=(len(delta), 1))
@@ -70,7 +50,7 @@ class PCAReader(Reader):
         largest = spread[np.argmax(np.abs(spread).max(axis=1))]
         require_direction(
             largest,
-            rows.X,
+            float(np.abs(rows.X).max()),
             f"the differences of {len(delta)} pairs have no main axis: all are " + ("equal" if self.compat else "zero"),
         )
         axis = _main_axis(spread)
@@ -96,36 +76,3 @@ def _main_axis(rows: Float[np.ndarray, "n width"]) -> Float[np.ndarray, " width"
     axis = axis / np.linalg.norm(axis)
     turned: np.ndarray = axis * np.sign(axis[np.argmax(np.abs(axis))])
     return turned
-
-
-def _pair_differences(
-    X: Float[np.ndarray, "rows width"], positive: Bool[np.ndarray, " rows"], codes: np.ndarray
-) -> Float[np.ndarray, "pairs width"]:
-    """Mean of the positive rows minus mean of the negative rows, for each pair code 0 … n−1."""
-    n = int(codes.max()) + 1
-    sides = []
-    for side in (positive, ~positive):
-        counts = np.bincount(codes[side], minlength=n)
-        if not counts.all():
-            alone = int((counts == 0).sum())
-            raise UsageError(
-                f"{alone} of {n} pairs have rows of one class only; both sides of a pair are needed: leave "
-                "those rows out, or fit without pairs"
-            )
-        order = np.flatnonzero(side)[np.argsort(codes[side], kind="stable")]
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        sides.append(np.add.reduceat(X[order], starts, axis=0) / counts[:, None])
-    difference: np.ndarray = sides[0] - sides[1]
-    return difference
-
-
-def _random_differences(rows: TrainingRows, seed: int) -> Float[np.ndarray, "pairs width"]:
-    """Differences of rows of the two classes matched in random order, as many as the smaller class has.
-
-    The order is drawn over rows, not per class, so that swapped labels give the same pairs, turned round.
-    """
-    order = np.random.default_rng(seed).permutation(len(rows.X))
-    high, low = order[rows.positive[order]], order[~rows.positive[order]]
-    n = min(len(high), len(low))
-    difference: np.ndarray = rows.X[high[:n]] - rows.X[low[:n]]
-    return difference

@@ -103,6 +103,13 @@ class LogisticReader(BatchReader):
         return best
 
 
+def logistic_plane(X: Float[np.ndarray, "rows width"], positive: Bool[np.ndarray, " rows"], C: float) -> LogisticPlane:
+    """The boundary of `LogisticReader(C=C)` on these rows."""
+    everything = np.ones((1, len(X)), dtype=bool)
+    ((plane,),) = LogisticReader(C=C).fit_batch(X[None], positive, None, everything)
+    return plane
+
+
 def _planes(found: Fits, C: Float[np.ndarray, "sites fits"], site: int) -> list[LogisticPlane]:
     out = []
     for w, b, gradient, largest, c in zip(
