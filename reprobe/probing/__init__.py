@@ -8,7 +8,7 @@ probe_grid · what that leaves: `ProbeGrid`                   intervals · how s
 transfer   · from data set to data set                       calibration · scores as probabilities
 permutation · p-values that include the search               controls  · selectivity, online code
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
-logistic   · many logistic regressions solved at once
+logistic   · many logistic regressions solved at once       lbfgs     · the wide ones of them
 """
 
 from reprobe.probing.calibration import Platt, platt

@@ -9,15 +9,22 @@ Every problem standardises features by its own rows. That need not change the fe
 penalty on the weights of z is the penalty u²·v² on the weights v = w / u of x, and m moves the free intercept. So all
 problems of a site share one matrix, and what is computed from it.
 
-Newton's method; only the float64 gradient decides where it ends, so its steps may be rough:
-- narrow sites, the Hessian of each problem by Cholesky, all in one batch, used again while the gradient falls fast;
-- wide sites, conjugate gradients in float32 for all problems at once, preconditioned by the eigenvectors of the
-  site's Gram matrix (of rows or of features, whichever are fewer), computed once for all labels, folds and penalties.
+Only the float64 gradient decides where a problem ends, so steps may be rough:
+- narrow sites, Newton's: the Hessian of each problem by Cholesky, all in one batch, used again while the gradient falls
+  fast;
+- wide sites, L-BFGS for all problems at once in float32 (`lbfgs`), in rounds about points known in float64,
+  preconditioned by the eigenvectors of the site's Gram matrix (of rows or of features, whichever are fewer), which are
+  computed once for all labels, folds and penalties.
+On a processor, sites are shared out over threads.
+
+Where to end: the loss is strongly convex in the standardised weights, by 1/C, so ‖w − w*‖ ≤ C·‖gradient‖. That bound,
+relative to ‖w‖, is what every fit is driven below, and carries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,16 +32,20 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-#: Gradient at which the solver stops.
-TOLERANCE = 1e-10
-#: Sites up to this wide are solved by Cholesky factors. Measured: from about here conjugate gradients are faster.
+from reprobe.probing.lbfgs import Around, Preconditioner, descend
+
+#: A problem ends when its weights are as near as this to the optimum, relative to their length …
+NEAR = 1e-6
+#: … or when the largest component of the gradient is below this: optimal weights may be 0.
+FLAT = 1e-10
+#: Sites up to this wide are solved by Cholesky factors. Measured: from about here L-BFGS is faster.
 NARROW = 256
 #: The Hessian is formed anew when a step leaves more than this share of the gradient.
 _STALE = 0.2
 _MAX_STEPS = 200
-_MAX_CONJUGATE = 100
-#: Conjugate gradients end when this share of the residual, in the preconditioner's norm, is left.
-_ROUGH = 0.1
+_MAX_ROUNDS = 12
+#: A round of L-BFGS ends when this share of the gradient is left: about what float32 can see.
+_GAIN = 1e-4
 _EPS = float(np.finfo(np.float64).eps)
 #: Numbers in the largest arrays of a chunk: on a processor few enough for its caches.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -46,12 +57,14 @@ class Fits:
     """Log-odds at site s, problem p are `x @ weights[s, p] + intercept[s, p]`, x in the units of the rows.
 
     `gradient` is the largest component of the gradient of the mean penalised loss, by the standardised weights and
-    the intercept: 0 at the exact optimum. `largest` is the largest standardised weight.
+    the intercept: 0 at the exact optimum. `error` bounds ‖w − w*‖ / ‖w‖, standardised. `largest` is the largest
+    standardised weight.
     """
 
     weights: Float[Tensor, "sites problems width"]
     intercept: Float[Tensor, "sites problems"]
     gradient: Float[Tensor, "sites problems"]
+    error: Float[Tensor, "sites problems"]
     largest: Float[Tensor, "sites problems"]
 
 
@@ -65,10 +78,11 @@ def solve_many(
 
     z are the features standardised by the mean and standard deviation of the problem's own rows, weighted by ω
     (`weights`, ≥ 0; default: all rows count once); a feature that is constant in them gets the weight 0.
-    `positive` is the same for all problems, or one line for each;
-    `C` one number, or one for each problem, or for each site and problem. Computed on the device of X; in float64.
+    `positive` is the same for all problems, or one line for each; `C` one number, or one for each problem, or for each
+    site and problem. Computed on the device of X; in float64.
 
-    A problem ends when its gradient is below `TOLERANCE` or no longer falls; the caller judges `gradient`.
+    A problem ends when its error is below `NEAR`, its gradient below `FLAT`, or neither falls any more; the caller
+    judges.
     """
     sites, n, width = X.shape
     y = positive.reshape(-1, n).to(X.device, torch.float64)
@@ -78,8 +92,8 @@ def solve_many(
     problems = max(len(y), len(omega), penalty.shape[-1] if penalty.ndim else 1)
     y, omega = y.expand(problems, n).T, omega.expand(problems, n).T
     penalty = penalty.expand(sites, problems)
-    parts = []
-    for at in _chunks(sites, 1 if width > NARROW else _room(X) // (n * (width + 1))):
+
+    def solve(at: slice) -> list[Tensor]:
         shared = _Shared.of(X[at])
         lines = len(shared.mean)
         per_problem = lines * (n + width if width > NARROW else n + width**2)
@@ -87,8 +101,29 @@ def solve_many(
             _solve_chunk(shared, y[:, part], omega[:, part], penalty[at, part])
             for part in _chunks(problems, 4 * _room(X) // per_problem)
         ]
-        parts.append([torch.cat(one, dim=1) for one in zip(*found, strict=True)])
+        return [torch.cat(one, dim=1) for one in zip(*found, strict=True)]
+
+    parts = _shared_out(solve, _chunks(sites, 1 if width > NARROW else _room(X) // (n * (width + 1))), X.device)
     return Fits(*(torch.cat(one) for one in zip(*parts, strict=True)))
+
+
+def _shared_out(
+    solve: Callable[[slice], list[Tensor]], chunks: list[slice], device: torch.device
+) -> list[list[Tensor]]:
+    """Every chunk solved; on a processor, by as many threads of Python as torch would use, each with one of torch's.
+
+    The arrays are small: torch's own threads would wait for one another at every operation.
+    """
+    threads = min(torch.get_num_threads(), len(chunks))
+    if device.type != "cpu" or threads == 1:
+        return [solve(at) for at in chunks]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(solve, chunks))
+    finally:
+        torch.set_num_threads(before)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
@@ -100,9 +135,9 @@ def _room(X: Tensor) -> int:
     return _CHUNK.get(X.device.type, _CHUNK_ELSEWHERE)
 
 
-def _chunks(n: int, size: int) -> Iterator[slice]:
+def _chunks(n: int, size: int) -> list[slice]:
     size = max(1, size)
-    return (slice(a, min(a + size, n)) for a in range(0, n, size))
+    return [slice(a, min(a + size, n)) for a in range(0, n, size)]
 
 
 @dataclass(frozen=True)
@@ -128,7 +163,8 @@ class _Shared:
 
 def _constant(variance: Tensor, mean: Tensor, n: Any) -> Tensor:
     """Features that vary by no more than rounding: scikit-learn's rule, so that both call the same ones constant."""
-    return variance <= n * _EPS * variance + (n * mean * _EPS) ** 2
+    constant: Tensor = variance <= n * _EPS * variance + (n * mean * _EPS) ** 2
+    return constant
 
 
 @dataclass(frozen=True)
@@ -157,10 +193,14 @@ class _Own:
     def __getitem__(self, kept: Any) -> "_Own":
         return _Own(self.m[..., kept], self.u[..., kept], self.constant[..., kept])
 
-    def gradient(self, g: Float[Tensor, "sites width+1 problems"]) -> Float[Tensor, "sites problems"]:
-        """Largest component of a gradient by the columns of A, turned into one by w and b."""
+    def gradient(self, g: Float[Tensor, "sites width+1 problems"]) -> Float[Tensor, "sites width+1 problems"]:
+        """A gradient by the columns of A turned into one by w and b."""
         by_w = ((g[:, :-1] - self.m * g[:, -1:]) / self.u).masked_fill(self.constant, 0.0)
-        return torch.maximum(by_w.abs().amax(1), g[:, -1].abs())
+        return torch.cat([by_w, g[:, -1:]], 1)
+
+    def weights(self, theta: Float[Tensor, "sites width+1 problems"]) -> Float[Tensor, "sites width problems"]:
+        """w, of θ."""
+        return (theta[:, :-1] * self.u).masked_fill(self.constant, 0.0)
 
 
 def _solve_chunk(
@@ -168,24 +208,25 @@ def _solve_chunk(
     y: Float[Tensor, "rows problems"],
     omega: Float[Tensor, "rows problems"],
     C: Float[Tensor, "sites problems"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four arrays of `Fits`."""
+) -> tuple[Tensor, ...]:
+    """The arrays of `Fits`."""
     own = _Own.of(shared, omega)
     # A constant feature is a second intercept; a wall of a penalty keeps it at 0.
     ridge = torch.where(own.constant, 1e8 * omega.sum(0), own.u.square() / C[:, None])
-    task = _Task(shared.A, y.contiguous(), omega.contiguous(), pad(ridge, (0, 0, 0, 1)), own)
+    task = _Task(shared.A, y.contiguous(), omega.contiguous(), pad(ridge, (0, 0, 0, 1)), C, own)
+    theta = torch.zeros_like(task.ridge)
     if shared.mean.shape[1] <= NARROW:
-        theta, gradient = _newton(task, _Cholesky(task.A), torch.zeros_like(task.ridge))
+        theta, gradient, error = _newton(task, theta)
     else:
-        theta, gradient = _newton(task, _Conjugate(task.A), torch.zeros_like(task.ridge))
-        # What float32 could not finish goes on, one at a time, from where it is.
-        for p in (~(gradient <= 10 * TOLERANCE)).any(0).nonzero()[:, 0].tolist():
+        theta, gradient, error = _rounds(task, theta)
+        # What did not end there goes on, one at a time, from where it is.
+        for p in ((error > NEAR) & (gradient > FLAT)).any(0).nonzero()[:, 0].tolist():
             one = slice(p, p + 1)
-            theta[..., one], gradient[..., one] = _newton(task[one], _Cholesky(task.A), theta[..., one])
+            theta[..., one], gradient[..., one], error[..., one] = _newton(task[one], theta[..., one])
     v = theta[:, :-1].masked_fill(own.constant, 0.0)
     weights = (v / shared.scale[..., None]).mT
     intercept = theta[:, -1] - (weights @ shared.mean[..., None])[..., 0]
-    return weights, intercept, gradient, (v * own.u).abs().amax(1)
+    return weights, intercept, gradient, error, (v * own.u).abs().amax(1)
 
 
 @dataclass(frozen=True)
@@ -196,63 +237,71 @@ class _Task:
     y: Float[Tensor, "rows problems"]
     omega: Float[Tensor, "rows problems"]
     ridge: Float[Tensor, "sites width+1 problems"]
+    C: Float[Tensor, "sites problems"]
     own: _Own
 
     def __getitem__(self, kept: Any) -> "_Task":
-        return _Task(self.A, self.y[:, kept], self.omega[:, kept], self.ridge[..., kept], self.own[kept])
+        return _Task(
+            self.A, self.y[:, kept], self.omega[:, kept], self.ridge[..., kept], self.C[:, kept], self.own[kept]
+        )
 
     def loss(self, theta: Tensor, margins: Tensor) -> Float[Tensor, "sites problems"]:
         fit = self.omega * (softplus(margins, threshold=40.0) - self.y * margins)
         return fit.sum(1) + (self.ridge * theta.square()).sum(1) / 2
 
-
-class _Steps(Protocol):
-    """Solves Hessian · step = −gradient, roughly."""
-
-    #: Whether the last step rests on the Hessian at its own place: if it leads nowhere, so will another.
-    fresh: bool
-
-    def step(self, task: _Task, gradient: Tensor, spread: Tensor, size: Tensor) -> Tensor: ...
-
-    def keep(self, kept: Integer[Tensor, " kept"]) -> None:
-        """Go on with these problems only."""
-
-    def forget(self) -> None:
-        """The last step led nowhere."""
+    def gradient(self, theta: Tensor, p: Tensor) -> Float[Tensor, "sites width+1 problems"]:
+        return self.A.mT @ (self.omega * (p - self.y)) + self.ridge * theta
 
 
-def _newton(task: _Task, steps: _Steps, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """The best θ found and its gradient, of each problem; `theta` is where to start."""
-    out, out_size = theta.clone(), torch.full_like(theta[:, 0], torch.inf)
+class _Best:
+    """The best θ of each problem so far, and how good it is."""
+
+    def __init__(self, theta: Tensor) -> None:
+        self.theta = theta.clone()
+        self.gradient = torch.full_like(theta[:, 0], torch.inf)
+        self.error = self.gradient.clone()
+
+    def keep(self, task: _Task, number: Tensor, theta: Tensor, gradient: Tensor) -> Bool[Tensor, "sites problems"]:
+        """Judge θ of the problems of these numbers; which of them have not ended."""
+        own = task.own.gradient(gradient)
+        size = own.abs().amax(1) / task.omega.sum(0)
+        error = torch.nan_to_num(task.C * own.norm(dim=1) / task.own.weights(theta).norm(dim=1), torch.inf)
+        better = size < self.gradient[:, number]
+        self.theta[..., number] = torch.where(better[:, None], theta, self.theta[..., number])
+        self.gradient[:, number] = torch.where(better, size, self.gradient[:, number])
+        self.error[:, number] = torch.where(better, error, self.error[:, number])
+        return (error > NEAR) & (size > FLAT)
+
+
+def _newton(task: _Task, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best θ found, its gradient and error, of each problem; `theta` is where to start."""
+    best, steps = _Best(theta), _Cholesky(task.A)
     number = torch.arange(theta.shape[-1], device=theta.device)
     margins = task.A @ theta
     loss = task.loss(theta, margins)
     stuck = torch.zeros_like(loss, dtype=torch.bool)
     for _ in range(_MAX_STEPS):
         p = torch.sigmoid(margins)
-        total = task.omega.sum(0)
-        gradient = task.A.mT @ (task.omega * (p - task.y)) + task.ridge * theta
-        size = task.own.gradient(gradient) / total
-        better = size < out_size[:, number]
-        out[..., number] = torch.where(better[:, None], theta, out[..., number])
-        out_size[:, number] = torch.where(better, size, out_size[:, number])
-        running = (size > TOLERANCE) & ~stuck
+        gradient = task.gradient(theta, p)
+        running = best.keep(task, number, theta, gradient) & ~stuck
         kept = running.any(0).nonzero()[:, 0]
         if not len(kept):
             break
         if len(kept) < len(number):
             number, task = number[kept], task[kept]
             theta, margins, loss, gradient = theta[..., kept], margins[..., kept], loss[:, kept], gradient[..., kept]
-            p, size, stuck, running, total = p[..., kept], size[:, kept], stuck[:, kept], running[:, kept], total[kept]
+            p, stuck, running = p[..., kept], stuck[:, kept], running[:, kept]
             steps.keep(kept)
-        step = steps.step(task, gradient, task.omega * p * (1 - p), torch.where(running, size, 0.0))
+        size = torch.where(running, best.gradient[:, number], 0.0)
+        step = steps.step(task, gradient, task.omega * p * (1 - p), size)
         along, slope = task.A @ step, (gradient * step).sum(1)
         length = running.to(loss.dtype)
         while True:
             tried, reached = theta + length[:, None] * step, margins + length[:, None] * along
             value = task.loss(tried, reached)
             # Near the optimum the loss is flat to its last digits: a step that changes nothing else is a good one.
-            far = (length > 0) & ~(value <= loss + 1e-4 * length * slope + 1e-13 * total)
+            flat = 1e-13 * task.omega.sum(0)
+            far = (length > 0) & ~(value <= loss + 1e-4 * length * slope + flat)
             if not far.any():
                 break
             length = torch.where(far, length / 2, length)
@@ -263,7 +312,7 @@ def _newton(task: _Task, steps: _Steps, theta: Tensor) -> tuple[Tensor, Tensor]:
                 stuck = stuck | lost
             steps.forget()
         theta, margins, loss = tried, reached, value
-    return out, out_size
+    return best.theta, best.gradient, best.error
 
 
 class _Cholesky:
@@ -271,9 +320,10 @@ class _Cholesky:
 
     def __init__(self, A: Float[Tensor, "sites rows width+1"]) -> None:
         self._A = A
+        #: Whether the last step rests on the Hessian at its own place: if it leads nowhere, so will another.
+        self.fresh = False
         self._factor: Float[Tensor, "sites problems width+1 width+1"] | None = None
         self._last: Tensor | None = None
-        self.fresh = False
 
     def step(self, task: _Task, gradient: Tensor, spread: Tensor, size: Tensor) -> Tensor:
         self.fresh = self._factor is None or self._last is None or bool((size > _STALE * self._last).any())
@@ -293,78 +343,46 @@ class _Cholesky:
             diagonal += raised * (diagonal + task.omega.sum(0)[:, None])
             factor, failed = torch.linalg.cholesky_ex(hessian)
             if not failed.any():
-                return factor
+                return cast(Tensor, factor)
         raise FloatingPointError("a positive definite matrix has no Cholesky factor: the rows are not finite")
 
     def keep(self, kept: Integer[Tensor, " kept"]) -> None:
+        """Go on with these problems only."""
         if self._factor is not None and self._last is not None:
             self._factor, self._last = self._factor[:, kept], self._last[:, kept]
 
     def forget(self) -> None:
+        """The last step led nowhere."""
         self._factor = None
 
 
-class _Conjugate:
-    """Steps by conjugate gradients in float32, all problems at once.
+def _rounds(task: _Task, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_newton`, of one site, by rounds of L-BFGS."""
+    best, condition, A = _Best(theta), Preconditioner(task.A[0]), task.A[0].float()
+    number = torch.arange(theta.shape[-1], device=theta.device)
+    for _ in range(_MAX_ROUNDS):
+        margins = task.A @ theta
+        p = torch.sigmoid(margins)
+        gradient = task.gradient(theta, p)
+        kept = best.keep(task, number, theta, gradient)[0].nonzero()[:, 0]
+        if not len(kept):
+            break
+        number, task, theta = number[kept], task[kept], theta[..., kept]
+        margins, p, gradient = margins[..., kept], p[..., kept], gradient[..., kept]
+        enough = NEAR / 3 * task.own.weights(theta).norm(dim=1) / task.C
+        about = Around(
+            gradient=_lines(gradient),
+            p=_lines(p),
+            q=_lines(torch.sigmoid(-margins)),
+            omega=_lines(task.omega[None]),
+            ridge=_lines(task.ridge),
+            free=_lines(pad(~task.own.constant, (0, 0, 0, 1), value=True)),
+            C=_lines(task.C[:, None]),
+            goal=torch.maximum(_GAIN * gradient.norm(dim=1), enough)[0].float(),
+        )
+        theta = theta + descend(A, about, condition).T.double()
+    return best.theta, best.gradient, best.error
 
-    The preconditioner takes each row's spread p(1 − p) for their mean κ and the penalties for their mean δ:
-    (κ AᵀA + δ)⁻¹, which is diagonal in the eigenvectors of AᵀA whatever κ and δ are.
-    """
 
-    fresh = True
-
-    def __init__(self, A: Float[Tensor, "sites rows width+1"]) -> None:
-        self._A = A.float()
-        n, width = A.shape[1:]
-        self._whole = width <= n
-        if self._whole:
-            self._values, self._vectors = torch.linalg.eigh(self._A.mT @ self._A)
-        else:
-            values, rows = torch.linalg.eigh(self._A @ self._A.mT)
-            self._values = values
-            inverse = torch.where(values > 1e-5 * values[:, -1:], values.clamp_min(1e-30).rsqrt(), 0.0)
-            self._vectors = self._A.mT @ (rows * inverse[:, None])
-        self._values = self._values.clamp_min(0.0)
-
-    def step(self, task: _Task, gradient: Tensor, spread: Tensor, size: Tensor) -> Tensor:
-        # In float32 small gradients would vanish: they are scaled to 1, and the step back.
-        length = gradient.abs().amax(1, keepdim=True).clamp_min(1e-300)
-        # Constant features stay out: all vectors are kept in the space of the others.
-        free = pad(~task.own.constant, (0, 0, 0, 1), value=True).float()
-        residual = (-gradient / length).float() * free
-        curvature, ridge = spread.float(), task.ridge.float()
-        kappa = spread.mean(1, keepdim=True).float()
-        delta = task.ridge[:, :-1].masked_fill(task.own.constant, 0.0).mean(1, keepdim=True).float().clamp_min(1e-30)
-        inverse = 1 / (kappa * self._values[..., None] + delta)
-
-        def precondition(r: Tensor) -> Tensor:
-            inside = self._vectors.mT @ r
-            if self._whole:
-                return free * (self._vectors @ (inverse * inside))
-            return r / delta + free * (self._vectors @ ((inverse - 1 / delta) * inside))
-
-        found = torch.zeros_like(residual)
-        z = precondition(residual)
-        direction = z
-        now = (residual * z).sum(1, keepdim=True)
-        enough = _ROUGH**2 * now
-        for _ in range(_MAX_CONJUGATE):
-            image = self._A.mT @ (curvature * (self._A @ direction)) + ridge * direction
-            image = image * free
-            bend = (direction * image).sum(1, keepdim=True)
-            running = (now > enough) & (bend > 0)
-            if not running.any():
-                break
-            ahead = torch.where(running, now / bend, 0.0)
-            found = found + ahead * direction
-            residual = residual - ahead * image
-            z = precondition(residual)
-            last, now = now, torch.where(running, (residual * z).sum(1, keepdim=True), 0.0)
-            direction = z + torch.where(running, now / last, 0.0) * direction
-        return found.double() * length
-
-    def keep(self, kept: Integer[Tensor, " kept"]) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
+def _lines(array: Float[Tensor, "1 any problems"]) -> Float[Tensor, "problems any"]:
+    return array[0].T.float().contiguous()

@@ -7,7 +7,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from reprobe.errors import UsageError
-from reprobe.probing import logistic
+from reprobe.probing import lbfgs, logistic
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.logistic import NARROW, solve_many
 from reprobe.probing.readers import LogisticReader
@@ -56,7 +56,7 @@ def assert_is(found, p, expected, X, site=0):
     assert np.linalg.norm((mine - w) * unit) <= 1e-5 * np.linalg.norm(w * unit)
     shift = X.mean(axis=0)
     assert found.intercept[site, p] + mine @ shift == pytest.approx(b + w @ shift, rel=1e-5, abs=1e-6)
-    assert found.gradient[site, p] <= 1e-9
+    assert found.error[site, p] <= 1e-6 or found.gradient[site, p] <= 1e-10
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -136,7 +136,9 @@ def test_sites_solved_together_are_those_solved_apart_however_they_are_cut_up(fo
     together = solve_many(torch.tensor(sites), torch.tensor(y), C.expand(3, 5), kept)
     monkeypatch.setattr(logistic, "_CHUNK", {"cpu": 2 * X.size + 5})
     cut = solve_many(torch.tensor(sites), torch.tensor(y), C.expand(3, 5), kept)
-    torch.testing.assert_close(cut.weights, together.weights, rtol=1e-6, atol=1e-12)
+    units = torch.tensor(sites.std(axis=1))[:, None]
+    apart = ((cut.weights - together.weights) * units).norm(dim=-1)
+    assert (apart <= 2e-6 * (together.weights * units).norm(dim=-1)).all()
     for s in range(3):
         for k in range(5):
             rows = fold != k
@@ -149,7 +151,7 @@ def test_separable_classes_have_an_optimum_at_any_finite_penalty(n, width, C):
     X = np.random.default_rng(0).standard_normal((n, width))
     y = X[:, 0] > 0
     found = many(X, y, C)
-    assert found.gradient[0, 0] <= 1e-9
+    assert found.error[0, 0] <= 1e-6 or found.gradient[0, 0] <= 1e-10
     if C > 1:  # a penalty weak enough for the optimum to separate them
         assert (((X @ found.weights[0, 0].numpy() + float(found.intercept[0, 0])) > 0) == y).all()
 
@@ -158,6 +160,8 @@ def test_separable_classes_have_an_optimum_at_any_finite_penalty(n, width, C):
 def test_the_certificate_is_the_gradient_of_the_mean_loss(width, monkeypatch):
     X, y, _ = problem(3, width=width)
     monkeypatch.setattr(logistic, "_MAX_STEPS", 3)
+    monkeypatch.setattr(logistic, "_MAX_ROUNDS", 1)
+    monkeypatch.setattr(lbfgs, "_MAX_STEPS", 3)
     found = many(X, y, 1.0)
     scaler = StandardScaler().fit(X)
     w = found.weights[0, 0].numpy() * scaler.scale_
@@ -168,6 +172,9 @@ def test_the_certificate_is_the_gradient_of_the_mean_loss(width, monkeypatch):
     assert np.abs(gradient).max() > 1e-6, "stopped too late to tell"
     assert found.gradient[0, 0] == pytest.approx(np.abs(gradient).max(), rel=1e-6)
     assert found.largest[0, 0] == pytest.approx(np.abs(w).max())
+    best, _ = reference(X, y, 1.0)
+    away = np.linalg.norm(w - best * scaler.scale_) / np.linalg.norm(w)
+    assert 1e-5 < away <= found.error[0, 0]
 
 
 def test_of_several_penalties_the_one_with_the_lowest_held_out_loss_is_taken(planted):
@@ -186,7 +193,7 @@ def test_of_several_penalties_the_one_with_the_lowest_held_out_loss_is_taken(pla
     assert path[int(np.argmin(losses))] == reader.C_
     single = LogisticReader(C=reader.C_).fit(data.X, data.y)
     np.testing.assert_allclose(reader.direction_.vector, single.direction_.vector, atol=1e-8)
-    assert reader.gradient_ < 1e-9
+    assert reader.gradient_ < 1e-7
 
 
 def test_the_penalty_is_not_chosen_by_recognising_groups():
