@@ -9,6 +9,7 @@ transfer   · from data set to data set                       calibration · sco
 permutation · p-values that include the search               controls  · selectivity, online code
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
 logistic   · many logistic regressions solved at once       lbfgs     · the wide ones of them
+streaming  · sites larger than memory, in batches
 """
 
 from reprobe.probing.calibration import Platt, platt

@@ -26,6 +26,7 @@ from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected
 from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of
 from reprobe.probing.rows import ProbeRows, select_rows
+from reprobe.probing.streaming import can_stream, stream
 from reprobe.progress import Progress, silent
 from reprobe.provenance import versions
 
@@ -46,8 +47,11 @@ class Source(Protocol):
     def index(self) -> pl.DataFrame: ...
     @property
     def manifest(self) -> Any: ...
-    def unit_width(self, part: str) -> int: ...
+    def width(self, site: Site) -> int: ...
     def read(self, site: Site, rows: Any = None) -> torch.Tensor: ...
+    def iter(
+        self, sites: Iterable[str | Site], *, batch_rows: int = ..., shuffle: None = ..., rows: Any = ...
+    ) -> Iterator[Any]: ...
 
 
 def probe(
@@ -61,6 +65,7 @@ def probe(
     folds: int = 5,
     seed: int = 0,
     n_jobs: int = -1,
+    memory: int = 4 << 30,
     progress: Progress = silent,
 ) -> ProbeGrid:
     """Cross-validate `reader` at every site, and fit one direction per site on all rows.
@@ -70,11 +75,14 @@ def probe(
     rows without a label are left out, `where` keeps some of the others. `folds` hold whole groups, drawn by
     `seed`, which also draws the bootstrap. `n_jobs` threads (−1: one per processor). `reader` itself is
     not fitted. A site takes folds + 1 fits for its results, and folds · (folds − 1) / 2 more for the nested
-    choice of a site, `ProbeGrid.selected`; a `BatchReader` does them for many sites at once, on torch's threads.
+    choice of a site, `ProbeGrid.selected`; a `BatchReader` does them for many sites at once.
+
+    Where the rows of a site do not fit into `memory` (bytes), readers made of moments and the logistic reader are
+    fitted in batches instead, to the same result: see `streaming`.
 
     Raises `UnknownSite` for a site that is not stored; `UnknownData` for a missing column; `UsageError` for
-    labels that are not two, too few groups, NaN in the activations, or a site at which the reader finds no
-    direction.
+    labels that are not two, too few groups, NaN in the activations, a site at which the reader finds no
+    direction, or one that does not fit into memory and a reader that needs it whole.
     """
     if not isinstance(reader, Reader):
         raise UsageError(f"probe takes a reader, such as MeanDifference(), not {reader!r}")
@@ -89,19 +97,25 @@ def probe(
     chosen = wanted_sites(store, sites)
     fold = group_folds(rows.groups, rows.positive, folds, seed)
     bootstrap = ClusterBootstrap.draw(rows.groups, seed)
-    kept = _training(fold)
+    left_out = _left_out(folds)
+    kept = np.stack([~np.isin(fold, list(out)) for out in left_out])
     found: list[_Found] = []
     progress("probe", 0, len(chosen))
     # One BLAS thread for each of ours: the problems are small, and BLAS threads waiting for one another cost
     # more than they bring (ten times the time, measured with two).
     with threadpool_limits(1, user_api="blas"):
         run = Parallel(n_jobs=n_jobs, backend="threading", return_as="generator")
-        reads = site_rows(store, chosen, rows)
-        if isinstance(reader, BatchReader):
-            fitted = _fit_together(reader, reads, rows, kept)
-            tasks = (delayed(_judge)(X, one, rows, fold, bootstrap) for X, one in fitted)
+        if _too_large(store, reader, chosen, rows, memory):
+            streamed = stream(store, reader, chosen, rows, fold, left_out, memory=memory)
+            tasks = (delayed(_judge)(one.scores, one.direction, rows, fold, bootstrap) for one in streamed)
+        elif isinstance(reader, BatchReader):
+            fitted = _fit_together(reader, site_rows(store, chosen, rows), rows, kept)
+            tasks = (delayed(_judge)(scores, direction, rows, fold, bootstrap) for scores, direction in fitted)
         else:
-            tasks = (delayed(_fit_and_judge)(reader, site, X, rows, kept, fold, bootstrap) for site, X in reads)
+            tasks = (
+                delayed(_fit_and_judge)(reader, site, X, rows, kept, fold, bootstrap)
+                for site, X in site_rows(store, chosen, rows)
+            )
         for one in run(tasks):
             found.append(one)
             progress("probe", len(found), len(chosen))
@@ -162,37 +176,39 @@ class _Found:
     direction: Direction
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """What one site's fits found, in the order of `_training`: unit normals with their offsets. `direction` is the
-    last, fitted on all rows."""
-
-    normals: Float[np.ndarray, "fits width"]
-    offsets: Float[np.ndarray, " fits"]
-    direction: Direction
-
-
 def _pairs_of_folds(folds: int) -> list[tuple[int, int]]:
     # The inner folds are the outer ones, so a reader fitted without folds j and k serves both: tested on
     # j it judges the site for fold k, tested on k for fold j. That halves the price of nesting.
     return list(combinations(range(folds), 2)) if folds > 2 else []
 
 
-def _training(fold: Integer[np.ndarray, " n"]) -> Bool[np.ndarray, "fits n"]:
-    """The rows of each fit at a site: without one fold, without two, all."""
-    folds = int(fold.max()) + 1
-    lines = [fold != k for k in range(folds)]
-    lines += [(fold != j) & (fold != k) for j, k in _pairs_of_folds(folds)]
-    return np.stack([*lines, np.ones(len(fold), dtype=bool)])
+def _left_out(folds: int) -> list[frozenset[int]]:
+    """The folds that each fit at a site leaves out: one, two, none."""
+    return [*(frozenset({k}) for k in range(folds)), *map(frozenset, _pairs_of_folds(folds)), frozenset()]
 
 
-def _fit_singly(
+def _too_large(store: Source, reader: Reader, sites: tuple[Site, ...], rows: ProbeRows, memory: int) -> bool:
+    """Whether a site's rows, as read, in float64 and once more as a reader works on them, are more than `memory`."""
+    widest = max({site.whole for site in sites}, key=store.width)
+    size = 3 * 8 * len(rows) * store.width(widest)
+    if size > memory and not can_stream(reader):
+        raise UsageError(
+            f"{len(rows):,} rows of {widest} take {size / 2**30:.1f} GiB to fit, more than memory={memory}, and "
+            f"{type(reader).__name__} needs them all at once: allow more memory, keep fewer rows with where=, or use a "
+            "reader that is fitted in batches, such as MeanDifference, LDAReader or LogisticReader"
+        )
+    return size > memory
+
+
+def _fit_and_judge(
     reader: Reader,
     site: Site,
     X: Float[np.ndarray, "n width"],
     rows: ProbeRows,
     kept: Bool[np.ndarray, "fits n"],
-) -> _Fitted:
+    fold: Integer[np.ndarray, " n"],
+    bootstrap: ClusterBootstrap,
+) -> _Found:
     found = []
     for training in kept:
         # Pairs keep their numbers in the store; a fold's own are counted from 0.
@@ -206,7 +222,8 @@ def _fit_singly(
             found.append(clone(reader).fit_rows(chosen).direction_)
         except UsageError as error:
             raise _no_direction(reader, site, error) from error
-    return _Fitted(np.stack([d.vector for d in found]), np.array([d.offset for d in found]), found[-1])
+    scores = X @ np.stack([d.vector for d in found]).T - np.array([d.offset for d in found])
+    return _judge(scores, found[-1], rows, fold, bootstrap)
 
 
 def _fit_together(
@@ -214,8 +231,8 @@ def _fit_together(
     reads: Iterable[tuple[Site, Float[np.ndarray, "n width"]]],
     rows: ProbeRows,
     kept: Bool[np.ndarray, "fits n"],
-) -> Iterator[tuple[Float[np.ndarray, "n width"], _Fitted]]:
-    """The rows of each site with what its fits found, solved a batch of sites at a time."""
+) -> Iterator[tuple[Float[np.ndarray, "n fits"], Direction]]:
+    """The scores of all rows by each fit of a site, and the last fit's direction; a batch of sites at a time."""
     for batch in _batches(reads):
         planes: Iterator[Sequence[Plane]] | None = None
         for site, X in batch:
@@ -228,7 +245,7 @@ def _fit_together(
             lengths = np.array([np.linalg.norm(p.normal) for p in found])
             normals = np.stack([p.normal for p in found]) / lengths[:, None]
             direction = direction_of(found[-1], float(np.std(X @ normals[-1])), reader, (False, True))
-            yield X, _Fitted(normals, np.array([p.level for p in found]) / lengths, direction)
+            yield X @ normals.T - np.array([p.level for p in found]) / lengths, direction
 
 
 def _batches(
@@ -250,29 +267,17 @@ def _no_direction(reader: Reader, site: Site, error: UsageError) -> UsageError:
     return UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)")
 
 
-def _fit_and_judge(
-    reader: Reader,
-    site: Site,
-    X: Float[np.ndarray, "n width"],
-    rows: ProbeRows,
-    kept: Bool[np.ndarray, "fits n"],
-    fold: Integer[np.ndarray, " n"],
-    bootstrap: ClusterBootstrap,
-) -> _Found:
-    return _judge(X, _fit_singly(reader, site, X, rows, kept), rows, fold, bootstrap)
-
-
 def _judge(
-    X: Float[np.ndarray, "n width"],
-    fitted: _Fitted,
+    scores: Float[np.ndarray, "n fits"],
+    direction: Direction,
     rows: ProbeRows,
     fold: Integer[np.ndarray, " n"],
     bootstrap: ClusterBootstrap,
 ) -> _Found:
-    scores = X @ fitted.normals.T - fitted.offsets
+    """What a site's fits, of `_left_out`, say of it."""
     folds = int(fold.max()) + 1
     # From here on float32, as saved, so that a loaded grid gives the very same numbers.
-    oof = scores[np.arange(len(X)), fold].astype(np.float32)
+    oof = scores[np.arange(len(scores)), fold].astype(np.float32)
     right = np.zeros(folds)
     for (j, k), inner in zip(_pairs_of_folds(folds), scores.T[folds:], strict=False):
         correct = (inner > 0) == rows.positive
@@ -280,10 +285,10 @@ def _judge(
         right[j] += correct[fold == k].sum()
     return _Found(
         oof=oof,
-        inner=right / (len(X) - np.bincount(fold)) if folds > 2 else np.empty(0),
+        inner=right / (len(scores) - np.bincount(fold)) if folds > 2 else np.empty(0),
         auroc=fold_auroc(oof, rows.positive, fold),
         auroc_bounds=bootstrap.auroc(oof, rows.positive, fold),
-        direction=fitted.direction,
+        direction=direction,
     )
 
 
@@ -312,7 +317,7 @@ def site_rows(
             if site.unit is None:
                 yield site, values
             else:
-                width = store.unit_width(site.part)
+                width = store.width(site)
                 yield site, np.ascontiguousarray(values[:, site.unit * width : (site.unit + 1) * width])
 
 

@@ -81,7 +81,7 @@ def descend(
     number = torch.arange(len(out), device=out.device)
     gone, gradient = torch.zeros_like(out), problems.gradient
     along_gone, change = torch.zeros_like(problems.p), torch.zeros_like(problems.p)
-    memory = _Memory(out)
+    memory = Memory(out)
     for _ in range(_MAX_STEPS):
         running = gradient.norm(dim=1) > problems.goal
         kept = running.nonzero()[:, 0]
@@ -143,7 +143,7 @@ def _search(
     return length, margins, change
 
 
-class _Memory:
+class Memory:
     """The last steps S and changes of the gradient Y, and the upper triangle R of S Yᵀ, of each problem."""
 
     def __init__(self, like: Float[Tensor, "problems width"]) -> None:
@@ -153,8 +153,8 @@ class _Memory:
         self._R = like.new_zeros(problems, _ROOM, _ROOM)
         self._k = 0
 
-    def __getitem__(self, kept: Integer[Tensor, " kept"]) -> "_Memory":
-        out = object.__new__(_Memory)
+    def __getitem__(self, kept: Integer[Tensor, " kept"]) -> "Memory":
+        out = object.__new__(Memory)
         out._S, out._Y, out._R, out._k = self._S[kept], self._Y[kept], self._R[kept], self._k
         return out
 

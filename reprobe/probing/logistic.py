@@ -24,7 +24,7 @@ relative to ‖w‖, is what every fit is driven below, and carries.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from reprobe.probing.lbfgs import Around, Preconditioner, descend
+
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 #: A problem ends when its weights are as near as this to the optimum, relative to their length …
 NEAR = 1e-6
@@ -156,15 +158,14 @@ class _Shared:
         mean = x.mean(1)
         x -= mean[:, None]
         scale = x.square().mean(1).sqrt()
-        scale = torch.where(_constant(scale.square(), mean, x.shape[1]), 1.0, scale)
+        scale = torch.where(constant_features(scale.square(), mean, x.shape[1]), 1.0, scale)
         x /= scale[:, None]
         return cls(A, mean, scale)
 
 
-def _constant(variance: Tensor, mean: Tensor, n: Any) -> Tensor:
-    """Features that vary by no more than rounding: scikit-learn's rule, so that both call the same ones constant."""
-    constant: Tensor = variance <= n * _EPS * variance + (n * mean * _EPS) ** 2
-    return constant
+def constant_features(variance: Array, mean: Array, n: Any) -> Array:
+    """Which features vary by no more than rounding: scikit-learn's rule, so that both call the same ones constant."""
+    return cast(Array, variance <= n * _EPS * variance + (n * mean * _EPS) ** 2)
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class _Own:
         for s, p in (variance < 1e-6 * (1 + m.square())).any(1).nonzero().tolist():
             variance[s, :, p] = (x[s] - m[s, :, p]).square().mT @ omega[:, p] / total[p]
         mean, scale = shared.mean[..., None], shared.scale[..., None]
-        constant = _constant(variance * scale.square(), mean + scale * m, total)
+        constant = constant_features(variance * scale.square(), mean + scale * m, total)
         # What is constant here need not be so in all rows, whose mean then is in the rounding of x and m.
         rounding = (x.shape[1] * _EPS) ** 2 * (1 + m.square() + (mean / scale).square())
         constant = constant | (variance <= rounding)

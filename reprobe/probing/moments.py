@@ -266,6 +266,7 @@ class Batches(Protocol):
         self, sites: Iterable[str | Site], *, batch_rows: int = ..., shuffle: None = ..., rows: Any = ...
     ) -> Iterator[Any]: ...
     def read(self, site: Site, rows: Any = None) -> torch.Tensor: ...
+    def width(self, site: Site) -> int: ...
 
 
 def read_moments(
@@ -292,7 +293,7 @@ def read_moments(
     order = np.argsort(rows.rows, kind="stable")
     wanted = rows.rows[order]
     cells = (2 * folds + rows.positive)[order]
-    widths = {site: int(store.read(site, wanted[:1]).shape[1]) for site in sites}
+    widths = {site: store.width(site) for site in sites}
     for pack in _packs(widths, scatter, 2 * n_folds, memory):
         sums = {site: [MomentsAccumulator(widths[site], scatter) for _ in range(2 * n_folds)] for site in pack}
         done = 0
