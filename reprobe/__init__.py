@@ -3,7 +3,7 @@
 The way of the data, station by station:
 
     prompts     PromptSet: texts with labels, groups, pairs and spans
-    model       LanguageModel, Site; observe and intervene, the only hooks
+    model       LanguageModel, Site; observe and intervene, the only hooks; lm.monitor: directions as live probes
     extraction  extract: prompts → activations at sites, streamed into
                 (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
-    from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
+    from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
         CCSReader,
@@ -63,11 +63,13 @@ _HOME = {
     "LogisticReader": "probing",
     "MeanDifference": "probing",
     "ModelIdentity": "model",
+    "Monitor": "model",
     "PCAReader": "probing",
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
     "RandomReader": "probing",
+    "Reading": "model",
     "Replay": "extraction",
     "ReprobeError": "errors",
     "RidgeReader": "probing",
@@ -108,11 +110,13 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "LogisticReader",
     "MeanDifference",
     "ModelIdentity",
+    "Monitor",
     "PCAReader",
     "Position",
     "ProbeGrid",
     "PromptSet",
     "RandomReader",
+    "Reading",
     "Replay",
     "ReprobeError",
     "RidgeReader",
