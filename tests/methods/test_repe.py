@@ -46,7 +46,7 @@ def test_directions_of_another_site_are_refused(tiny_lm):
     with pytest.raises(UsageError, match=r"direction\.at\('resid.post@2'\)"):
         repe.scan(lm, "the cat", {other: d})
     assert repe.scan(lm, "the cat", {other: d.at(other)}).sites == (other,)
-    with pytest.raises(UsageError, match="width 3 does not fit resid.post@1"):
+    with pytest.raises(UsageError, match=r"width 3 does not fit resid\.post@1"):
         repe.scan(lm, "the cat", {site: rp.Direction.from_vector(site, np.ones(3))})
     with pytest.raises(UnknownSite, match="blocks 0–2"):
         repe.scan(lm, "the cat", {rp.Site("resid.post", 5): d.at("resid.post@5")})

@@ -207,6 +207,123 @@ def test_directions_of_other_sites_or_models_do_not_add_up(identity):
     assert [t["site"] for t in (d + d).provenance["terms"]] == ["resid.post@1"] * 2
 
 
+@QUICK
+@given(data=st.data(), h=arrays(np.float64, (3, 5), elements=finite))
+def test_what_is_left_stands_at_a_right_angle_and_its_score_is_what_is_left_of_the_score(data, h):
+    d = data.draw(directions(width=5))
+    against = data.draw(st.lists(directions(width=5), min_size=1, max_size=3))
+    try:
+        left = d.orthogonalise(*against)
+    except UsageError:
+        W = np.stack([a.vector for a in against])
+        assert np.linalg.norm(d.vector - W.T @ np.linalg.lstsq(W.T, d.vector)[0]) < 1e-8
+        return
+    assert max(abs(left.cosine(a)) for a in against) < 1e-12
+    # Least squares by another road: what of v the others explain, and what of the scores goes with it.
+    W = np.stack([a.vector for a in against])
+    c = np.linalg.pinv(W.T, rcond=1e-11) @ d.vector
+    n = left.scale / d.scale
+    np.testing.assert_allclose(n * left.vector, d.vector - c @ W, atol=1e-9)
+    explained = sum(k * a.score(h) for k, a in zip(c, against, strict=True))
+    size = np.abs(h).max() + abs(d.offset) + (np.abs(c) * [abs(a.offset) for a in against]).sum()
+    np.testing.assert_allclose(n * left.score(h), d.score(h) - explained, atol=1e-8 * size * max(1, np.abs(c).max()))
+    assert left.classes == d.classes
+    assert left.metrics == {}
+
+
+@QUICK
+@given(data=st.data())
+def test_gram_schmidt_is_idempotent_and_free_of_the_order_and_the_signs(data):
+    d, a, b = (data.draw(directions(width=5)) for _ in range(3))
+    if abs(a.cosine(b)) > 0.99 or abs(np.linalg.det(np.corrcoef([d.vector, a.vector, b.vector]))) < 1e-4:
+        return  # nearly dependent: rounding decides
+    one = d.orthogonalise(a, b)
+    for other in (d.orthogonalise(b, a), d.orthogonalise(-a, 3 * b), one.orthogonalise(a, b)):
+        np.testing.assert_allclose(other.step, one.step, rtol=1e-6, atol=1e-9 * d.scale)
+        size = abs(d.offset) + abs(a.offset) + abs(b.offset)
+        assert other.offset == pytest.approx(one.offset, rel=1e-6, abs=1e-4 * size)
+
+
+def test_orthogonal_directions_stay_as_they_are():
+    d = Direction.from_vector("resid.post@1", [1.0, 0.0, 0.0], scale=2.0, offset=0.3)
+    left = d.orthogonalise(Direction.from_vector("resid.post@1", [0.0, 5.0, 0.0], offset=9.0))
+    assert (left.vector.tolist(), left.scale, left.offset) == ([1.0, 0.0, 0.0], 2.0, 0.3)
+    # By hand: v = (0.6, 0.8), w = (1, 0): c = 0.6, n = 0.8; (o − c·o_w) / n = (1 − 0.6·2) / 0.8.
+    w = Direction.from_vector("resid.post@1", [1.0, 0.0], offset=2.0)
+    left = Direction.from_vector("resid.post@1", [3.0, 4.0], offset=1.0).orthogonalise(w, w)
+    np.testing.assert_allclose(left.vector, [0.0, 1.0], atol=1e-15)
+    assert left.scale == pytest.approx(4.0)
+    assert left.offset == pytest.approx(-0.25)
+
+
+def test_gram_schmidt_is_refused_where_it_has_no_meaning(identity):
+    d = Direction.from_vector("resid.post@1", [1.0, 2.0])
+    with pytest.raises(UsageError, match="nothing is left"):
+        d.orthogonalise(-3 * d)
+    with pytest.raises(UsageError, match="against what"):
+        d.orthogonalise()
+    with pytest.raises(UsageError, match="one site only"):
+        d.orthogonalise(d.at("resid.post@2"))
+    with pytest.raises(IdentityMismatch, match="does not say"):
+        d.orthogonalise(Direction.from_vector("resid.post@1", [1.0, 0.0], identity=identity))
+
+
+@QUICK
+@given(data=st.data(), h=arrays(np.float64, (3, 5), elements=finite))
+def test_a_mean_is_the_mean_of_steps_and_of_scaled_scores(data, h):
+    terms = [dataclasses.replace(d, classes=None) for d in data.draw(st.lists(directions(width=5), min_size=1))]
+    size = sum(d.scale for d in terms)
+    try:
+        mean = Direction.mean(terms)
+    except UsageError:
+        assert np.linalg.norm(sum(d.step for d in terms)) < 1e-9 * size
+        return
+    np.testing.assert_allclose(mean.step, np.mean([d.step for d in terms], axis=0), atol=1e-12 * size)
+    worth = np.mean([d.scale * d.score(h) for d in terms], axis=0)
+    magnitude = size * (np.abs(h).max() + max(abs(d.offset) for d in terms))
+    np.testing.assert_allclose(mean.scale * mean.score(h), worth, atol=1e-9 * magnitude)
+    if len(terms) == 2:
+        half = 0.5 * (terms[0] + terms[1])
+        np.testing.assert_allclose(half.step, mean.step, atol=1e-12 * size)
+        assert half.offset == pytest.approx(mean.offset, rel=1e-9)
+
+
+def test_a_mean_over_blocks_is_of_a_site_that_is_said_and_of_one_positive_class(identity):
+    one = dataclasses.replace(
+        Direction.from_vector("resid.post@1", [2.0, 0.0], offset=1.0, identity=identity), classes=("no", "yes")
+    )
+    other = dataclasses.replace(
+        Direction.from_vector("resid.post@2", [0.0, -2.0], offset=3.0, identity=identity), classes=("yes", "no")
+    )
+    mean = Direction.mean([one, other], site="resid.post@2")
+    assert str(mean.site) == "resid.post@2"
+    assert mean.classes == ("no", "yes")
+    assert mean.identity == identity
+    np.testing.assert_allclose(mean.step, [1.0, 1.0])
+    # (2·1 + 2·(−3)) / 2 over a step of length √2.
+    assert mean.offset == pytest.approx(-2 / np.sqrt(2))
+    assert [t["site"] for t in mean.provenance["terms"]] == ["resid.post@1", "resid.post@2"]
+    with pytest.raises(UsageError, match=r"several sites \(resid\.post@1, resid\.post@2\)"):
+        Direction.mean([one, other])
+    with pytest.raises(UsageError, match="same two classes"):
+        Direction.mean([one, dataclasses.replace(one, classes=("no", "perhaps"))])
+    with pytest.raises(UsageError, match="same two classes"):
+        Direction.mean([one, dataclasses.replace(one, classes=None)])
+    with pytest.raises(UsageError, match="different widths"):
+        Direction.mean([one, Direction.from_vector("resid.post@1", [1.0], identity=identity)])
+    with pytest.raises(IdentityMismatch, match="weights"):
+        Direction.mean(
+            [
+                one,
+                Direction.from_vector("resid.post@1", [1.0, 0.0], identity=dataclasses.replace(identity, weights="e")),
+            ]
+        )
+    with pytest.raises(UsageError, match="at least one"):
+        Direction.mean([])
+    with pytest.raises(UsageError, match="cancel"):
+        Direction.mean([one, -dataclasses.replace(one, classes=("yes", "no"))])
+
+
 def test_the_cosine_compares_across_sites_of_equal_width():
     a, b = (
         Direction.from_vector("resid.post@1", [1.0, 0.0]),
