@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.numpy import save as save_arrays
 
 from reprobe.errors import (
     ArtifactExists,
@@ -14,12 +16,14 @@ from reprobe.errors import (
     CorruptArtifact,
     IdentityMismatch,
     ReprobeError,
+    SchemaMismatch,
     UnknownSite,
     UsageError,
 )
 from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, to_bytes
 from reprobe.probing.direction import Direction
+from reprobe.probing.probe_grid import ProbeGrid
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 finite = st.floats(-1e6, 1e6).filter(lambda x: abs(x) > 1e-3)
@@ -113,13 +117,32 @@ def test_what_is_no_direction_is_refused_with_its_own_error(tmp_path):
     assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["d.safetensors"]  # no temporary files
 
 
-def test_a_file_of_a_newer_schema_asks_for_an_upgrade(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("file", "library", "says"), [(2, 1, "a newer reprobe"), (2, 3, "an older reprobe")])
+def test_a_file_of_another_schema_says_both_versions_and_what_to_do(file, library, says, tmp_path, monkeypatch):
     d = Direction.from_vector("resid.post@0", [1.0])
-    monkeypatch.setattr("reprobe.probing.artifact.SCHEMA", 2)
-    path = d.save(tmp_path / "new")
-    monkeypatch.undo()
-    with pytest.raises(UsageError, match="newer reprobe"):
+    monkeypatch.setattr("reprobe.probing.artifact.SCHEMA", file)
+    path = d.save(tmp_path / "d")
+    monkeypatch.setattr("reprobe.probing.artifact.SCHEMA", library)
+    for load in (Direction.load, ProbeGrid.load):
+        with pytest.raises(SchemaMismatch, match=says) as caught:
+            load(path)
+        told = str(caught.value)
+        assert str(path) in told
+        assert f"it has schema version {file}" in told
+        assert f"reprobe {version('reprobe-lm')} reads version {library}" in told
+        assert ("Upgrade" in told) == (file > library)
+
+
+def test_a_newer_schema_is_told_of_whatever_else_its_header_holds(tmp_path):
+    envelope = {"schema": 2, "kind": ["of", "another", "form"]}
+    path = tmp_path / "d"
+    path.write_bytes(save_arrays({"anything": np.ones(2)}, metadata={"reprobe": json.dumps(envelope)}))
+    with pytest.raises(SchemaMismatch, match="schema version 2"):
         Direction.load(path)
+    for schema in ("2", None, 0, -1, True, 1.5):
+        path.write_bytes(save_arrays({"vector": np.ones(2)}, metadata={"reprobe": json.dumps({"schema": schema})}))
+        with pytest.raises(CorruptArtifact, match="schema"):
+            Direction.load(path)
 
 
 @pytest.mark.parametrize("rows", [(), (4,), (2, 3)])
