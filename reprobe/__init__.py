@@ -8,7 +8,7 @@ The way of the data, station by station:
                 (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
-                (LEACE: a concept erased)
+                (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
     evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         TransferGrid,
         TTPDReader,
         probe,
+        pull,
+        push,
         transfer,
     )
     from reprobe.prompts import Position, PromptSet
@@ -88,6 +90,8 @@ _HOME = {
     "log_odds": "evaluation",
     "observe": "model",
     "probe": "probing",
+    "pull": "probing",
+    "push": "probing",
     "replay": "extraction",
     "steer": "control",
     "transfer": "probing",
@@ -135,6 +139,8 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "log_odds",
     "observe",
     "probe",
+    "pull",
+    "push",
     "replay",
     "steer",
     "transfer",

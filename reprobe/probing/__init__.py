@@ -8,6 +8,7 @@ probe_grid · what that leaves: `ProbeGrid`                   intervals · how s
 transfer   · from data set to data set                       calibration · scores as probabilities
 permutation · p-values that include the search               controls  · selectivity, online code
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
+sharing    · folders and the hub: `push`, `pull`         card      · what their README.md says
 """
 
 from reprobe.probing.calibration import Platt, platt
@@ -32,6 +33,7 @@ from reprobe.probing.readers import (
     RidgeReader,
     TTPDReader,
 )
+from reprobe.probing.sharing import load, pull, push
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
@@ -61,10 +63,13 @@ __all__ = [
     "TTPDReader",
     "TransferGrid",
     "group_folds",
+    "load",
     "online_code",
     "permutation_test",
     "platt",
     "probe",
+    "pull",
+    "push",
     "read_moments",
     "reader_probabilities",
     "selectivity",
