@@ -22,7 +22,7 @@ TAGS = ("reprobe", "interpretability", "linear-probe", "steering")
 
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 #: `owner/name` as the hub has them; a folder's or a bundled model's own name is none.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: Metrics that are shown with an interval, by their names for people.
 _INTERVALS = {"accuracy": "accuracy", "auroc": "AUROC"}
 
@@ -44,7 +44,7 @@ def model_card(artifact: Direction | ProbeGrid, address: str) -> str:
 def _front_matter(identity: ModelIdentity | None) -> str:
     from huggingface_hub import ModelCardData
 
-    base = identity.name if identity is not None and _HUB_ID.fullmatch(identity.name) else None
+    base = identity.name if identity is not None and HUB_ID.fullmatch(identity.name) else None
     return f"---\n{ModelCardData(base_model=base, library_name='reprobe', tags=list(TAGS)).to_yaml()}\n---"
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, read, to_bytes, write
 from reprobe.provenance import digest_bytes
+
+if TYPE_CHECKING:
+    from reprobe.store import ActivationStore
 
 Label = bool | int | float | str
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -138,7 +141,10 @@ class Direction:
         device and in their graph.
         """
         if h.shape[-1:] != (self.width,):
-            raise UsageError(f"{self!r} reads rows of width {self.width}, not an array of shape {tuple(h.shape)}")
+            raise UsageError(
+                f"{self!r} reads rows of width {self.width}, not an array of shape {tuple(h.shape)}: are they of "
+                f"{self.site or 'its site'}?"
+            )
         if isinstance(h, torch.Tensor):
             rows = h if h.dtype == torch.float64 else h.float()
             return rows @ torch.tensor(self.vector, dtype=rows.dtype, device=rows.device)
@@ -148,6 +154,24 @@ class Direction:
     def score(self, h: Array) -> Array:
         """h·vector − offset: (…, width) → (…). Above 0 is the positive class; precision as in `project`."""
         return self.project(h) - self.offset
+
+    def score_rows(
+        self, store: "ActivationStore", rows: Any = None, *, allow_mismatch: bool = False
+    ) -> Float[np.ndarray, " rows"]:
+        """Scores of a store's rows at this direction's own site, in float64; `rows` as in `store.read`.
+
+        An array does not say where it was read; a store does. Reads in batches. Raises `UnknownSite` if the store
+        lacks the site, `IdentityMismatch` if it is of another model (unless `allow_mismatch`), `UsageError` if the
+        direction has no site, and what `store.iter` does.
+        """
+        if self.site is None:
+            raise UsageError(
+                "the direction has no site of its own: say where it is read with direction.at('resid.post@…')"
+            )
+        if (mine := self.identity) is not None:
+            mine.require_same(store.identity, f"the direction at {self.site}", allow_mismatch=allow_mismatch)
+        found = [self.score(batch.values.double().numpy()) for batch in store.iter(self.site, rows=rows)]
+        return np.concatenate(found) if found else np.empty(0)
 
     def cosine(self, other: "Direction") -> float:
         """The cosine between two directions of equal width; their sites may differ."""

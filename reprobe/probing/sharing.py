@@ -7,7 +7,6 @@ when the hub is asked for; who may write there is its affair.
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from reprobe.errors import ArtifactExists, ArtifactMissing, FetchFailed, UsageError
 from reprobe.probing import direction, probe_grid
 from reprobe.probing.artifact import kind_of
-from reprobe.probing.card import model_card
+from reprobe.probing.card import HUB_ID, model_card
 from reprobe.probing.direction import Direction
 from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.provenance import sync_folder, write_durably
@@ -25,7 +24,6 @@ CARD = "README.md"
 #: The file of each kind in a folder.
 FILES = {direction.KIND: "direction.safetensors", probe_grid.KIND: "grid.safetensors"}
 _HUB = "hf:"
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def push(
@@ -61,7 +59,7 @@ def pull(source: str | Path, *, revision: str | None = None) -> Direction | Prob
         raise UsageError(f"revision={revision!r} is for the hub (hf:OWNER/NAME); {source} is a local folder")
     folder = Path(source)
     if not folder.is_dir():
-        hint = f"; for the hub write hf:{source}" if _REPO.fullmatch(str(source)) else ""
+        hint = f"; for the hub write hf:{source}" if HUB_ID.fullmatch(str(source)) else ""
         raise ArtifactMissing(f"there is no folder {source}{hint}")
     return _only(folder, str(source))
 
@@ -174,6 +172,6 @@ def _repo(place: str | Path) -> str | None:
     if not isinstance(place, str) or not place.startswith(_HUB):
         return None
     repo = place.removeprefix(_HUB)
-    if not _REPO.fullmatch(repo):
+    if not HUB_ID.fullmatch(repo):
         raise UsageError(f"{place!r} is no address on the hub: write hf:OWNER/NAME")
     return repo

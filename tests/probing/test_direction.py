@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save as save_arrays
+from store import synthetic
 
 from reprobe.errors import (
     ArtifactExists,
@@ -24,6 +25,7 @@ from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, to_bytes
 from reprobe.probing.direction import Direction
 from reprobe.probing.probe_grid import ProbeGrid
+from reprobe.store import ActivationStore
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 finite = st.floats(-1e6, 1e6).filter(lambda x: abs(x) > 1e-3)
@@ -162,6 +164,32 @@ def test_score_and_project_take_numpy_and_torch_and_return_the_same_kind(rows):
         assert out.dtype == kept
         assert tuple(out.shape) == rows
         np.testing.assert_allclose(out.numpy(), expected - 0.7, atol=tolerance)
+
+
+def test_a_store_is_scored_at_the_directions_own_site_or_not_at_all(tmp_path):
+    with synthetic.create(tmp_path / "s", dtype="float16") as writer:
+        synthetic.fill(writer)
+    store = ActivationStore.open(tmp_path / "s")
+    for name in ("resid.post@2", "attn.heads@1.3", "final"):
+        h = store.read(name).double().numpy()
+        v = np.random.default_rng(0).standard_normal(h.shape[1])
+        d = Direction.from_vector(name, v, offset=0.7, identity=store.identity)
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.testing.assert_allclose(d.score_rows(store), h @ d.vector - 0.7, rtol=1e-9)
+            np.testing.assert_allclose(d.score_rows(store, [5, 2]), (h @ d.vector - 0.7)[[5, 2]], rtol=1e-9)
+    assert d.score_rows(store, []).shape == (0,)
+    with pytest.raises(UnknownSite, match=r"'resid\.post@1' is not in .*it has resid\.post@2"):
+        d.at("resid.post@1").score_rows(store)
+    with pytest.raises(UsageError, match="no site of its own"):
+        Direction(None, d.vector).score_rows(store)
+    with pytest.raises(UsageError, match=r"are they of final\?"):
+        d.score(store.read("attn.heads@1.3"))
+    other = dataclasses.replace(d, provenance={"identity": store.identity.to_json() | {"weights": "e" * 64}})
+    with pytest.raises(IdentityMismatch, match="weights"):
+        other.score_rows(store)
+    assert len(other.score_rows(store, allow_mismatch=True)) == store.rows
+    with pytest.raises(UsageError, match="width 3"):
+        Direction.from_vector("final", np.ones(3)).score_rows(store)
 
 
 def test_gradients_flow_through_a_score():
