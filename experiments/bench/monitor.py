@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--markdown", type=Path, metavar="OUT")
     chosen = parser.parse_args()
-    if min(*chosen.batches, chosen.tokens, chosen.repeats, 99) < 1:
+    if min(*chosen.batches, chosen.tokens, chosen.repeats) < 1:
         parser.error("--batches, --tokens and --repeats are 1 or more")
     return chosen
 
@@ -96,8 +96,8 @@ def main() -> None:
     about: dict[str, Any] = {
         "title": "Monitoring",
         "command": "uv run python experiments/bench/monitor.py "
-        f"--model {chosen.model} --batches {' '.join(map(str, chosen.batches))} --tokens {chosen.tokens} "
-        f"--repeats {chosen.repeats}",
+        f"--model {chosen.model} --dtype {str(lm.dtype).removeprefix('torch.')} --device {lm.device.type} "
+        f"--batches {' '.join(map(str, chosen.batches))} --tokens {chosen.tokens} --repeats {chosen.repeats}",
         "machine": machine(lm.device),
         "repeats": chosen.repeats,
         "load": [*load, os.getloadavg()[0]],

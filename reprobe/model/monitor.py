@@ -91,27 +91,32 @@ class Reading:
 
 @dataclass
 class _Run:
-    """Passes that continue one another: columns from `start` on, so far as they are still valid."""
+    """Passes that continue one another: columns `start` to `end`, so far as they are still valid.
+
+    `prompts` are those of the first pass, `real` is what the newest one says of all columns.
+    """
 
     prompts: Prompts
-    start: int
+    real: Bool[Tensor, "rows columns"]
     rows: int
+    start: int
+    end: int
     products: list[Float[Tensor, "directions rows columns"]] = field(default_factory=list)
     ids: list[Int[Tensor, "rows columns"]] = field(default_factory=list)
-    real: Bool[Tensor, "rows columns"] | None = None
 
-    @property
-    def end(self) -> int:
-        return self.start + sum(block.shape[-1] for block in self.ids)
+    def add(self, products: Float[Tensor, "directions rows columns"], ids: Int[Tensor, "rows columns"]) -> None:
+        self.products.append(products)
+        self.ids.append(ids)
+        self.end += ids.shape[-1]
 
     def cut(self, column: int) -> None:
         """Forget what was read from `column` on: it is computed again (always so without a key-value cache)."""
-        while self.ids and self.end > column:
-            keep = self.ids[-1].shape[-1] - (self.end - column)
-            ids, products = self.ids.pop(), self.products.pop()
-            if keep > 0:
-                self.ids.append(ids[:, :keep])
-                self.products.append(products[..., :keep])
+        while self.end > column:
+            products, ids = self.products.pop(), self.ids.pop()
+            self.end -= ids.shape[-1]
+            if column > self.end:
+                keep = column - self.end
+                self.add(products[..., :keep], ids[:, :keep])
 
 
 class _Place:
@@ -178,7 +183,7 @@ class Monitor:
         self._end()
         run = self._runs[-1] if self._runs else None
         if run is None or passing.fresh or run.rows != passing.rows or not run.start <= passing.start <= run.end:
-            run = _Run(passing.prompts, passing.start, passing.rows)
+            run = _Run(passing.prompts, passing.prompts.real, passing.rows, passing.start, passing.start)
             self._runs.append(run)
         run.cut(passing.start)
         run.real = passing.prompts.real
@@ -204,9 +209,7 @@ class Monitor:
             else torch.full((len(place) * passing.rows * passing.columns,), torch.nan, device=device)
             for site, place in self._places.items()
         ]
-        run = self._runs[-1]
-        run.products.append(torch.cat(parts).view(-1, passing.rows, passing.columns))
-        run.ids.append(_ids(passing))
+        self._runs[-1].add(torch.cat(parts).view(-1, passing.rows, passing.columns), _ids(passing))
 
     @property
     def latest(self) -> Float[Tensor, "directions rows"]:
@@ -234,14 +237,12 @@ class Monitor:
         ids = torch.cat(run.ids, -1).cpu().numpy()
         columns = np.arange(run.start, run.end)
         generated = columns >= run.prompts.width
-        told = np.ones((run.rows, len(columns)), dtype=bool)
-        if run.real is not None:
-            given = run.real[:, run.start : run.end].cpu().numpy()
-            told[:, : given.shape[1]] = np.repeat(given, run.rows // len(given), 0)
+        given = run.real[:, run.start : run.end].cpu().numpy()
+        real = np.ones((run.rows, len(columns)), dtype=bool)  # what lies beyond the given columns is real
+        real[:, : given.shape[1]] = np.repeat(given, run.rows // len(given), 0)
         out = []
         for row in range(run.rows):
-            kept = told[row]
-            kept = kept & (np.arange(len(columns)) < _length(ids[row], generated, run.prompts))
+            kept = real[row] & (np.arange(len(columns)) < _length(ids[row], generated, run.prompts))
             pieces = tuple("" if i < 0 else self._lm.tokenizer.decode([int(i)]) for i in ids[row][kept])
             out.append(Reading(pieces, self.sites, scores[:, row, kept], generated[kept]))
         return out
