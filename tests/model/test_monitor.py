@@ -322,3 +322,20 @@ def test_a_monitor_leaves_no_hook_behind(tiny_lm, name):
     with pytest.raises(RuntimeError, match="stop"), lm.monitor(directions(lm)):
         raise RuntimeError("stop")
     assert hooks() == before
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_a_real_model_is_scored_as_its_stored_activations_are(real_lm, name):
+    lm = real_lm(name)
+    prompts = ["The city of Paris is in", "Rome"]
+    found = directions(lm, "resid.post@*")
+    out = []
+    keep = lambda ids, scores: out.append(ids.clone()) or scores  # noqa: E731
+    with lm.monitor(found) as monitor:
+        lm.generate(prompts, max_new_tokens=4, min_new_tokens=4, logits_processor=[keep])
+    for row, (prompt, reading) in enumerate(zip(prompts, monitor.readings, strict=True)):
+        ids = lm.encode(prompt).row(0).tolist() + out[-1][row, -3:].tolist()
+        want = captured(lm, ids, found)
+        # A stream's own size is the measure: early blocks of small states, late ones of large ones.
+        assert (np.abs(reading.scores - want) <= 1e-3 * np.abs(want).max(1, keepdims=True)).all()
