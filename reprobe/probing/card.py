@@ -158,11 +158,18 @@ def _use(artifact: Direction | ProbeGrid, identity: ModelIdentity | None, addres
     lines = [
         "import reprobe as rp",
         f"direction = rp.pull({address!r}){best}",
-        f"lm = rp.LanguageModel.load({'...' if identity is None else repr(identity.name)})",
+        f"lm = rp.LanguageModel.load({_load_arguments(identity)})",
         "with rp.steer(lm, rp.Add(direction, strength=4)), lm.monitor(direction) as monitor:",
         '    print(lm.generate("The city of Paris is in"))',
     ]
     return ["## Use", "```python\n" + "\n".join(lines) + "\n```", "Loading runs nothing: the file is safetensors."]
+
+
+def _load_arguments(identity: ModelIdentity | None) -> str:
+    if identity is None:
+        return "..."
+    pinned = identity.revision is not None and HUB_ID.fullmatch(identity.name)  # only the hub has revisions
+    return repr(identity.name) + (f", revision={identity.revision!r}" if pinned else "")
 
 
 def _identity(provenance: Mapping[str, Any]) -> ModelIdentity | None:

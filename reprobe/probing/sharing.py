@@ -34,7 +34,7 @@ def push(
     `to` is a local folder, or `hf:OWNER/NAME`: a model repository, made if need be (`private` or not), to which this
     adds one commit with two files. Returns the folder, or the commit's address. `overwrite` replaces what was pushed
     there before and leaves other files alone. Raises `ArtifactExists` if something is there and `overwrite` was not
-    given, or if a folder holds other things than what was pushed; `FetchFailed` if the hub does not answer or refuses.
+    given, or if a folder holds only other things; `FetchFailed` if the hub does not answer or refuses.
     """
     if not isinstance(artifact, Direction | ProbeGrid):
         raise UsageError(f"push takes a Direction or a ProbeGrid, not a {type(artifact).__name__}")
