@@ -3,12 +3,12 @@
 The way of the data, station by station:
 
     prompts     PromptSet: texts with labels, groups, pairs and spans
-    model       LanguageModel, Site; observe and intervene, the only hooks
+    model       LanguageModel, Site; observe and intervene, the only hooks; lm.monitor: directions as live probes
     extraction  extract: prompts → activations at sites, streamed into
                 (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
-                (LEACE: a concept erased)
+                (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
     evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
-    from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
+    from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
         CCSReader,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         TransferGrid,
         TTPDReader,
         probe,
+        pull,
+        push,
         transfer,
     )
     from reprobe.prompts import Position, PromptSet
@@ -63,11 +65,13 @@ _HOME = {
     "LogisticReader": "probing",
     "MeanDifference": "probing",
     "ModelIdentity": "model",
+    "Monitor": "model",
     "PCAReader": "probing",
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
     "RandomReader": "probing",
+    "Reading": "model",
     "Replay": "extraction",
     "ReprobeError": "errors",
     "RidgeReader": "probing",
@@ -86,6 +90,8 @@ _HOME = {
     "log_odds": "evaluation",
     "observe": "model",
     "probe": "probing",
+    "pull": "probing",
+    "push": "probing",
     "replay": "extraction",
     "steer": "control",
     "transfer": "probing",
@@ -108,11 +114,13 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "LogisticReader",
     "MeanDifference",
     "ModelIdentity",
+    "Monitor",
     "PCAReader",
     "Position",
     "ProbeGrid",
     "PromptSet",
     "RandomReader",
+    "Reading",
     "Replay",
     "ReprobeError",
     "RidgeReader",
@@ -131,6 +139,8 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "log_odds",
     "observe",
     "probe",
+    "pull",
+    "push",
     "replay",
     "steer",
     "transfer",

@@ -551,6 +551,34 @@ def steer(
     _show({"unsteered": plain, "steered": steered, "KL on the unsteered text, nats per token": round(kl, 4)}, as_json)
 
 
+@verb("reprobe push truth.safetensors hf:OWNER/truth --private")
+def push(
+    file: Annotated[Path, typer.Argument(help="A direction or a grid (.safetensors).")],
+    target: Annotated[str, typer.Argument(help="A folder, or hf:OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made, for its owner only.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Share a direction or a grid: its file and a model card, in a folder or on the hub."""
+    from reprobe.probing import load
+    from reprobe.probing import push as run_push
+
+    typer.echo(run_push(load(file), target, overwrite=overwrite, private=private))
+
+
+@verb("reprobe pull hf:OWNER/truth --to truth.safetensors")
+def pull(
+    source: Annotated[str, typer.Argument(help="A folder that `reprobe push` wrote, or hf:OWNER/NAME.")],
+    to: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fetch a direction or a grid that was pushed, and check that it is as it was written."""
+    from reprobe.probing import pull as run_pull
+
+    _refuse_existing(to, overwrite)
+    typer.echo(run_pull(source, revision=revision).save(to, overwrite=overwrite))
+
+
 @verb("reprobe report reprobe-demo")
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder with results, as `reprobe demo` makes it.")],

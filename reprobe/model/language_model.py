@@ -32,8 +32,9 @@ from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
 from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
-from reprobe.model.hooks import Prompts, Tokens, board_of, observe
+from reprobe.model.hooks import Prompts, Tokens, board_of, follow, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
+from reprobe.model.monitor import DirectionLike, Monitor, checked
 from reprobe.model.packs import BUDGET, Layout, Packing, Plan, lay_out, plan_packs
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
 from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
@@ -41,6 +42,10 @@ from reprobe.progress import Progress, silent
 
 #: Logits in memory at a time while scoring; a vocabulary of 262,144 has 256 rows of them.
 _LOGITS_AT_ONCE = 2**26
+
+#: Settings of transformers' `generate` with which row i of a pass need not go on with row i of the pass before, and
+#: the value that has no such effect.
+_REORDERING = {"num_beams": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}
 
 #: One prompt: plain text, or chat messages.
 Prompt = str | Messages
@@ -296,9 +301,28 @@ class LanguageModel:
         return inputs
 
     @contextlib.contextmanager
-    def _told(self, batch: Encoded) -> Iterator[None]:
-        with board_of(self).told(Prompts(batch.real, int(batch.real.shape[1]), batch.spans)):
+    def _told(self, batch: Encoded, ends: frozenset[int] = frozenset(), filler: int | None = None) -> Iterator[None]:
+        told = Prompts(batch.real, int(batch.real.shape[1]), batch.spans, batch.input_ids, ends, filler)
+        with board_of(self).told(told):
             yield
+
+    @contextlib.contextmanager
+    def monitor(
+        self,
+        directions: DirectionLike | Iterable[DirectionLike] | Mapping[Site, DirectionLike],
+        *,
+        allow_mismatch: bool = False,
+    ) -> Iterator[Monitor]:
+        """Score every token at the directions' sites, in whatever the model does inside the context.
+
+        A score is (h·v̂ − offset) / scale, as a live probe reads it: of the activation that the rest of the network
+        sees, after any steering. Activations are not kept. What was read is in the yielded `Monitor`. Raises
+        `UnknownSite`, `IdentityMismatch` for directions of another model (unless `allow_mismatch`), `UsageError` for
+        one of another width, and inside, `UnsupportedOperation` for `lm.logprobs` and for beams.
+        """
+        monitor = Monitor(self, checked(self, directions, "a monitor", allow_mismatch=allow_mismatch))
+        with follow(self, monitor.observers, monitor.begin):
+            yield monitor
 
     # -- numbers out ------------------------------------------------------------------------------------------
 
@@ -458,8 +482,24 @@ class LanguageModel:
         if not settings["do_sample"]:
             # A checkpoint's sampling settings mean nothing to greedy decoding, and transformers warns of them.
             settings = {"temperature": None, "top_p": None, "top_k": None} | settings
+        config = settings.get("generation_config") or self.net.generation_config
+
+        def chosen(name: str) -> Any:
+            return settings.get(name, getattr(config, name, None))
+
+        other = [name for name, usual in _REORDERING.items() if chosen(name) not in (None, usual)]
+        if other and board_of(self).followed:
+            raise UnsupportedOperation(
+                f"{other[0]} reorders or discards rows between passes, so what is read while monitoring could not be "
+                "given to a text; sample with num_return_sequences instead, or monitor lm.logits of the finished texts"
+            )
+        one_by_one = chosen("stop_strings") or chosen("stopping_criteria")
         devices = [self.device] if self.device.type == "cuda" else []
-        with self._told(batch), torch.random.fork_rng(devices, enabled=seed is not None), _quiet_transformers():
+        with (
+            self._told(batch, _ids(chosen("eos_token_id")), self.pad_id if one_by_one else None),
+            torch.random.fork_rng(devices, enabled=seed is not None),
+            _quiet_transformers(),
+        ):
             if seed is not None:
                 torch.manual_seed(seed)
             tokens = self.net.generate(
@@ -557,6 +597,11 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _ids(told: int | Sequence[int] | None) -> frozenset[int]:
+    """Token ids from a setting that is one, several or none."""
+    return frozenset() if told is None else frozenset([told] if isinstance(told, int) else map(int, told))
 
 
 def _roles(row: TokenisedText) -> np.ndarray:

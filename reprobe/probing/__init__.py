@@ -10,6 +10,7 @@ permutation · p-values that include the search               controls  · selec
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
 logistic   · many logistic regressions solved at once       lbfgs     · the wide ones of them
 streaming  · sites larger than memory, in batches
+sharing    · folders and the hub: `push`, `pull`         card      · what their README.md says
 """
 
 from reprobe.probing.calibration import Platt, platt
@@ -34,6 +35,7 @@ from reprobe.probing.readers import (
     RidgeReader,
     TTPDReader,
 )
+from reprobe.probing.sharing import load, pull, push
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
@@ -63,10 +65,13 @@ __all__ = [
     "TTPDReader",
     "TransferGrid",
     "group_folds",
+    "load",
     "online_code",
     "permutation_test",
     "platt",
     "probe",
+    "pull",
+    "push",
     "read_moments",
     "reader_probabilities",
     "selectivity",

@@ -75,7 +75,8 @@ class ActivationStore:
     def open(cls, path: str | Path) -> "ActivationStore":
         """The store at `path`, a folder or a URL such as s3://bucket/prefix, complete or not.
 
-        Raises `ArtifactMissing`, `CorruptArtifact`, and `StoreUnreachable` if an object store cannot be used.
+        Raises `ArtifactMissing`, `CorruptArtifact`, `SchemaMismatch` if another version wrote it, and
+        `StoreUnreachable` if an object store cannot be used.
         """
         place = place_of(path)
         manifest = read_manifest(place)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import reprobe as rp
 from reprobe.cli.app import app
 
-VERBS = ("demo", "extract", "info", "verify", "probe", "transfer", "scan", "steer", "report")
+VERBS = ("demo", "extract", "info", "verify", "probe", "transfer", "scan", "steer", "push", "pull", "report")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,11 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["scan", "model", "a text", "--grid", "g.safetensors", "--part", "mlp.out"], "attn.heads, resid.post"),
         (["steer", "model", "a text", "--direction", "nothing.safetensors"], "nothing.safetensors"),
         (["steer", "model", "a text", "--direction", "d.safetensors", "--tokens", "some"], "generated"),
+        (["push", "nothing.safetensors", "x"], "nothing.safetensors"),
+        (["push", "d.safetensors", "hf:x"], "hf:OWNER/NAME"),
+        (["push", "d.safetensors", "s.reprobe"], "choose another name"),
+        (["pull", "nowhere", "--to", "x.safetensors"], "nowhere"),
+        (["pull", "nowhere", "--to", "d.safetensors"], "--overwrite"),
         (["report", "nowhere"], "nowhere"),
         (["data", "show", "citys"], "cities"),
         (["frobnicate"], "frobnicate"),
@@ -260,6 +265,16 @@ def test_steer_shows_both_texts_and_the_price(run, made):
     kl = next(v for k, v in told.items() if k.startswith("KL"))
     assert kl > 0
     assert told["unsteered"] == still["unsteered"]
+
+
+def test_what_is_pushed_can_be_pulled_bit_for_bit(run, made, tmp_path):
+    for file in ("d.safetensors", "g.safetensors"):
+        assert str(tmp_path / file[0]) in run("push", file, tmp_path / file[0]).stdout
+        run("pull", tmp_path / file[0], "--to", tmp_path / file)
+        assert (tmp_path / file).read_bytes() == (made / file).read_bytes()
+    assert "overwrite" in run("push", "d.safetensors", tmp_path / "d", code=2).output
+    run("push", "d.safetensors", tmp_path / "d", "--overwrite")
+    assert "FetchFailed" in run("pull", "hf:someone/thing", "--to", tmp_path / "x", code=1).output
 
 
 def test_a_report_is_drawn_from_a_folder_of_results(run, made):
