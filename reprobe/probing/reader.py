@@ -79,7 +79,7 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
             raise UsageError(str(error)) from error
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) == 1:
-            raise UsageError(f"y holds one class only ({self.classes_[0]!r}); a reader needs two classes")
+            raise UsageError(f"y holds one class only ({self.classes_.tolist()[0]!r}); a reader needs two classes")
         if type_of_target(y) != "binary":
             found = ", ".join(map(repr, self.classes_[:6].tolist()))
             raise UsageError(

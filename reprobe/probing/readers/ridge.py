@@ -43,8 +43,8 @@ class RidgeReader(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         X, y = checked(self, X, y, groups, pairs)
         if y.dtype.kind not in "biuf":
             raise UsageError(
-                f"RidgeReader predicts numbers, and y holds {type_of_target(y)} labels such as {y[0]!r}: give numbers, "
-                "or use a reader of classes"
+                f"RidgeReader predicts numbers, and y holds {type_of_target(y)} labels such as {y.tolist()[0]!r}: give "
+                "numbers, or use a reader of classes"
             )
         return self.fit_moments(JointMoments.of(X, y.astype(np.float64)[:, None]))
 
