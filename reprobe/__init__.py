@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
+        AttentionReader,
         CCSReader,
         ClusterMean,
         Direction,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         TransferGrid,
         TTPDReader,
         probe,
+        probe_sequences,
         transfer,
     )
     from reprobe.prompts import Position, PromptSet
@@ -52,6 +54,7 @@ _HOME = {
     "ActivationStore": "store",
     "Add": "control",
     "Affine": "control",
+    "AttentionReader": "probing",
     "CCSReader": "probing",
     "ClusterMean": "probing",
     "Contrast": "evaluation",
@@ -86,6 +89,7 @@ _HOME = {
     "log_odds": "evaluation",
     "observe": "model",
     "probe": "probing",
+    "probe_sequences": "probing",
     "replay": "extraction",
     "steer": "control",
     "transfer": "probing",
@@ -97,6 +101,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ActivationStore",
     "Add",
     "Affine",
+    "AttentionReader",
     "CCSReader",
     "ClusterMean",
     "Contrast",
@@ -131,6 +136,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "log_odds",
     "observe",
     "probe",
+    "probe_sequences",
     "replay",
     "steer",
     "transfer",

@@ -20,10 +20,11 @@ from reprobe.probing import LogisticReader, MeanDifference, Reader
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
+from reprobe.probing.probe_grid import store_provenance
 from reprobe.probing.reader import TrainingRows
 from reprobe.probing.rows import ProbeRows, select_rows
 from reprobe.progress import Progress, silent
-from reprobe.provenance import digest_lines, versions
+from reprobe.provenance import digest_lines
 
 #: The share of a development fold's questions that the probes are fitted on; the others rank the heads.
 TRAIN_SHARE = 0.8
@@ -169,17 +170,7 @@ def _ranking(
 ) -> HeadRanking:
     order = sorted(range(len(heads)), key=lambda i: (-accuracy[i], heads[i].layer, heads[i].unit))
     used = (f"{rows.prompts[i]!r} {rows.rows[i]} {rows.positive[i]}" for i in split.development)
-    provenance = {
-        "identity": store.manifest.identity.to_json(),
-        "prompts": store.manifest.prompts,
-        "plan": dict(store.manifest.plan),
-        "store": store.manifest.digest,
-        "dtype": store.manifest.dtype,
-        "rows": digest_lines(used),
-        "note": rows.note,
-        "versions": versions(),
-        **made,
-    }
+    provenance = store_provenance(store.manifest) | {"rows": digest_lines(used), "note": rows.note, **made}
     n = len(split.validation)
     directions = {
         heads[i]: dataclasses.replace(

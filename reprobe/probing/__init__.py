@@ -8,6 +8,7 @@ probe_grid · what that leaves: `ProbeGrid`                   intervals · how s
 transfer   · from data set to data set                       calibration · scores as probabilities
 permutation · p-values that include the search               controls  · selectivity, online code
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
+sequences  · one score per prompt: `probe_sequences`
 """
 
 from reprobe.probing.calibration import Platt, platt
@@ -21,6 +22,7 @@ from reprobe.probing.permutation import MeanDifferenceRefit, Permutations, permu
 from reprobe.probing.probe_grid import ProbeGrid, Selected
 from reprobe.probing.reader import Reader
 from reprobe.probing.readers import (
+    AttentionReader,
     CCSReader,
     ClusterMean,
     KSparseReader,
@@ -32,10 +34,12 @@ from reprobe.probing.readers import (
     RidgeReader,
     TTPDReader,
 )
+from reprobe.probing.sequences import probe_sequences
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
     "LEACE",
+    "AttentionReader",
     "CCSReader",
     "ClassMoments",
     "ClusterMean",
@@ -65,6 +69,7 @@ __all__ = [
     "permutation_test",
     "platt",
     "probe",
+    "probe_sequences",
     "read_moments",
     "reader_probabilities",
     "selectivity",
