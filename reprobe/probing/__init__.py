@@ -8,10 +8,11 @@ probe_grid · what that leaves: `ProbeGrid`                   intervals · how s
 transfer   · from data set to data set                       calibration · scores as probabilities
 permutation · p-values that include the search               controls  · selectivity, online code
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
-sequences  · one score per prompt: `probe_sequences`
+sequences  · one score per prompt: `probe_sequences`     classes   · more than two: `probe_classes`
 """
 
 from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.classes import ClassGrid, probe_classes
 from reprobe.probing.controls import OnlineCode, Selectivity, online_code, reader_probabilities, selectivity
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction
@@ -29,6 +30,7 @@ from reprobe.probing.readers import (
     LDAReader,
     LogisticReader,
     MeanDifference,
+    MultiClassReader,
     PCAReader,
     RandomReader,
     RidgeReader,
@@ -41,6 +43,7 @@ __all__ = [
     "LEACE",
     "AttentionReader",
     "CCSReader",
+    "ClassGrid",
     "ClassMoments",
     "ClusterMean",
     "Direction",
@@ -52,6 +55,7 @@ __all__ = [
     "MeanDifferenceRefit",
     "Moments",
     "MomentsAccumulator",
+    "MultiClassReader",
     "OnlineCode",
     "PCAReader",
     "Permutations",
@@ -69,6 +73,7 @@ __all__ = [
     "permutation_test",
     "platt",
     "probe",
+    "probe_classes",
     "probe_sequences",
     "read_moments",
     "reader_probabilities",

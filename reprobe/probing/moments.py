@@ -21,7 +21,7 @@ from reprobe.errors import UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.direction import Label
 from reprobe.probing.reader import as_array, require_finite
-from reprobe.probing.rows import ProbeRows
+from reprobe.probing.rows import ClassRows, ProbeRows
 
 Scatter = Literal["full", "diagonal"]
 
@@ -271,7 +271,7 @@ class Batches(Protocol):
 def read_moments(
     store: Batches,
     sites: Sequence[Site],
-    rows: ProbeRows,
+    rows: ProbeRows | ClassRows,
     *,
     fold: Integer[np.ndarray, " n"] | None = None,
     scatter: Scatter = "full",
@@ -281,9 +281,9 @@ def read_moments(
     """The moments of each site, per fold and class, each site read once from beginning to end.
 
     `fold` is the fold of each of `rows` (None: one fold of all), `memory` in bytes bounds the sums that are held at
-    once: 8 · width² · folds · 2 for each site (8 · width · folds · 2 for the diagonal). As many sites are read side
-    by side as fit; beside them are in memory what `store.iter` says, and one batch of a site in float64, twice.
-    Takes as long per row as two products with a (width, width) matrix in float64.
+    once: 8 · width² · folds · classes for each site (8 · width · folds · classes for the diagonal). As many sites are
+    read side by side as fit; beside them are in memory what `store.iter` says, and one batch of a site in float64,
+    twice. Takes as long per row as two products with a (width, width) matrix in float64.
 
     Raises `UsageError` for NaN and infinity (with the rows' numbers), and if a single site does not fit.
     """
@@ -291,10 +291,12 @@ def read_moments(
     n_folds = int(folds.max()) + 1
     order = np.argsort(rows.rows, kind="stable")
     wanted = rows.rows[order]
-    cells = (2 * folds + rows.positive)[order]
+    n_classes = len(rows.classes)
+    n_cells = n_classes * n_folds
+    cells = (n_classes * folds + rows.codes)[order]
     widths = {site: int(store.read(site, wanted[:1]).shape[1]) for site in sites}
-    for pack in _packs(widths, scatter, 2 * n_folds, memory):
-        sums = {site: [MomentsAccumulator(widths[site], scatter) for _ in range(2 * n_folds)] for site in pack}
+    for pack in _packs(widths, scatter, n_cells, memory):
+        sums = {site: [MomentsAccumulator(widths[site], scatter) for _ in range(n_cells)] for site in pack}
         done = 0
         for batch in store.iter(list(pack), batch_rows=batch_rows, rows=wanted):
             cell = cells[done : done + len(batch.rows)]
@@ -311,10 +313,8 @@ def read_moments(
                     sums[site][c].add(X[cell == c])
         for site in pack:
             found = [s.result() for s in sums.pop(site)]
-            yield SiteMoments(
-                site,
-                FoldMoments(tuple(ClassMoments(rows.classes, tuple(found[2 * k : 2 * k + 2])) for k in range(n_folds))),
-            )
+            by_fold = (tuple(found[n_classes * k : n_classes * (k + 1)]) for k in range(n_folds))
+            yield SiteMoments(site, FoldMoments(tuple(ClassMoments(rows.classes, of) for of in by_fold)))
 
 
 def _packs(widths: dict[Site, int], scatter: Scatter, cells: int, memory: int) -> Iterator[list[Site]]:

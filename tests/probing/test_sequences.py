@@ -41,7 +41,7 @@ def test_attention_reads_prompts_that_the_last_token_does_not_tell_apart(store_o
     line = attention.table.row(1, named=True)
     assert (line["site"], line["n"], line["n_groups"], line["chance"]) == ("resid.post@1", 120, 60, 0.5)
     assert line["accuracy_low"] > 0.85 > 0.7 > last.table["accuracy"][1]
-    assert attention.table["accuracy_low"][0] < 0.5 < attention.table["accuracy_high"][0] + 0.05
+    assert attention.table["accuracy_low"][0] < 0.5 < attention.table["accuracy_high"][0]
     assert attention.selected.sites == (Site("resid.post", 1),) * 5
     assert attention.best().reader == "AttentionReader"
     assert attention.best().params["pooling"] == "attention"

@@ -55,10 +55,10 @@ class MomentsReader(Reader):
 
 
 def pseudo_solve(
-    S: Float[np.ndarray, "width width"], v: Float[np.ndarray, " width"], rtol: float
-) -> Float[np.ndarray, " width"]:
+    S: Float[np.ndarray, "width width"], v: Float[np.ndarray, "width ..."], rtol: float
+) -> Float[np.ndarray, "width ..."]:
     """S⁺v for a symmetric S without negative eigenvalues; those up to `rtol` of the largest count as zero."""
     values, vectors = scipy.linalg.eigh(S)
     kept = values > rtol * values[-1]
-    solved: np.ndarray = vectors[:, kept] @ ((vectors[:, kept].T @ v) / values[kept])
+    solved: np.ndarray = (vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ v)
     return solved
