@@ -18,7 +18,16 @@ from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction
 from reprobe.probing.grid import probe
 from reprobe.probing.leace import LEACE
-from reprobe.probing.moments import ClassMoments, JointMoments, Moments, MomentsAccumulator, read_moments
+from reprobe.probing.moments import (
+    ClassMoments,
+    JointMoments,
+    Moments,
+    MomentsAccumulator,
+    PairMoments,
+    read_joint_moments,
+    read_moments,
+)
+from reprobe.probing.pair_moments import read_pair_moments
 from reprobe.probing.permutation import MeanDifferenceRefit, Permutations, permutation_test
 from reprobe.probing.probe_grid import ProbeGrid, Selected
 from reprobe.probing.reader import Reader
@@ -58,6 +67,7 @@ __all__ = [
     "MultiClassReader",
     "OnlineCode",
     "PCAReader",
+    "PairMoments",
     "Permutations",
     "Platt",
     "ProbeGrid",
@@ -75,7 +85,9 @@ __all__ = [
     "probe",
     "probe_classes",
     "probe_sequences",
+    "read_joint_moments",
     "read_moments",
+    "read_pair_moments",
     "reader_probabilities",
     "selectivity",
     "transfer",

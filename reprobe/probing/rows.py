@@ -1,7 +1,7 @@
 """Which rows of a store are probed: labels, groups and pairs as plain arrays.
 
-Enters: a store's index, the name of a label column. Leaves: `ProbeRows`, or `ClassRows`. Does not know activations or
-readers.
+Enters: a store's index, the name of a label column. Leaves: `ProbeRows`, `ClassRows` or `NumberRows`. Does
+not know activations or readers.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Integer
+from jaxtyping import Bool, Float, Integer
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -86,6 +86,23 @@ class ClassRows:
         return float(np.bincount(self.codes).max() / len(self.codes))
 
 
+@dataclass(frozen=True)
+class NumberRows:
+    """Rows with a number each, `values`, to be predicted; the rest is as in `ProbeRows`."""
+
+    rows: Integer[np.ndarray, " n"]
+    values: Float[np.ndarray, " n"]
+    groups: Integer[np.ndarray, " n"]
+    pairs: Integer[np.ndarray, " n"] | None
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]
+    note: str
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 def select_rows(
     index: pl.DataFrame, *, label: str = "label", positive: Label | None = None, where: pl.Expr | None = None
 ) -> ProbeRows:
@@ -120,6 +137,43 @@ def select_classes(index: pl.DataFrame, *, label: str = "label", where: pl.Expr 
     place = {value: i for i, value in enumerate(classes)}
     codes = np.array([place[v] for v in frame[label].to_list()], dtype=np.int64)
     return ClassRows(codes=codes, classes=tuple(classes), **_described(frame, label, notes))
+
+
+def select_numbers(index: pl.DataFrame, *, label: str = "label", where: pl.Expr | None = None) -> NumberRows:
+    """The rows of `index` that `where` keeps and that have a number in column `label`.
+
+    As `select_rows`; `UsageError` if the column holds no numbers, or one that is not finite.
+    """
+    frame, notes = _labelled(index, label, where)
+    if not (frame[label].dtype.is_numeric() or frame[label].dtype == pl.Boolean):
+        raise UsageError(f"column {label!r} holds {frame[label].dtype}, not numbers")
+    values = frame[label].cast(pl.Float64).to_numpy()
+    if not np.isfinite(values).all():
+        at = int(np.argmin(np.isfinite(values)))
+        raise UsageError(f"column {label!r} is {values[at]} in row {frame['row'][at]} (prompt {frame['prompt'][at]!r})")
+    return NumberRows(values=values, **_described(frame, label, notes))
+
+
+def require_pairs(rows: ProbeRows, reader: str) -> Integer[np.ndarray, " n"]:
+    """The pair of each row. Raises `UsageError`, with a prompt, for rows without a pair and pairs without one side."""
+    if rows.pairs is None:
+        raise UsageError(f"the rows have no pairs, and {reader} reads pairs: give the prompts a column 'pair'")
+    if (rows.pairs < 0).any():
+        alone = rows.prompts[int(np.argmax(rows.pairs < 0))]
+        raise UsageError(
+            f"{int((rows.pairs < 0).sum())} rows have no pair, e.g. prompt {alone!r}, and {reader} reads pairs: "
+            'leave them out with where=pl.col("pair").is_not_null()'
+        )
+    n = int(rows.pairs.max()) + 1
+    sides = [np.bincount(rows.pairs[side], minlength=n) for side in (rows.positive, ~rows.positive)]
+    lacking = (sides[0] == 0) != (sides[1] == 0)
+    if lacking.any():
+        alone = rows.prompts[int(np.argmax(lacking[rows.pairs]))]
+        raise UsageError(
+            f"{int(lacking.sum())} pairs have rows of one label only, e.g. that of prompt {alone!r}, and {reader} "
+            "reads both sides of a pair: leave those rows out"
+        )
+    return rows.pairs
 
 
 def _labelled(index: pl.DataFrame, label: str, where: pl.Expr | None) -> tuple[pl.DataFrame, list[str]]:

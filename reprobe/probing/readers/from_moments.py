@@ -28,11 +28,7 @@ class MomentsReader(Reader):
         Raises `UsageError` for another number of classes, a class without rows, moments with a diagonal only, and as
         `fit` for classes that do not differ.
         """
-        if len(moments.classes) != 2:
-            raise UsageError(f"moments of {len(moments.classes)} classes: a reader needs two, negative and positive")
-        if not moments.n.all():
-            lacking = moments.classes[int(np.argmin(moments.n))]
-            raise UsageError(f"no row is of class {lacking!r}; a reader needs two classes")
+        require_two(moments)
         moments.total.require_full("a direction's scale")
         self.classes_ = np.array(moments.classes)
         self.n_features_in_ = moments.total.width
@@ -52,6 +48,15 @@ class MomentsReader(Reader):
     @abstractmethod
     def _plane(self, moments: ClassMoments) -> Plane:
         """The boundary between the second class and the first; `UsageError` if the moments determine none."""
+
+
+def require_two(moments: ClassMoments) -> None:
+    """Raise `UsageError` unless the moments are of two classes that both have rows."""
+    if len(moments.classes) != 2:
+        raise UsageError(f"moments of {len(moments.classes)} classes: a reader needs two, negative and positive")
+    if not moments.n.all():
+        lacking = moments.classes[int(np.argmin(moments.n))]
+        raise UsageError(f"no row is of class {lacking!r}; a reader needs two classes")
 
 
 def pseudo_solve(
