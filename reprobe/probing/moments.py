@@ -320,10 +320,9 @@ def read_moments(
     sizes = {site: 8 * n_cells * (width * width if scatter == "full" else width) for site, width in widths.items()}
     for pack in packs(sizes, memory):
         sums = {site: [MomentsAccumulator(widths[site], scatter) for _ in range(n_cells)] for site in pack}
-        for place, values in finite_batches(store, pack, wanted, batch_rows):
-            for site, X in values.items():
-                for c in np.unique(cells[place]):
-                    sums[site][c].add(X[cells[place] == c])
+        for site, place, X in finite_batches(store, pack, wanted, batch_rows):
+            for c in np.unique(cells[place]):
+                sums[site][c].add(X[cells[place] == c])
         for site in pack:
             found = [s.result() for s in sums.pop(site)]
             by_fold = (tuple(found[n_classes * k : n_classes * (k + 1)]) for k in range(n_folds))
@@ -350,32 +349,40 @@ def read_joint_moments(
     widths = {site: int(store.read(site, wanted[:1]).shape[1]) for site in sites}
     for pack in packs({site: 8 * n_folds * (width + 1) ** 2 for site, width in widths.items()}, memory):
         sums = {site: [MomentsAccumulator(widths[site] + 1) for _ in range(n_folds)] for site in pack}
-        for place, values in finite_batches(store, pack, wanted, batch_rows):
-            for site, X in values.items():
-                both = np.concatenate([X, targets[place]], axis=1)
-                for k in np.unique(folds[place]):
-                    sums[site][k].add(both[folds[place] == k])
+        for site, place, X in finite_batches(store, pack, wanted, batch_rows):
+            both = np.concatenate([X, targets[place]], axis=1)
+            for k in np.unique(folds[place]):
+                sums[site][k].add(both[folds[place] == k])
         for site in pack:
             found = tuple(JointMoments(s.result(), widths[site]) for s in sums.pop(site))
             yield SiteMoments(site, FoldMoments(found))
 
 
+class SiteBatch(NamedTuple):
+    """Some rows of a site in float64, and their place among the rows wanted."""
+
+    site: Site
+    place: slice
+    X: Float[np.ndarray, "batch width"]
+
+
 def finite_batches(
     store: Batches, sites: Sequence[Site], wanted: Integer[np.ndarray, " n"], batch_rows: int
-) -> Iterator[tuple[slice, dict[Site, Float[np.ndarray, "batch width"]]]]:
-    """Batches of the wanted rows in float64, each with its place in `wanted`; `UsageError` for NaN and infinity."""
+) -> Iterator[SiteBatch]:
+    """The wanted rows, batch by batch, of each site in turn; `UsageError` for NaN and infinity."""
     done = 0
     for batch in store.iter(list(sites), batch_rows=batch_rows, rows=wanted):
-        values = {site: np.asarray(as_array(v), dtype=np.float64) for site, v in batch.values.items()}
-        for site, X in values.items():
+        place = slice(done, done + len(batch.rows))
+        for site, values in batch.values.items():
+            X = np.asarray(as_array(values), dtype=np.float64)
             bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
             if bad.size:
                 shown = ", ".join(map(str, batch.rows[bad[:8]])) + (", …" if bad.size > 8 else "")
                 raise UsageError(
                     f"{site}: NaN or infinity in {bad.size} of rows {batch.rows.min()}–{batch.rows.max()}: {shown}"
                 )
-        yield slice(done, done + len(batch.rows)), values
-        done += len(batch.rows)
+            yield SiteBatch(site, place, X)
+        done = place.stop
 
 
 def packs(sizes: Mapping[Site, int], memory: int) -> Iterator[list[Site]]:
@@ -386,7 +393,7 @@ def packs(sizes: Mapping[Site, int], memory: int) -> Iterator[list[Site]]:
         if size > memory:
             raise UsageError(
                 f"{site}: the moments of all folds and classes take {size / 2**30:.2f} GiB, more than memory={memory}: "
-                "allow more, use fewer folds, or scatter='diagonal'"
+                "allow more, or use fewer folds (or, in `read_moments`, scatter='diagonal')"
             )
         if size > left:
             yield pack

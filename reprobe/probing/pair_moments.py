@@ -1,20 +1,18 @@
-"""Moments of pair differences, from rows or streamed from a store larger than memory.
+"""Moments of pair differences, streamed from a store larger than memory.
 
-Enters: rows with their pairs. Leaves: `PairMoments`, which `PCAReader.fit_moments` takes. Does not know readers.
+Enters: a store, rows with their pairs. Leaves: `PairMoments`, which `PCAReader.fit_moments` takes. Does not know readers.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Integer
 
 from reprobe.errors import UsageError
 from reprobe.model.sites import Site
-from reprobe.probing.direction import Label
 from reprobe.probing.moments import (
     Batches,
     FoldMoments,
-    Moments,
     MomentsAccumulator,
     PairMoments,
     SiteMoments,
@@ -23,17 +21,6 @@ from reprobe.probing.moments import (
 )
 from reprobe.probing.readers.pairing import sides
 from reprobe.probing.rows import ProbeRows, require_pairs
-
-
-def pair_moments(
-    X: Float[np.ndarray, "rows width"],
-    positive: Bool[np.ndarray, " rows"],
-    pairs: Integer[np.ndarray, " rows"],
-    classes: tuple[Label, Label] = (False, True),
-) -> PairMoments:
-    """The moments of rows (n, width); `pairs` counts from 0. `UsageError` if a pair lacks a side."""
-    high, low, _ = sides(X, positive, pairs, seed=0)
-    return PairMoments(classes, Moments.of(high - low), Moments.of(X))
 
 
 def read_pair_moments(
@@ -68,21 +55,19 @@ def read_pair_moments(
             site: [(MomentsAccumulator(widths[site]), MomentsAccumulator(widths[site])) for _ in range(n_folds)]
             for site in pack
         }
-        held = {site: np.empty((0, widths[site])) for site in pack}
-        done = 0
-        for place, values in finite_batches(store, pack, wanted, batch_rows):
-            whole = ends[np.searchsorted(ends, place.stop, side="right") - 1] if ends[0] <= place.stop else done
-            inside = slice(done, whole)
-            for site, X in values.items():
-                X = np.concatenate([held[site], X])
-                held[site] = X[whole - done :]
-                for k in np.unique(folds[inside]):
-                    here = folds[inside] == k
-                    codes = np.unique(pairs[inside][here], return_inverse=True)[1]
-                    found = pair_moments(X[: whole - done][here], positive[inside][here], codes)
-                    sums[site][k][0].merge(found.difference)
-                    sums[site][k][1].merge(found.rows)
-            done = whole
+        held = {site: np.empty((0, widths[site])) for site in pack}  # rows of a pair whose end is yet to come
+        for site, place, X in finite_batches(store, pack, wanted, batch_rows):
+            start = place.start - len(held[site])
+            X = np.concatenate([held[site], X])
+            whole = max(int(ends[ends <= place.stop].max(initial=0)), start)
+            held[site] = X[whole - start :].copy()
+            for k in np.unique(folds[start:whole]):
+                here = np.flatnonzero(folds[start:whole] == k)
+                codes = np.unique(pairs[start + here], return_inverse=True)[1]
+                high, low, _ = sides(X[here], positive[start + here], codes, seed=0)
+                difference, both = sums[site][k]
+                difference.add(high - low)
+                both.add(X[here])
         for site in pack:
             by_fold = (PairMoments(rows.classes, d.result(), r.result()) for d, r in sums.pop(site))
             yield SiteMoments(site, FoldMoments(tuple(by_fold)))

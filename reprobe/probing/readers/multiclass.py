@@ -88,9 +88,8 @@ class MultiClassReader(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self, X: Float[np.ndarray, "rows width"], codes: Integer[np.ndarray, " rows"], classes: tuple[Label, ...]
     ) -> Self:
         """Fit on rows that have been checked; `codes` says of each row which of `classes` it is, all of which occur."""
-        rule = _ONE_VS_REST.get(type(self.reader))
-        if rule is not None:
-            planes = rule(self.reader, X, codes, len(classes))
+        if type(self.reader) in _ONE_VS_REST:
+            planes = _one_vs_rest(self.reader, X, codes, len(classes))
         else:
             planes = self._moments_rule()(self.reader, ClassMoments.of_rows(X, codes, classes, self._scatter))
         return self._keep(planes, classes, lambda unit: float(np.std(X @ unit)))
@@ -146,7 +145,6 @@ class MultiClassReader(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
 
 MomentsRule = Callable[[Any, ClassMoments], ClassPlanes]
-RowsRule = Callable[[Any, Float[np.ndarray, "rows width"], Integer[np.ndarray, " rows"], int], ClassPlanes]
 
 
 def _nearest_mean(reader: MeanDifference, moments: ClassMoments) -> ClassPlanes:
@@ -206,7 +204,7 @@ _FROM_MOMENTS: dict[type, MomentsRule] = {
     LDAReader: _highest_posterior,
     RidgeReader: _least_squares,
 }
-_ONE_VS_REST: dict[type, RowsRule] = {LogisticReader: _one_vs_rest, KSparseReader: _one_vs_rest}
+_ONE_VS_REST: tuple[type, ...] = (LogisticReader, KSparseReader)
 
 
 def _names(kinds: Iterable[type]) -> str:
