@@ -1,6 +1,7 @@
 """Moments of pair differences, streamed from a store larger than memory.
 
-Enters: a store, rows with their pairs. Leaves: `PairMoments`, which `PCAReader.fit_moments` takes. Does not know readers.
+Enters: a store, rows with their pairs. Leaves: `PairMoments`, which `PCAReader.fit_moments` takes. Does not know
+readers.
 """
 
 from collections.abc import Iterator, Sequence

@@ -43,7 +43,9 @@ def probe_sequences(
 ) -> ProbeGrid:
     """Cross-validate a reader of sequences at every site, and fit it once per site on all prompts.
 
-    The stored rows of a prompt that `where` keeps are its sequence, in the order of positions. Arguments as in `probe`.
+    The stored rows of a prompt that `where` keeps are its sequence, in the order of positions; where=pl.col("position")
+    > 0 leaves out the first token, whose state in many models is huge and the same in every prompt, so that it swamps
+    the scale of the others. Arguments as in `probe`.
     In the grid a row is a prompt: `n`, `oof` and the intervals count prompts, and `rows` has the number of each
     prompt's last row. `directions` are the readers' value directions; a prompt's score is that of its pooled row.
 

@@ -56,11 +56,12 @@ class AttentionReader(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
     "attention": a sequence h₁ … h_T is pooled to Σ aₜhₜ with a = softmax(hₜ·q), one learned query q. "last", "mean" and
     "max" (feature by feature) learn nothing. The log-odds of a sequence are `pooled @ coef_ + intercept_`.
 
-    The loss is Σ log(1 + exp(−y·log-odds)) + (‖w‖² + ‖q‖²)/(2C) over sequences, in features standardised by training
-    statistics: of the pooled rows for the fixed poolings (which makes them `LogisticReader` on pooled rows), of the
-    tokens for "attention". That loss has several minima: L-BFGS runs in float64 from `restarts` starts, one at q = 0
-    (mean pooling) and the others drawn from `seed`, and the lowest loss is kept. `gradient_` is the largest component
-    of the gradient of the mean penalised loss there, `losses_` the mean penalised losses of all restarts.
+    The loss is Σ log(1 + exp(−y·log-odds)) + (‖w‖² + ‖q‖²)/(2C) over sequences, in standardised features. The fixed
+    poolings standardise the pooled training rows, and so are `LogisticReader` on them. "attention" standardises the
+    training tokens, which vary more than their means do, so its penalty at one C is the stronger: a C for each pooling
+    is found by search. Its loss has several minima: L-BFGS runs in float64 from `restarts` starts, the first at q = 0
+    (mean pooling), the others with a query drawn from `seed`, and the lowest loss is kept. `gradient_` is the largest
+    component of the gradient of the mean penalised loss there, `losses_` the mean penalised losses of all restarts.
 
     `direction_` is the value direction: the plane in the space of pooled rows, in raw units; its scale is the standard
     deviation of the pooled training rows along it. `query_` is q in raw units (None for the fixed poolings).
@@ -131,15 +132,14 @@ class AttentionReader(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         def loss(theta: Float[np.ndarray, " parameters"]) -> tuple[float, Float[np.ndarray, " parameters"]]:
             """The mean penalised loss at (w, q, b), and its gradient."""
             w, q, b = theta[:width], theta[width:-1], theta[-1]
-            a = _softmax(Z @ q, rows.starts, lengths)
-            value = Z @ w
+            value, logits = (Z @ np.stack([w, q], axis=1)).T
+            a = _softmax(logits, rows.starts, lengths)
             pooled = np.add.reduceat(a * value, rows.starts)
             logit = pooled + b
             off = expit(logit) - y
             by_token = np.repeat(off, lengths) * a
-            gradient = np.concatenate(
-                [by_token @ Z + w / self.C, (by_token * (value - np.repeat(pooled, lengths))) @ Z + q / self.C]
-            )
+            by_query = by_token * (value - np.repeat(pooled, lengths))
+            gradient = (np.stack([by_token, by_query]) @ Z + np.stack([w, q]) / self.C).ravel()
             total = np.logaddexp(0, logit).sum() - y @ logit + (w @ w + q @ q) / (2 * self.C)
             return float(total) / n, np.append(gradient, off.sum()) / n
 
