@@ -22,7 +22,7 @@ from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
 from reprobe.probing.probe_grid import store_provenance
 from reprobe.probing.reader import TrainingRows
-from reprobe.probing.rows import ProbeRows, select_rows
+from reprobe.probing.rows import ProbeRows, require_pairs, select_rows
 from reprobe.progress import Progress, silent
 from reprobe.provenance import digest_lines
 
@@ -76,8 +76,8 @@ def head_ranking(
     Whole questions (groups) are dealt to `folds`; ranking k is made from the questions outside fold k, its
     development fold. Of these 80 %, drawn by `seed`, fit a `probe` per head (default: `LogisticReader`), the others
     measure it. The direction θ is found in the whole development fold by `direction` (default: `MeanDifference`, the
-    paper's "mass mean shift"; also `LogisticReader()` for probe weights, `RandomReader()`), and σ is the standard
-    deviation of the development fold's projections on it.
+    paper's "mass mean shift"; also `LogisticReader()` for probe weights, `CCSReader()`, `RandomReader()`), and σ is the
+    standard deviation of the development fold's projections on it.
 
     Departures from the published code: features are standardised for the probes, by their training rows, and the
     penalty is that of `probe`; σ knows no test question. With `compat="honest_llama"` σ is over all rows, as there.
@@ -113,9 +113,9 @@ def head_ranking(
         except UsageError as error:
             raise UsageError(f"{site}: {error}") from error
         progress("iti", i + 1, len(heads))
+    made = {"probe": repr(probe), "compat": compat, "folds": folds, "seed": seed}
     return tuple(
-        _ranking(store, rows, heads, split, accuracy[k], found[k], {"compat": compat, "folds": folds, "seed": seed})
-        for k, split in enumerate(splits)
+        _ranking(store, rows, heads, split, accuracy[k], found[k], made | {"fold": k}) for k, split in enumerate(splits)
     )
 
 
@@ -153,9 +153,10 @@ def _splits(rows: ProbeRows, folds: int, seed: int) -> list[_Split]:
 def _fit(
     reader: Reader, X: Float[np.ndarray, "n width"], rows: ProbeRows, kept: Integer[np.ndarray, " kept"]
 ) -> Direction:
+    pairs = None
     if reader.uses_pairs and rows.pairs is not None:
-        raise UsageError(f"{type(reader).__name__} reads pairs, and answers to a question are no pairs")
-    fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], None))
+        pairs = np.unique(require_pairs(rows, type(reader).__name__)[kept], return_inverse=True)[1]
+    fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], pairs))
     return fitted.direction_
 
 

@@ -165,6 +165,19 @@ def test_the_best_k_are_asked_for_and_what_cannot_be_ranked_is_refused():
         iti.head_ranking(
             make_store({"attn.heads@0": np.random.default_rng(0).standard_normal((4, 7))}, [0, 1, 0, 1], group=range(4))
         )
-    paired = make_store({"attn.heads@0": np.eye(8)[:, :7]}, [0, 1] * 4, group=range(8), pair=list("aabbccdd"))
-    with pytest.raises(UsageError, match="PCAReader reads pairs"):
-        iti.head_ranking(paired, direction=PCAReader())
+
+
+def test_readers_of_pairs_get_the_pairs_of_the_development_fold():
+    rng = np.random.default_rng(0)
+    question, y = np.repeat(np.arange(30), 2), np.tile([1, 0], 30)
+    X = np.repeat(rng.standard_normal((30, WIDTH)), 2, axis=0) * 3 + rng.standard_normal((60, WIDTH))
+    X[:, 0] += 2 * y
+    names = [f"c{q:02}" for q in question]
+    for ranking in iti.head_ranking(make_store({"attn.heads@0": X}, y, pair=names), direction=PCAReader()):
+        kept = np.sort(np.concatenate([ranking.train, ranking.validation]))
+        assert len(set(question[kept])) * 2 == len(kept), "no pair is parted"
+        wanted = PCAReader().fit(X[kept].astype(np.float32), y[kept], pairs=question[kept]).direction_
+        np.testing.assert_allclose(ranking.top(1)[0].vector, wanted.vector, atol=1e-6)
+    names[1] = None
+    with pytest.raises(UsageError, match="1 rows have no pair"):
+        iti.head_ranking(make_store({"attn.heads@0": X}, y, pair=names), direction=PCAReader())
