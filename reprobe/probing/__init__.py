@@ -11,36 +11,52 @@ moments    · one-pass sums, streamed from a store        leace     · erasing a
 logistic   · many logistic regressions solved at once       lbfgs     · the wide ones of them
 streaming  · sites larger than memory, in batches
 sharing    · folders and the hub: `push`, `pull`         card      · what their README.md says
+sequences  · one score per prompt: `probe_sequences`     classes   · more than two: `probe_classes`
 """
 
 from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.classes import ClassGrid, probe_classes
 from reprobe.probing.controls import OnlineCode, Selectivity, online_code, reader_probabilities, selectivity
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction
 from reprobe.probing.grid import probe
 from reprobe.probing.leace import LEACE
-from reprobe.probing.moments import ClassMoments, JointMoments, Moments, MomentsAccumulator, read_moments
+from reprobe.probing.moments import (
+    ClassMoments,
+    JointMoments,
+    Moments,
+    MomentsAccumulator,
+    PairMoments,
+    read_joint_moments,
+    read_moments,
+)
+from reprobe.probing.pair_moments import read_pair_moments
 from reprobe.probing.permutation import MeanDifferenceRefit, Permutations, permutation_test
 from reprobe.probing.probe_grid import ProbeGrid, Selected
 from reprobe.probing.reader import Reader
 from reprobe.probing.readers import (
+    AttentionReader,
     CCSReader,
     ClusterMean,
     KSparseReader,
     LDAReader,
     LogisticReader,
     MeanDifference,
+    MultiClassReader,
     PCAReader,
     RandomReader,
     RidgeReader,
     TTPDReader,
 )
+from reprobe.probing.sequences import probe_sequences
 from reprobe.probing.sharing import load, pull, push
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
     "LEACE",
+    "AttentionReader",
     "CCSReader",
+    "ClassGrid",
     "ClassMoments",
     "ClusterMean",
     "Direction",
@@ -52,8 +68,10 @@ __all__ = [
     "MeanDifferenceRefit",
     "Moments",
     "MomentsAccumulator",
+    "MultiClassReader",
     "OnlineCode",
     "PCAReader",
+    "PairMoments",
     "Permutations",
     "Platt",
     "ProbeGrid",
@@ -70,9 +88,13 @@ __all__ = [
     "permutation_test",
     "platt",
     "probe",
+    "probe_classes",
+    "probe_sequences",
     "pull",
     "push",
+    "read_joint_moments",
     "read_moments",
+    "read_pair_moments",
     "reader_probabilities",
     "selectivity",
     "transfer",

@@ -23,12 +23,11 @@ from reprobe.model.sites import Parts, Site, expand
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
-from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected
+from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected, site_columns, store_provenance
 from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of
-from reprobe.probing.rows import ProbeRows, select_rows
+from reprobe.probing.rows import ClassRows, ProbeRows, require_pairs, select_rows
 from reprobe.probing.streaming import can_stream, stream
 from reprobe.progress import Progress, silent
-from reprobe.provenance import versions
 
 __all__ = ["ProbeGrid", "Selected", "Source", "probe"]
 
@@ -85,15 +84,13 @@ def probe(
     direction, or one that does not fit into memory and a reader that needs it whole.
     """
     if not isinstance(reader, Reader):
-        raise UsageError(f"probe takes a reader, such as MeanDifference(), not {reader!r}")
-    rows = select_rows(store.index, label=label, positive=positive, where=where)
-    if reader.uses_pairs and rows.pairs is not None and (rows.pairs < 0).any():
-        alone = rows.prompts[int(np.argmax(rows.pairs < 0))]
         raise UsageError(
-            f"{int((rows.pairs < 0).sum())} rows have no pair, e.g. prompt {alone!r}, and "
-            f"{type(reader).__name__} reads pairs: "
-            'leave them out with where=pl.col("pair").is_not_null()'
+            f"probe takes a reader of two classes, such as MeanDifference(), not {reader!r}; for more classes there is "
+            "probe_classes, for the tokens of a sequence probe_sequences"
         )
+    rows = select_rows(store.index, label=label, positive=positive, where=where)
+    if reader.uses_pairs and rows.pairs is not None:
+        require_pairs(rows, type(reader).__name__)
     chosen = wanted_sites(store, sites)
     fold = group_folds(rows.groups, rows.positive, folds, seed)
     bootstrap = ClusterBootstrap.draw(rows.groups, seed)
@@ -121,19 +118,13 @@ def probe(
             progress("probe", len(found), len(chosen))
     oof = np.stack([f.oof for f in found], axis=1)
     table = _table(chosen, found, oof, rows, bootstrap)
-    provenance = {
-        "identity": store.manifest.identity.to_json(),
-        "prompts": store.manifest.prompts,
-        "plan": dict(store.manifest.plan),
-        "store": store.manifest.digest,
-        "dtype": store.manifest.dtype,
+    provenance = store_provenance(store.manifest) | {
         "rows": rows.digest,
         "label": label,
         "folds": folds,
         "seed": seed,
         "sites_searched": len(chosen),
         "note": rows.note,
-        "versions": versions(),
     }
     metrics = [c for c in COLUMNS if c not in ("site", "part", "layer", "head", "width")]
     directions = {
@@ -304,7 +295,7 @@ def wanted_sites(store: Source, sites: str | Site | Iterable[str | Site] | None)
 
 
 def site_rows(
-    store: Source, sites: tuple[Site, ...], rows: ProbeRows
+    store: Source, sites: tuple[Site, ...], rows: ProbeRows | ClassRows
 ) -> Iterator[tuple[Site, Float[np.ndarray, "n width"]]]:
     """The rows of each site as float64. Neighbouring heads (or neurons) of one block are read at once."""
     for whole, units in groupby(sites, key=lambda s: s.whole):
@@ -331,12 +322,7 @@ def _table(
     correct = (oof > 0) == rows.positive[:, None]
     low, high = bootstrap.accuracy(correct)
     auroc_low, auroc_high = np.array([f.auroc_bounds for f in found]).T
-    values = {
-        "site": [str(s) for s in sites],
-        "part": [s.part for s in sites],
-        "layer": [s.layer for s in sites],
-        "head": [s.unit if s.part == "attn.heads" else None for s in sites],
-        "width": [f.direction.width for f in found],
+    values = site_columns(sites, [f.direction.width for f in found]) | {
         "n": [len(rows)] * len(sites),
         "n_groups": [rows.n_groups] * len(sites),
         "chance": [rows.chance] * len(sites),

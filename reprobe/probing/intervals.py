@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Num
 from scipy.stats import norm, t
 
 from reprobe.errors import UsageError
@@ -67,6 +67,23 @@ class ClusterBootstrap:
         """Lower and upper bound of `fold_auroc`. A fold that a resample leaves without one class does not count
         in it."""
         return self._within_unit(weighted_auroc(scores, positive, folds), positive)
+
+    def macro_auroc(
+        self,
+        scores: Float[np.ndarray, "rows classes"],
+        codes: Integer[np.ndarray, " rows"],
+        folds: Integer[np.ndarray, " rows"],
+    ) -> Float[np.ndarray, " 2"]:
+        """Lower and upper bound of the mean over classes of the `fold_auroc` of each class against the others."""
+        sides = [codes == c for c in range(scores.shape[1])]
+        each = [weighted_auroc(scores[:, c], side, folds) for c, side in enumerate(sides)]
+        rarest = min(sides, key=lambda side: len(np.unique(self.groups[side])))
+
+        def mean(weights: Num[np.ndarray, "rows draws"]) -> Float[np.ndarray, " draws"]:
+            found: np.ndarray = np.mean([auroc(weights) for auroc in each], axis=0)
+            return found
+
+        return self._within_unit(mean, rarest)
 
     def recall_at_fpr(
         self,

@@ -4,7 +4,7 @@ Enters: results of `probe`. Leaves: the best direction, an estimate that the sea
 figure. Does not know stores or readers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, read, write
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
+from reprobe.provenance import versions
 
 KIND = "probe grid"
 #: The table's columns, in order.
@@ -39,6 +40,29 @@ COLUMNS: dict[str, Any] = {
     "auroc_high": pl.Float64,
 }
 _ARRAYS = ("oof", "inner", "positive", "groups", "fold", "rows")
+
+
+def site_columns(sites: Sequence[Site], widths: Sequence[int]) -> dict[str, list[Any]]:
+    """The columns that say which site a line of a table is about."""
+    return {
+        "site": [str(s) for s in sites],
+        "part": [s.part for s in sites],
+        "layer": [s.layer for s in sites],
+        "head": [s.unit if s.part == "attn.heads" else None for s in sites],
+        "width": list(widths),
+    }
+
+
+def store_provenance(manifest: Any) -> dict[str, Any]:
+    """What a result says of the store it was read from."""
+    return {
+        "identity": manifest.identity.to_json(),
+        "prompts": manifest.prompts,
+        "plan": dict(manifest.plan),
+        "store": manifest.digest,
+        "dtype": manifest.dtype,
+        "versions": versions(),
+    }
 
 
 @dataclass(frozen=True)

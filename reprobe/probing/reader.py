@@ -75,23 +75,10 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
 
     def _checked(self, X: Any, y: Any, groups: Any, pairs: Any) -> TrainingRows:
         X, y = checked(self, X, y, groups, pairs)
-        try:
-            check_classification_targets(y)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) == 1:
-            raise UsageError(f"y holds one class only ({self.classes_[0]!r}); a reader needs two classes")
-        if type_of_target(y) != "binary":
-            found = ", ".join(map(repr, self.classes_[:6].tolist()))
-            raise UsageError(
-                "Only binary classification is supported. "
-                f"y is {type_of_target(y)}, with {len(self.classes_)} classes: {found}"
-                f"{', …' if len(self.classes_) > 6 else ''}. Keep the rows of two of them."
-            )
+        self.classes_, positive = binary_codes(y)
         return TrainingRows(
             X,
-            codes == 1,
+            positive,
             pair_codes(pairs) if self.uses_pairs and pairs is not None else None,
             groups=None if groups is None else np.unique(as_array(groups), return_inverse=True)[1],
         )
@@ -188,6 +175,25 @@ def checked(
     return X, y
 
 
+def binary_codes(y: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " rows"]]:
+    """The two labels in y, and which rows have the greater one. Raises `UsageError` unless there are two."""
+    try:
+        check_classification_targets(y)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    classes, codes = np.unique(y, return_inverse=True)
+    if len(classes) == 1:
+        raise UsageError(f"y holds one class only ({classes.tolist()[0]!r}); a reader needs two classes")
+    if type_of_target(y) != "binary":
+        found = ", ".join(map(repr, classes[:6].tolist()))
+        raise UsageError(
+            "Only binary classification is supported. "
+            f"y is {type_of_target(y)}, with {len(classes)} classes: {found}"
+            f"{', …' if len(classes) > 6 else ''}. Keep the rows of two of them."
+        )
+    return classes, codes == 1
+
+
 def checked_again(estimator: Any, fitted: str, X: Any) -> Float[np.ndarray, "rows width"]:
     """X in float64, finite and as wide as in `fit`; `ReaderNotFitted` if there is no attribute `fitted` yet."""
     if not hasattr(estimator, fitted):
@@ -242,12 +248,16 @@ def above_zero(values: Any, name: str, n: int) -> Bool[np.ndarray, " rows"]:
 
 def pair_codes(pairs: Any) -> Integer[np.ndarray, " rows"]:
     """Pairs numbered from 0 in the order of their first rows; `UsageError` if a row names none."""
-    names = np.asarray(as_array(pairs), dtype=object)
+    return names_coded(pairs, "pair", "leave them out, or fit without pairs")
+
+
+def names_coded(values: Any, name: str, way_out: str = "leave them out") -> Integer[np.ndarray, " rows"]:
+    """The names numbered from 0 in the order of their first rows; `UsageError` if a row has none."""
+    names = np.asarray(as_array(values), dtype=object)
     missing = np.flatnonzero([p is None or p != p for p in names])
     if missing.size:
         raise UsageError(
-            f"{missing.size} of {len(names)} rows name no pair (the first is row {missing[0]}): leave them "
-            "out, or fit without pairs"
+            f"{missing.size} of {len(names)} rows name no {name} (the first is row {missing[0]}): {way_out}"
         )
     codes: dict[Any, int] = {}
     return np.array([codes.setdefault(p, len(codes)) for p in names], dtype=np.int64)

@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from sklearn.base import clone
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from reprobe.errors import UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.direction import Direction
 from reprobe.probing.lbfgs import Memory
 from reprobe.probing.logistic import FLAT, NEAR, constant_features
-from reprobe.probing.moments import Batches, ClassMoments, FoldMoments, read_moments
+from reprobe.probing.moments import Batches, ClassMoments, FoldMoments, finite_batches, packs, read_moments
 from reprobe.probing.reader import Plane, Reader, as_array, direction_of
 from reprobe.probing.readers.from_moments import MomentsReader
 from reprobe.probing.readers.logistic import LogisticReader
@@ -72,7 +73,9 @@ def stream(
     if isinstance(reader, MomentsReader):
         yield from _by_moments(store, reader, sites, rows, fold, left_out, memory, batch_rows)
     elif isinstance(reader, LogisticReader):
-        for pack in _packs(store, sites, rows, len(left_out), memory):
+        # Of each fit a Hessian in float64 and its factor in float32; and as many rows as say something about it.
+        sizes = {s: (12 * len(left_out) + 48) * (store.width(s) + 1) ** 2 for s in sites}
+        for pack in packs(sizes, memory):
             yield from _by_passes(store, reader, pack, rows, fold, left_out, memory // len(pack), batch_rows)
     else:
         raise UsageError(f"{type(reader).__name__} needs all rows of a site at once: it cannot be fitted in batches")
@@ -97,14 +100,14 @@ def _by_moments(
     normals = {s: np.stack([d.vector for d in found]).T for s, found in directions.items()}
     offsets = {s: np.array([d.offset for d in found]) for s, found in directions.items()}
     scores = {s: np.empty((len(rows), len(left_out)), dtype=np.float32) for s in directions}
-    for at, values in _batches(store, sites, rows, batch_rows):
-        for site, X in values.items():
-            scores[site][at] = X @ normals[site] - offsets[site]
+    order = np.argsort(rows.rows, kind="stable")
+    for site, place, X in finite_batches(store, sites, rows.rows[order], batch_rows):
+        scores[site][order[place]] = X @ normals[site] - offsets[site]
     for site, found in directions.items():
         yield Streamed(site, scores.pop(site), found[-1])
 
 
-def _without(moments: FoldMoments, out: frozenset[int]) -> ClassMoments:
+def _without(moments: FoldMoments[ClassMoments], out: frozenset[int]) -> ClassMoments:
     total = moments.total
     for k in out:
         total = total - moments.folds[k]
@@ -182,6 +185,7 @@ def _by_passes(
             raise _at(reader, site, error) from error
     total = torch.from_numpy(omega.sum(0)).double()
     done: dict[Site, Streamed] = {}
+    order = np.argsort(rows.rows, kind="stable")
     for number in range(_MAX_PASSES):
         for one in going.values():
             if number in _REFRESHED:
@@ -189,20 +193,19 @@ def _by_passes(
             if number >= _PATIENCE:
                 one.hessian, one.memory = torch.zeros_like(one.hessian), Memory(one.theta)
             one.gradient, one.loss = torch.zeros_like(one.theta), torch.zeros_like(one.C)
-        for at, values in _batches(store, list(going), rows, batch_rows):
+        for site, place, X in finite_batches(store, list(going), rows.rows[order], batch_rows):
+            one, at = going[site], order[place]
             y = torch.from_numpy(rows.positive[at]).double()[:, None]
             w = torch.from_numpy(omega[at]).double()
-            for site, X in values.items():
-                one = going[site]
-                A = one.rows(X)
-                margins = A @ one.theta.T
-                one.scores[at] = margins.numpy()
-                p = torch.sigmoid(margins)
-                one.gradient += (w * (p - y)).T @ A
-                if number >= _PATIENCE:
-                    for f in one.running.nonzero()[:, 0].tolist():
-                        one.hessian[f] += (A * (w * p * (1 - p))[:, f, None]).T @ A
-                one.loss += (w * (torch.nn.functional.softplus(margins, threshold=40.0) - y * margins)).sum(0)
+            A = one.rows(X)
+            margins = A @ one.theta.T
+            p = torch.sigmoid(margins)
+            one.scores[at] = margins.numpy()
+            one.loss += (w * (softplus(margins, threshold=40.0) - y * margins)).sum(0)
+            one.gradient += (w * (p - y)).T @ A
+            if number >= _PATIENCE:
+                for f in one.running.nonzero()[:, 0].tolist():
+                    one.hessian[f] += (A * (w * p * (1 - p))[:, f, None]).T @ A
         for site, one in list(going.items()):
             if _step(one, total, exact=number >= _PATIENCE):
                 continue
@@ -226,7 +229,7 @@ def _start(
     store: Batches,
     reader: LogisticReader,
     site: Site,
-    moments: FoldMoments,
+    moments: FoldMoments[ClassMoments],
     rows: ProbeRows,
     omega: Bool[np.ndarray, "n fits"],
     left_out: Sequence[frozenset[int]],
@@ -324,38 +327,6 @@ def _finished(reader: LogisticReader, site: Site, one: _Site) -> Streamed:
     scores = one.scores / length.astype(np.float32)
     direction = direction_of(plane, float(np.std(scores[:, -1], dtype=np.float64)), reader, (False, True))
     return Streamed(site, scores, direction)
-
-
-def _batches(
-    store: Batches, sites: Sequence[Site], rows: ProbeRows, batch_rows: int
-) -> Iterator[tuple[Integer[np.ndarray, " batch"], dict[Site, Float[np.ndarray, "batch width"]]]]:
-    """Which of `rows` these are, and their values in float64; in the order of the store."""
-    order = np.argsort(rows.rows, kind="stable")
-    done = 0
-    for batch in store.iter(list(sites), batch_rows=batch_rows, rows=rows.rows[order]):
-        at = order[done : done + len(batch.rows)]
-        done += len(at)
-        yield at, {site: np.asarray(as_array(values), dtype=np.float64) for site, values in batch.values.items()}
-
-
-def _packs(store: Batches, sites: Sequence[Site], rows: ProbeRows, fits: int, memory: int) -> Iterator[list[Site]]:
-    """Sites in their order, as many together as have room for their factors and some rows."""
-    pack: list[Site] = []
-    left = memory
-    for site in sites:
-        width = store.width(site)
-        size = 12 * fits * (width + 1) ** 2 + 8 * 6 * (width + 1) ** 2
-        if size > memory:
-            raise UsageError(
-                f"{site}: {fits} fits at width {width} take {size / 2**30:.2f} GiB, more than memory={memory}: allow "
-                "more, or use fewer folds"
-            )
-        if pack and size > left:
-            yield pack
-            pack, left = [], memory
-        pack.append(site)
-        left -= size
-    yield pack
 
 
 def _at(reader: Reader, site: Site, error: UsageError) -> UsageError:

@@ -84,13 +84,13 @@ def test_what_is_fitted_in_batches_is_what_is_fitted_in_memory(reader, apart, fo
 
 def test_few_passes_are_needed_where_a_part_of_the_rows_is_held(store, monkeypatch):
     reads = []
-    batches = streaming._batches
+    batches = streaming.finite_batches
 
     def counted(*args):
         reads.append(args[1])
         return batches(*args)
 
-    monkeypatch.setattr(streaming, "_batches", counted)
+    monkeypatch.setattr(streaming, "finite_batches", counted)
     probe(store, LogisticReader(), sites="resid.post@0", memory=LITTLE)
     assert 2 <= len(reads) <= 15
     reads.clear()
