@@ -10,7 +10,8 @@ The way of the data, station by station:
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
                 (LEACE: a concept erased)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
-    evaluation  dose_response, divergence: what that does
+    evaluation  dose_response, divergence: what that does;
+                multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
 
 Importing reprobe loads no model library; names are fetched when they are first used.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reprobe.control import Ablate, Add, Affine, Scope, steer
     from reprobe.errors import ReprobeError
-    from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
+    from reprobe.evaluation import Choices, Contrast, divergence, dose_response, log_odds, multiple_choice
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
     from reprobe.probing import (
@@ -53,6 +54,7 @@ _HOME = {
     "Add": "control",
     "Affine": "control",
     "CCSReader": "probing",
+    "Choices": "evaluation",
     "ClusterMean": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
@@ -84,6 +86,7 @@ _HOME = {
     "import_vllm": "extraction",
     "intervene": "model",
     "log_odds": "evaluation",
+    "multiple_choice": "evaluation",
     "observe": "model",
     "probe": "probing",
     "replay": "extraction",
@@ -98,6 +101,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Add",
     "Affine",
     "CCSReader",
+    "Choices",
     "ClusterMean",
     "Contrast",
     "Direction",
@@ -129,6 +133,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "import_vllm",
     "intervene",
     "log_odds",
+    "multiple_choice",
     "observe",
     "probe",
     "replay",
