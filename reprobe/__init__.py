@@ -10,7 +10,7 @@ The way of the data, station by station:
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
                 (LEACE: a concept erased)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
-    evaluation  dose_response, divergence: what that does;
+    evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
 
@@ -23,7 +23,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reprobe.control import Ablate, Add, Affine, Scope, steer
     from reprobe.errors import ReprobeError
-    from reprobe.evaluation import Choices, Contrast, divergence, dose_response, log_odds, multiple_choice
+    from reprobe.evaluation import (
+        Choices,
+        ChoiceScore,
+        Contrast,
+        Passage,
+        Readout,
+        SideEffects,
+        Tuned,
+        divergence,
+        dose_response,
+        log_odds,
+        multiple_choice,
+        side_effects,
+        tune,
+    )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
     from reprobe.probing import (
@@ -54,6 +68,7 @@ _HOME = {
     "Add": "control",
     "Affine": "control",
     "CCSReader": "probing",
+    "ChoiceScore": "evaluation",
     "Choices": "evaluation",
     "ClusterMean": "probing",
     "Contrast": "evaluation",
@@ -66,18 +81,22 @@ _HOME = {
     "MeanDifference": "probing",
     "ModelIdentity": "model",
     "PCAReader": "probing",
+    "Passage": "evaluation",
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
     "RandomReader": "probing",
+    "Readout": "evaluation",
     "Replay": "extraction",
     "ReprobeError": "errors",
     "RidgeReader": "probing",
     "Scope": "control",
     "Share": "extraction",
+    "SideEffects": "evaluation",
     "Site": "model",
     "TTPDReader": "probing",
     "TransferGrid": "probing",
+    "Tuned": "evaluation",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
@@ -90,8 +109,10 @@ _HOME = {
     "observe": "model",
     "probe": "probing",
     "replay": "extraction",
+    "side_effects": "evaluation",
     "steer": "control",
     "transfer": "probing",
+    "tune": "evaluation",
     "write_report": "report",
 }
 
@@ -101,6 +122,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Add",
     "Affine",
     "CCSReader",
+    "ChoiceScore",
     "Choices",
     "ClusterMean",
     "Contrast",
@@ -113,18 +135,22 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "MeanDifference",
     "ModelIdentity",
     "PCAReader",
+    "Passage",
     "Position",
     "ProbeGrid",
     "PromptSet",
     "RandomReader",
+    "Readout",
     "Replay",
     "ReprobeError",
     "RidgeReader",
     "Scope",
     "Share",
+    "SideEffects",
     "Site",
     "TTPDReader",
     "TransferGrid",
+    "Tuned",
     "capture",
     "divergence",
     "dose_response",
@@ -137,8 +163,10 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "observe",
     "probe",
     "replay",
+    "side_effects",
     "steer",
     "transfer",
+    "tune",
     "write_report",
 ]
 

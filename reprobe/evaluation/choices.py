@@ -124,6 +124,26 @@ def multiple_choice(
     return Choices(table, pl.DataFrame(rows), prompts.name, prompts.digest, primer)
 
 
+@dataclass(frozen=True, eq=False)
+class ChoiceScore:
+    """A metric of multiple choice, one number per question, as something for `dose_response` to score."""
+
+    data: PromptSet
+    metric: str = "mc2"
+    primer: str = PRIMER
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UsageError(f"unknown metric {self.metric!r}; one of {', '.join(METRICS)}")
+
+    @property
+    def name(self) -> str:
+        return self.metric
+
+    def __call__(self, lm: LanguageModel) -> Float[np.ndarray, " questions"]:
+        return multiple_choice(lm, self.data, primer=self.primer).table[self.metric].to_numpy()
+
+
 def compare(unsteered: Choices, steered: Choices, *, seed: int = 0) -> pl.DataFrame:
     """Paired differences between two runs on the same questions.
 

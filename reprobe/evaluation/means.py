@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.metrics import Weighted
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,22 @@ def mean_of(
     """
     values = np.asarray(values, np.float64)
     w = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
-    mean = float((w * values).sum() / w.sum())
-    codes = _codes(groups if groups is not None else range(len(values)))
-    if codes.max() == 0:
-        return Mean(mean, None, None)
-    low, high = ClusterBootstrap.draw(codes, seed).bounds(
-        lambda drawn: ((w * values) @ drawn) / np.maximum(w @ drawn, np.finfo(float).tiny)
+    low, high = interval_of(
+        # Groups that no draw has, and a weight of 0, would divide by 0.
+        lambda drawn: ((w * values) @ drawn) / np.maximum(w @ drawn, np.finfo(float).tiny),
+        range(len(values)) if groups is None else groups,
+        seed=seed,
     )
-    return Mean(mean, float(low), float(high))
+    return Mean(float((w * values).sum() / w.sum()), low, high)
+
+
+def interval_of(metric: Weighted, groups: Sequence[Hashable], *, seed: int = 0) -> tuple[float | None, float | None]:
+    """Bounds of any metric of weighted rows, given the group of each row; None for a single group."""
+    codes = _codes(groups)
+    if codes.max() == 0:
+        return None, None
+    low, high = ClusterBootstrap.draw(codes, seed).bounds(metric)
+    return float(low), float(high)
 
 
 def _codes(groups: Sequence[Hashable]) -> np.ndarray:
