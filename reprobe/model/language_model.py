@@ -84,15 +84,6 @@ class Continued:
     states: Float[Tensor, "tokens+1 width"]
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """A pack that ran: the numbers of its rows, where they lie, and the states after the final norm, row by row."""
-
-    prompts: Int[np.ndarray, " prompts"]
-    layout: Layout
-    states: Float[Tensor, "places d_model"]
-
-
 class LanguageModel:
     """A model ready to be read and controlled. Make one with `load`, or around a network in memory.
 
@@ -250,12 +241,15 @@ class LanguageModel:
 
     def _pad(self, rows: Sequence[TokenisedText], padding: Padding) -> Encoded:
         width = max(len(r.ids) for r in rows)
+        return self._lay(rows, [width - len(r.ids) if padding == "left" else 0 for r in rows], width)
+
+    def _lay(self, rows: Sequence[TokenisedText], starts: Sequence[int], width: int) -> Encoded:
+        """Rows of `width` columns, each text from its start on, and pads around it."""
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         real = np.zeros((len(rows), width), dtype=bool)
         names = {name for r in rows for name in r.spans}
         spans = {name: np.zeros((len(rows), width), dtype=bool) for name in names}
-        for i, r in enumerate(rows):
-            start = width - len(r.ids) if padding == "left" else 0
+        for i, (r, start) in enumerate(zip(rows, starts, strict=True)):
             ids[i, start : start + len(r.ids)] = r.ids
             real[i, start : start + len(r.ids)] = True
             for name, tokens in r.spans.items():
@@ -391,64 +385,18 @@ class LanguageModel:
         lists: list[Any] = [continuations] if isinstance(prompts, str) or _is_chat(prompts) else list(continuations)
         if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
-        rows = self._continue([(batch[i], c) for i, group in enumerate(lists) for c in group])
+        flat = [(i, c) for i, group in enumerate(lists) for c in group]
+        rows = self._continue([(batch[i], c) for i, c in flat])
         scores = iter(self._scores(rows, batch_tokens))
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
 
-    @torch.no_grad()
-    def continued(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        continuations: str | Sequence[str],
-        *,
-        site: Site | str = "final",
-        batch_tokens: int | None = None,
-    ) -> list[Continued]:
-        """States at one site along given continuations, one continuation per prompt; tokens and packs as in
-        `logprobs`. For interventions the continuation's tokens count as generated. Raises `UnknownSite`,
-        `PromptTooLong`.
-        """
-        self._need_decoder("continued")
-        batch = _batch(prompts)
-        given = [continuations] if isinstance(continuations, str) else list(continuations)
-        if len(given) != len(batch):
-            raise UsageError(f"{len(batch)} prompts need as many continuations, got {len(given)}")
-        (where,) = self.sites(site)
-        rows = self._continue(list(zip(batch, given, strict=True)))
-        found: dict[int, Tensor] = {}
-        with observe(self, where) as seen:
-            for pack in self._packed(rows, batch_tokens):
-                states = seen[where].flatten(0, 1)
-                for p, (a, b) in zip(pack.prompts, pairwise(pack.layout.starts), strict=True):
-                    at = torch.from_numpy(pack.layout.at[a + rows[p].suffix - 1 : b])
-                    found[int(p)] = states[at.to(states.device)]
-        return [Continued(row.ids[row.suffix :], found[i]) for i, row in enumerate(rows)]
-
-    def _continue(self, pairs: Sequence[tuple[Prompt, str]]) -> list[TokenisedText]:
-        """Prompts tokenised together with a continuation each."""
-        if any(not continuation for _, continuation in pairs):
-            raise UsageError("an empty continuation has no log-probability")
-        rows = tokenise(
-            self.tokenizer,
-            [prompt for prompt, _ in pairs],
-            suffixes=[continuation for _, continuation in pairs],
-            spans=None,
-            context=self.context,
-            truncate=None,
-        )
-        if min(r.suffix for r in rows) < 1:
-            raise UsageError(
-                "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
-                "a beginning-of-text token"
-            )
-        return rows
-
-    def _packed(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> Iterator[_Pack]:
-        """Run rows pack by pack, each token in its role."""
+    def _scores(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> Float[np.ndarray, " rows"]:
+        """Summed log-probability of each row's tokens from `suffix` on."""
         # A token's role is made a part of its number: only tokens of one role can be one place of a tree.
         numbers = np.concatenate([r.ids * len(_Role) + _roles(r) for r in rows])
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(numbers, starts, budget=batch_tokens)
+        out = np.zeros(len(rows))
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
             roles = torch.from_numpy(layout.ids % len(_Role)).to(self.device)
@@ -457,20 +405,16 @@ class LanguageModel:
             generated, last = real & (roles == _Role.GENERATED), real & (roles >= _Role.LAST)
             with board_of(self).told(Tokens(real, generated, last, bool(layout.real.all()), {})):
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
-            yield _Pack(plan.pack(k), layout, hidden.last_hidden_state.flatten(0, 1))
-
-    def _scores(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> Float[np.ndarray, " rows"]:
-        """Summed log-probability of each row's tokens from `suffix` on."""
-        out = np.zeros(len(rows))
-        for pack in self._packed(rows, batch_tokens):
-            layout, states = pack.layout, pack.states
-            bounds = zip(pack.prompts, pairwise(layout.starts), strict=True)
+            prompts = plan.pack(k)
             # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
-            asked = np.concatenate([np.arange(a + rows[p].suffix, b) for p, (a, b) in bounds])
+            asked = np.concatenate(
+                [np.arange(a + rows[p].suffix, b) for p, (a, b) in zip(prompts, pairwise(layout.starts), strict=True)]
+            )
             places, which = np.unique(layout.at[asked - 1], return_inverse=True)
             targets = layout.ids.ravel()[layout.at[asked]]
+            states = hidden.last_hidden_state.flatten(0, 1)
             each = self._token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
-            owner = np.repeat(pack.prompts, [len(rows[p].ids) - rows[p].suffix for p in pack.prompts])
+            owner = np.repeat(prompts, [len(rows[p].ids) - rows[p].suffix for p in prompts])
             np.add.at(out, owner, each)
         return out
 
@@ -524,6 +468,63 @@ class LanguageModel:
         new = tokens[:, batch.input_ids.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
+
+    @torch.no_grad()
+    def continued(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: str | Sequence[str],
+        *,
+        site: Site | str = "final",
+        batch_tokens: int | None = None,
+    ) -> list[Continued]:
+        """States at one site along given continuations, one continuation per prompt.
+
+        Tokens and their roles are those of `logprobs`: for interventions the continuation's count as generated.
+        `batch_tokens` bounds the tokens of one forward pass. Raises `UnknownSite`, `PromptTooLong`.
+        """
+        self._need_decoder("continued")
+        batch = _batch(prompts)
+        given = [continuations] if isinstance(continuations, str) else list(continuations)
+        if len(given) != len(batch):
+            raise UsageError(f"{len(batch)} prompts need as many continuations, got {len(given)}")
+        (where,) = self.sites(site)
+        rows = self._continue(list(zip(batch, given, strict=True)))
+        starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
+        plan = self.plan(np.concatenate([r.ids for r in rows]), starts, packing="padded", budget=batch_tokens)
+        found: dict[int, Tensor] = {}
+        with observe(self, where) as seen:
+            for k in range(plan.n_packs):
+                numbers = plan.pack(k)
+                texts = [rows[i] for i in numbers]
+                # Pads on both sides, so that all continuations begin at one column.
+                width = max(r.suffix for r in texts)
+                columns = width + max(len(r.ids) - r.suffix for r in texts)
+                padded = self._lay(texts, [width - r.suffix for r in texts], columns)
+                with board_of(self).told(Prompts(padded.real, width, {})):
+                    self.architecture.trunk(self.net)(**self.inputs(padded), **self.no_cache)
+                for states, i, r in zip(seen[where], numbers, texts, strict=True):
+                    found[int(i)] = states[width - 1 : width + len(r.ids) - r.suffix].clone()
+        return [Continued(row.ids[row.suffix :], found[i]) for i, row in enumerate(rows)]
+
+    def _continue(self, pairs: Sequence[tuple[Prompt, str]]) -> list[TokenisedText]:
+        """Prompts, tokenised together with a continuation each."""
+        if any(not continuation for _, continuation in pairs):
+            raise UsageError("an empty continuation has no log-probability")
+        rows = tokenise(
+            self.tokenizer,
+            [prompt for prompt, _ in pairs],
+            suffixes=[continuation for _, continuation in pairs],
+            spans=None,
+            context=self.context,
+            truncate=None,
+        )
+        if min(r.suffix for r in rows) < 1:
+            raise UsageError(
+                "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
+                "a beginning-of-text token"
+            )
+        return rows
 
     def _need_decoder(self, what: str) -> None:
         if self.architecture.kind != "decoder":
