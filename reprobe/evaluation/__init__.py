@@ -1,6 +1,6 @@
 """Evaluation: the effect and the side effects of interventions."""
 
-from reprobe.evaluation.choices import PRIMER, Choices, ChoiceScore, compare, multiple_choice
+from reprobe.evaluation.choices import METRICS, PRIMER, Choices, ChoiceScore, compare, multiple_choice
 from reprobe.evaluation.effect import Contrast, Readout, divergence, dose_response, log_odds
 from reprobe.evaluation.generation import distinct, entropy, fluency
 from reprobe.evaluation.passages import NEUTRAL, Passage
@@ -8,6 +8,7 @@ from reprobe.evaluation.side_effects import SideEffects, side_effects
 from reprobe.evaluation.strength import Tuned, tune
 
 __all__ = [
+    "METRICS",
     "NEUTRAL",
     "PRIMER",
     "ChoiceScore",

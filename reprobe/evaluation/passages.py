@@ -29,6 +29,14 @@ class Passage:
     prompt: str
     continuation: str
 
+    @classmethod
+    def of(cls, text: str) -> "Passage":
+        """A text cut after its first word, so that nearly all of it is measured; `UsageError` if it has no other."""
+        head, blank, rest = text.strip().partition(" ")
+        if not rest:
+            raise UsageError(f"{text!r} has one word only: nothing follows that could be predicted")
+        return cls(head, blank + rest)
+
 
 #: A text to measure on. A string is a prompt: all its tokens are given, and predictions after each are measured.
 Text = str | Passage

@@ -54,10 +54,11 @@ def tune(
     """The strength at which the interventions `make(strength)` have a mean KL(unsteered ‖ steered) of `target_kl`
     nats per token on `texts`, to within the share `tolerance` of it, in at most `max_evaluations` evaluations.
 
-    `make` is, for example, `lambda s: Add(direction, s)`. The search is on log KL against log strength, from `start`
+    `make` is, for example, `lambda s: Add(direction, s)`; it returns whatever `steer` takes, or several. The search is on log KL against log strength, from `start`
     on, whose sign decides on which side of 0; see `search`. Raises `TargetUnreachable`, with what was tried, if the
     interventions do nothing to the texts or no strength comes near enough.
     """
+    _require_sense(target_kl, start)  # before the model runs
     baseline = Baseline.of(lm, texts)
     tried: list[tuple[float, Mean]] = []
 
@@ -94,10 +95,7 @@ def search(
     on the log-odds of the price below the ceiling take the place of its logarithm. Raises `UsageError` for a target
     or start that cannot be, `TargetUnreachable` with what was tried.
     """
-    if not 0 < target < math.inf:
-        raise UsageError(f"a target KL of {target}: a divergence is a positive number of nats per token")
-    if start == 0 or not math.isfinite(start):
-        raise UsageError(f"a search cannot start at a strength of {start}; give one above 0, or below it to steer away")
+    _require_sense(target, start)
     points: list[_Point] = []
     x = math.log(abs(start))
     for _ in range(max_evaluations):
@@ -109,6 +107,13 @@ def search(
         x = _next(points, target)
     tried = ", ".join(f"{math.copysign(math.exp(p.x), start):.4g} → {p.kl:.4g}" for p in points)
     raise TargetUnreachable(_why_not([p.kl for p in points], target, tolerance) + f" Tried (strength → KL): {tried}.")
+
+
+def _require_sense(target: float, start: float) -> None:
+    if not 0 < target < math.inf:
+        raise UsageError(f"a target KL of {target}: a divergence is a positive number of nats per token")
+    if start == 0 or not math.isfinite(start):
+        raise UsageError(f"a search cannot start at a strength of {start}; give one above 0, or below it to steer away")
 
 
 @dataclass(frozen=True, order=True)
