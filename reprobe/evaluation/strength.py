@@ -54,9 +54,10 @@ def tune(
     """The strength at which the interventions `make(strength)` have a mean KL(unsteered ‖ steered) of `target_kl`
     nats per token on `texts`, to within the share `tolerance` of it, in at most `max_evaluations` evaluations.
 
-    `make` is, for example, `lambda s: Add(direction, s)`; it returns whatever `steer` takes, or several. The search is on log KL against log strength, from `start`
-    on, whose sign decides on which side of 0; see `search`. Raises `TargetUnreachable`, with what was tried, if the
-    interventions do nothing to the texts or no strength comes near enough.
+    `make` is, for example, `lambda s: Add(direction, s)`; it returns what `steer` takes, one or several. The search is
+    on log KL against log strength, from `start` on, whose sign decides on which side of 0; see `search`. Raises
+    `TargetUnreachable`, with what was tried, if the interventions do nothing to the texts or no strength comes near
+    enough.
     """
     _require_sense(target_kl, start)  # before the model runs
     baseline = Baseline.of(lm, texts)
