@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from scipy.special import logsumexp
 
 from reprobe.errors import DataError, UsageError
-from reprobe.evaluation.means import mean_of
+from reprobe.evaluation.means import mean_of, share_of
 from reprobe.model.language_model import LanguageModel
 from reprobe.progress import Progress, silent
 from reprobe.prompts import PromptSet
@@ -64,12 +64,13 @@ class Choices:
     primer: str
 
     def summary(self, *, seed: int = 0) -> pl.DataFrame:
-        """Means over the questions with cluster-bootstrap intervals over their groups: `metric`, `mean`, `low`,
-        `high`, `n`."""
+        """Means over the questions with 95 % intervals over their groups (cluster bootstrap; of MC1, a share, Wilson's):
+        `metric`, `mean`, `low`, `high`, `n`."""
         groups = self.table["group"].to_list()
         rows = []
         for metric in METRICS:
-            found = mean_of(self.table[metric].to_numpy(), groups, seed=seed)
+            values = self.table[metric].to_numpy()
+            found = share_of(values, groups) if metric == "mc1" else mean_of(values, groups, seed=seed)
             rows.append({"metric": metric, "mean": found.mean, "low": found.low, "high": found.high})
         return pl.DataFrame(rows, schema_overrides=_BOUNDS).with_columns(n=pl.lit(self.table.height))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.intervals import ClusterBootstrap, share_interval
 from reprobe.probing.metrics import Weighted
 
 
@@ -43,6 +43,16 @@ def mean_of(
         seed=seed,
     )
     return Mean(float((w * values).sum() / w.sum()), low, high)
+
+
+def share_of(right: Float[np.ndarray, " rows"], groups: Sequence[Hashable]) -> Mean:
+    """The share of ones among zeros and ones, with Wilson's interval for grouped rows, which does not shrink to a point
+    where all are alike."""
+    codes, share = _codes(groups), float(np.mean(right))
+    if codes.max() == 0:
+        return Mean(share, None, None)
+    low, high = share_interval(np.asarray(right, bool)[:, None], codes)[:, 0]
+    return Mean(share, float(low), float(high))
 
 
 def interval_of(metric: Weighted, groups: Sequence[Hashable], *, seed: int = 0) -> tuple[float | None, float | None]:

@@ -1,5 +1,6 @@
 """Multiple choice: the three metrics by hand, and the scores against one plain forward per answer."""
 
+import dataclasses
 import math
 import os
 from fractions import Fraction
@@ -176,6 +177,15 @@ def test_the_table_is_the_metrics_of_the_scores(tiny_lm):
 def test_a_single_question_has_a_mean_and_no_interval(tiny_lm):
     summary = rp.multiple_choice(tiny_lm("llama"), questions(1), primer="").summary()
     assert summary["low"].null_count() == summary["high"].null_count() == 3
+
+
+def test_where_every_question_is_right_the_interval_of_mc1_is_not_a_point(tiny_lm):
+    found = rp.multiple_choice(tiny_lm("llama"), questions(5), primer="")
+    for value in (0.0, 1.0):
+        alike = dataclasses.replace(found, table=found.table.with_columns(mc1=pl.lit(value)))
+        row = alike.summary().row(0, named=True)
+        assert row["mean"] == value
+        assert row["high"] - row["low"] > 0.2
 
 
 def test_differences_are_paired_and_zero_without_steering(tiny_lm):
