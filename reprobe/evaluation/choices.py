@@ -64,8 +64,8 @@ class Choices:
     primer: str
 
     def summary(self, *, seed: int = 0) -> pl.DataFrame:
-        """Means over the questions with 95 % intervals over their groups (cluster bootstrap; of MC1, a share, Wilson's):
-        `metric`, `mean`, `low`, `high`, `n`."""
+        """Means over the questions: `metric`, `mean`, `low`, `high`, `n`. The 95 % intervals are over the questions'
+        groups: a cluster bootstrap's, and Wilson's of MC1, which is a share."""
         groups = self.table["group"].to_list()
         rows = []
         for metric in METRICS:
