@@ -158,18 +158,18 @@ def dose_response(
     `text`, its greedy continuation.
     """
     name = str(getattr(scorer, "name", "effect"))
-    base = scorer(lm)
+    base = _scored(scorer, lm, name)
     baseline = Baseline.of(lm, neutral)
     rows = []
     for i, strength in enumerate(strengths):
         items = several(interventions(strength))
         with steer(lm, *items):
-            scores = scorer(lm)
+            scores = _scored(scorer, lm, name)
             text = None if story is None else lm.generate(story, max_new_tokens=max_new_tokens)[0]
-        if np.shape(scores) != np.shape(base) or not np.isfinite(scores).all():
+        if len(scores) != len(base):
             raise UsageError(
-                f"the scorer gave {np.shape(scores)} numbers at strength {strength}, {np.shape(base)} without "
-                "steering: it must give one finite number per prompt, the same prompts every time"
+                f"the scorer {name} gave {len(base)} numbers without steering and {len(scores)} at strength "
+                f"{strength:g}: it must score the same prompts every time"
             )
         row: dict[str, float | str | None] = {"strength": float(strength)}
         for key, found in (
@@ -183,3 +183,13 @@ def dose_response(
         progress("steer", i + 1, len(strengths))
     bounds = [f"{key}_{side}" for key in (name, "change", "kl") for side in ("low", "high")]
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(bounds, pl.Float64))
+
+
+def _scored(scorer: Scorer, lm: LanguageModel, name: str) -> Float[np.ndarray, " prompts"]:
+    scores = np.asarray(scorer(lm), np.float64)
+    if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
+        raise UsageError(
+            f"the scorer {name} gave {scores.size} numbers in the shape {scores.shape}, {np.isfinite(scores).sum()} of "
+            "them finite: it must give one finite number per prompt"
+        )
+    return scores

@@ -16,7 +16,7 @@ from reprobe.probing.metrics import Weighted
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and the bounds of its interval, which are None where there is one group only."""
+    """A mean and the bounds of its interval, which are None where there is one group only, or no finite mean."""
 
     mean: float
     low: float | None
@@ -36,13 +36,16 @@ def mean_of(
     """
     values = np.asarray(values, np.float64)
     w = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+    mean = float((w * values).sum() / w.sum())
+    if not np.isfinite(mean):
+        return Mean(mean, None, None)
     low, high = interval_of(
         # Groups that no draw has, and a weight of 0, would divide by 0.
         lambda drawn: ((w * values) @ drawn) / np.maximum(w @ drawn, np.finfo(float).tiny),
         range(len(values)) if groups is None else groups,
         seed=seed,
     )
-    return Mean(float((w * values).sum() / w.sum()), low, high)
+    return Mean(mean, low, high)
 
 
 def share_of(right: Float[np.ndarray, " rows"], groups: Sequence[Hashable]) -> Mean:

@@ -101,13 +101,13 @@ def side_effects(
     return SideEffects(pl.DataFrame(rows, schema_overrides={"low": pl.Float64, "high": pl.Float64}), generations)
 
 
-Row = dict[str, str | float | int | None]
+_Row = dict[str, str | float | int | None]
 #: Right (1.0) or wrong (0.0) per question, and each question's group.
-Answers = Callable[[LanguageModel], tuple[Float[np.ndarray, " questions"], list[str]]]
+_Answers = Callable[[LanguageModel], tuple[Float[np.ndarray, " questions"], list[str]]]
 _Scale = Callable[[np.ndarray], np.ndarray]
 
 
-def _answers(data: PromptSet) -> Answers:
+def _answers(data: PromptSet) -> _Answers:
     columns = set(data.frame.columns)
     if {"target", "target_new"} <= columns:
         pairs = [[f" {a}", f" {b}"] for a, b in data.frame.select("target", "target_new").iter_rows()]
@@ -130,7 +130,7 @@ def _answers(data: PromptSet) -> Answers:
     )
 
 
-def _text_losses(before: Sequence[np.ndarray], after: Sequence[np.ndarray], seed: int) -> list[Row]:
+def _text_losses(before: Sequence[np.ndarray], after: Sequence[np.ndarray], seed: int) -> list[_Row]:
     """Cross-entropy and perplexity of texts, from the surprisals of their tokens."""
     n = np.array([len(each) for each in before], np.float64)
     sums = [np.array([each.sum() for each in side]) for side in (before, after)]
@@ -156,12 +156,12 @@ def _text_losses(before: Sequence[np.ndarray], after: Sequence[np.ndarray], seed
 
 def _paired(
     name: str, unit: str, before: np.ndarray, after: np.ndarray, groups: list[str] | None, over: str, seed: int
-) -> Row:
+) -> _Row:
     change = mean_of(after - before, groups, seed=seed)
     return _row(name, unit, float(before.mean()), float(after.mean()), change, len(before), over)
 
 
-def _row(name: str, unit: str, unsteered: float, steered: float, change: Mean, n: int, over: str) -> Row:
+def _row(name: str, unit: str, unsteered: float, steered: float, change: Mean, n: int, over: str) -> _Row:
     return {
         "measure": name,
         "unit": unit,

@@ -22,7 +22,7 @@ MAX_EVALUATIONS = 8
 _LEAP = 10.0
 #: KL ~ strength² for a small one; a slope of log KL on log strength outside these bounds is no guide.
 _SLOPES = (0.5, 8.0)
-#: How much of the remaining way in log strength one step takes at most.
+#: No step changes the strength by more than a factor of 1000.
 _FURTHEST = math.log(1000.0)
 
 
@@ -136,7 +136,7 @@ def _next(points: Sequence[_Point], target: float) -> float:
         return _outwards(points, near, rising=low is not None)
     a, b = low.x, min(above).x
     ends = [(p.x, y) for p in (low, min(above)) if math.isfinite(y := height(p.kl))]
-    for guess in (_quadratic(near), _linear(ends, _SLOPES), _linear(near[:2], _SLOPES)):
+    for guess in (_quadratic(near), _linear(ends), _linear(near[:2])):
         if guess is not None and a + 0.01 * (b - a) < guess < b - 0.01 * (b - a):
             return guess
     return (a + b) / 2
@@ -165,7 +165,7 @@ def _rise(p: _Point, q: _Point) -> float:
 def _outwards(points: Sequence[_Point], near: Sequence[tuple[float, float]], *, rising: bool) -> float:
     """A step from the outermost point towards a target that no two points enclose."""
     edge = max(points) if rising else min(points)
-    guess = _linear(near[:2], _SLOPES)
+    guess = _linear(near[:2])
     step = 0.0 if guess is None else abs(guess - edge.x) if (guess > edge.x) == rising else 0.0
     leap = math.log(_LEAP) * 1.5 ** max(0, len(points) - 2)
     if step == 0 or (not rising and len(points) > 1):
@@ -174,7 +174,7 @@ def _outwards(points: Sequence[_Point], near: Sequence[tuple[float, float]], *, 
     return edge.x + (step if rising else -step)
 
 
-def _linear(points: Sequence[tuple[float, float]], slopes: tuple[float, float]) -> float | None:
+def _linear(points: Sequence[tuple[float, float]]) -> float | None:
     """Where the line through one point (of slope 2) or two meets 0; None if it is too flat to say."""
     if not points:
         return None
@@ -182,9 +182,9 @@ def _linear(points: Sequence[tuple[float, float]], slopes: tuple[float, float]) 
     slope = 2.0
     if others:
         slope = (others[0][1] - y) / (others[0][0] - x) if others[0][0] != x else 0.0
-        if slope < slopes[0]:
+        if slope < _SLOPES[0]:
             return None
-    return x - y / min(slope, slopes[1])
+    return x - y / min(slope, _SLOPES[1])
 
 
 def _quadratic(points: Sequence[tuple[float, float]]) -> float | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import reprobe as rp
 from reprobe.errors import DataError, UsageError
 from reprobe.evaluation import distinct, entropy, fluency
+from reprobe.evaluation.means import mean_of
 
 TEXTS = (
     rp.Passage("the cat is", " on the other end"),
@@ -172,8 +173,10 @@ def test_dose_response_takes_any_scorer_and_gives_intervals(tiny_lm):
 
     single = rp.dose_response(lm, lambda s: rp.Add(d, s), (1,), scorer=lambda lm: length(lm)[:1], neutral=TEXTS[:1])
     assert single.select("effect_low", "change_high", "kl_low").row(0) == (None, None, None)
-    with pytest.raises(UsageError, match="one finite number per prompt"):
+    with pytest.raises(UsageError, match="fickle gave 1 numbers without steering and 2 at strength 1"):
         rp.dose_response(lm, lambda s: rp.Add(d, s), (1,), scorer=Fickle(), neutral=TEXTS)
+    with pytest.raises(UsageError, match="one finite number per prompt"):
+        rp.dose_response(lm, lambda s: rp.Add(d, s), (1,), scorer=lambda lm: np.array([1.0, np.nan]), neutral=TEXTS)
 
 
 class Fickle:
@@ -187,6 +190,11 @@ class Fickle:
     def __call__(self, lm):
         self.calls += 1
         return np.zeros(self.calls)
+
+
+def test_a_steer_that_overflows_has_an_endless_price_and_no_interval():
+    found = mean_of(np.array([np.inf, 1.0]), weights=np.array([1.0, 3.0]))
+    assert (found.mean, found.low, found.high) == (np.inf, None, None)
 
 
 def test_a_choice_score_is_a_metric_per_question(tiny_lm, item):

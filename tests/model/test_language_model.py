@@ -47,7 +47,7 @@ def test_states_along_continuations_are_those_of_a_stock_forward_steered_in_thei
         for found, score in zip(lm.continued(prompts, more), scores, strict=True):
             logp = lm.unembed(found.states).double().log_softmax(-1)
             each = logp[torch.arange(len(found.tokens)), torch.from_numpy(found.tokens)]
-            assert float(each.sum()) == pytest.approx(score[0], abs=1e-4)
+            assert each.sum().item() == pytest.approx(score[0], abs=1e-4)
 
 
 def test_check_fails_where_a_site_is_not_what_it_says(tiny_lm):
