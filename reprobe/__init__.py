@@ -10,7 +10,8 @@ The way of the data, station by station:
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
                 (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
-    evaluation  dose_response, divergence: what that does
+    evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
+                multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
 
 Importing reprobe loads no model library; names are fetched when they are first used.
@@ -22,7 +23,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reprobe.control import Ablate, Add, Affine, Scope, steer
     from reprobe.errors import ReprobeError
-    from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
+    from reprobe.evaluation import (
+        Choices,
+        ChoiceScore,
+        Contrast,
+        Passage,
+        Readout,
+        SideEffects,
+        Tuned,
+        divergence,
+        dose_response,
+        log_odds,
+        multiple_choice,
+        side_effects,
+        tune,
+    )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
     from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
@@ -61,6 +76,8 @@ _HOME = {
     "Affine": "control",
     "AttentionReader": "probing",
     "CCSReader": "probing",
+    "ChoiceScore": "evaluation",
+    "Choices": "evaluation",
     "ClassGrid": "probing",
     "ClusterMean": "probing",
     "Contrast": "evaluation",
@@ -75,19 +92,23 @@ _HOME = {
     "Monitor": "model",
     "MultiClassReader": "probing",
     "PCAReader": "probing",
+    "Passage": "evaluation",
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
     "RandomReader": "probing",
     "Reading": "model",
+    "Readout": "evaluation",
     "Replay": "extraction",
     "ReprobeError": "errors",
     "RidgeReader": "probing",
     "Scope": "control",
     "Share": "extraction",
+    "SideEffects": "evaluation",
     "Site": "model",
     "TTPDReader": "probing",
     "TransferGrid": "probing",
+    "Tuned": "evaluation",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
@@ -96,6 +117,7 @@ _HOME = {
     "import_vllm": "extraction",
     "intervene": "model",
     "log_odds": "evaluation",
+    "multiple_choice": "evaluation",
     "observe": "model",
     "probe": "probing",
     "probe_classes": "probing",
@@ -103,8 +125,10 @@ _HOME = {
     "pull": "probing",
     "push": "probing",
     "replay": "extraction",
+    "side_effects": "evaluation",
     "steer": "control",
     "transfer": "probing",
+    "tune": "evaluation",
     "write_report": "report",
 }
 
@@ -115,6 +139,8 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Affine",
     "AttentionReader",
     "CCSReader",
+    "ChoiceScore",
+    "Choices",
     "ClassGrid",
     "ClusterMean",
     "Contrast",
@@ -129,19 +155,23 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Monitor",
     "MultiClassReader",
     "PCAReader",
+    "Passage",
     "Position",
     "ProbeGrid",
     "PromptSet",
     "RandomReader",
     "Reading",
+    "Readout",
     "Replay",
     "ReprobeError",
     "RidgeReader",
     "Scope",
     "Share",
+    "SideEffects",
     "Site",
     "TTPDReader",
     "TransferGrid",
+    "Tuned",
     "capture",
     "divergence",
     "dose_response",
@@ -150,6 +180,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "import_vllm",
     "intervene",
     "log_odds",
+    "multiple_choice",
     "observe",
     "probe",
     "probe_classes",
@@ -157,8 +188,10 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "pull",
     "push",
     "replay",
+    "side_effects",
     "steer",
     "transfer",
+    "tune",
     "write_report",
 ]
 

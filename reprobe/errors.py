@@ -94,5 +94,9 @@ class NotFitted(ReprobeError):
     """A reader was used before `fit`."""
 
 
+class TargetUnreachable(ReprobeError):
+    """No strength was found at which an intervention costs what was asked for. Says what was tried."""
+
+
 class SelfCheckFailed(ReprobeError):
     """`lm.check()` found that a site identity does not hold: sites of this model cannot be trusted."""

@@ -94,7 +94,6 @@ def main() -> None:
     texts = rp.PromptSet.load("cities").texts
     works = [overhead(lm, texts[:n], chosen.tokens, chosen.repeats) for n in chosen.batches]
     about: dict[str, Any] = {
-        "title": "Monitoring",
         "command": "uv run python experiments/bench/monitor.py "
         f"--model {chosen.model} --dtype {str(lm.dtype).removeprefix('torch.')} --device {lm.device.type} "
         f"--batches {' '.join(map(str, chosen.batches))} --tokens {chosen.tokens} --repeats {chosen.repeats}",
@@ -107,8 +106,8 @@ def main() -> None:
     if chosen.json is not None:
         write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     if chosen.markdown is not None:
-        write_durably(chosen.markdown, as_markdown(record).encode())
-    print(as_markdown(record))
+        write_durably(chosen.markdown, as_markdown(record, "Monitoring").encode())
+    print(as_markdown(record, "Monitoring"))
 
 
 if __name__ == "__main__":

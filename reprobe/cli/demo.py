@@ -111,7 +111,7 @@ def run_demo(
             lm,
             lambda strength: [rp.Add(mood, strength)],
             STRENGTHS,
-            contrast=MOOD,
+            scorer=MOOD,
             neutral=NEUTRAL,
             story=STORY,
             progress=progress,

@@ -78,6 +78,17 @@ class Encoded:
         return self.input_ids[i][self.real[i]]
 
 
+@dataclass(frozen=True)
+class Continued:
+    """A continuation as a model ran it: its token ids, and the states at one site from the prompt's last token on.
+
+    At `final`, `states[i]` is what the token `tokens[i]` is predicted from.
+    """
+
+    tokens: Int[np.ndarray, " tokens"]
+    states: Float[Tensor, "tokens+1 width"]
+
+
 class LanguageModel:
     """A model ready to be read and controlled. Make one with `load`, or around a network in memory.
 
@@ -235,12 +246,15 @@ class LanguageModel:
 
     def _pad(self, rows: Sequence[TokenisedText], padding: Padding) -> Encoded:
         width = max(len(r.ids) for r in rows)
+        return self._lay(rows, [width - len(r.ids) if padding == "left" else 0 for r in rows], width)
+
+    def _lay(self, rows: Sequence[TokenisedText], starts: Sequence[int], width: int) -> Encoded:
+        """Rows of `width` columns, each text from its start on, and pads around it."""
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         real = np.zeros((len(rows), width), dtype=bool)
         names = {name for r in rows for name in r.spans}
         spans = {name: np.zeros((len(rows), width), dtype=bool) for name in names}
-        for i, r in enumerate(rows):
-            start = width - len(r.ids) if padding == "left" else 0
+        for i, (r, start) in enumerate(zip(rows, starts, strict=True)):
             ids[i, start : start + len(r.ids)] = r.ids
             real[i, start : start + len(r.ids)] = True
             for name, tokens in r.spans.items():
@@ -396,21 +410,7 @@ class LanguageModel:
         if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
-        if any(not c for _, c in flat):
-            raise UsageError("an empty continuation has no log-probability")
-        rows = tokenise(
-            self.tokenizer,
-            [batch[i] for i, _ in flat],
-            suffixes=[c for _, c in flat],
-            spans=None,
-            context=self.context,
-            truncate=None,
-        )
-        if min(r.suffix for r in rows) < 1:
-            raise UsageError(
-                "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
-                "a beginning-of-text token"
-            )
+        rows = self._continue([(batch[i], c) for i, c in flat])
         scores = iter(self._scores(rows, batch_tokens))
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
 
@@ -508,6 +508,63 @@ class LanguageModel:
         new = tokens[:, batch.input_ids.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
+
+    @torch.no_grad()
+    def continued(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: str | Sequence[str],
+        *,
+        site: Site | str = "final",
+        batch_tokens: int | None = None,
+    ) -> list[Continued]:
+        """States at one site along given continuations, one continuation per prompt.
+
+        Tokens and their roles are those of `logprobs`: for interventions the continuation's count as generated.
+        `batch_tokens` bounds the tokens of one forward pass. Raises `UnknownSite`, `PromptTooLong`.
+        """
+        self._need_decoder("continued")
+        batch = _batch(prompts)
+        given = [continuations] if isinstance(continuations, str) else list(continuations)
+        if len(given) != len(batch):
+            raise UsageError(f"{len(batch)} prompts need as many continuations, got {len(given)}")
+        (where,) = self.sites(site)
+        rows = self._continue(list(zip(batch, given, strict=True)))
+        starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
+        plan = self.plan(np.concatenate([r.ids for r in rows]), starts, packing="padded", budget=batch_tokens)
+        found: dict[int, Tensor] = {}
+        with observe(self, where) as seen:
+            for k in range(plan.n_packs):
+                numbers = plan.pack(k)
+                texts = [rows[i] for i in numbers]
+                # Pads on both sides, so that all continuations begin at one column.
+                width = max(r.suffix for r in texts)
+                columns = width + max(len(r.ids) - r.suffix for r in texts)
+                padded = self._lay(texts, [width - r.suffix for r in texts], columns)
+                with board_of(self).told(Prompts(padded.real, width, {})):
+                    self.architecture.trunk(self.net)(**self.inputs(padded), **self.no_cache)
+                for states, i, r in zip(seen[where], numbers, texts, strict=True):
+                    found[int(i)] = states[width - 1 : width + len(r.ids) - r.suffix].clone()
+        return [Continued(row.ids[row.suffix :], found[i]) for i, row in enumerate(rows)]
+
+    def _continue(self, pairs: Sequence[tuple[Prompt, str]]) -> list[TokenisedText]:
+        """Prompts, tokenised together with a continuation each."""
+        if any(not continuation for _, continuation in pairs):
+            raise UsageError("an empty continuation has no log-probability")
+        rows = tokenise(
+            self.tokenizer,
+            [prompt for prompt, _ in pairs],
+            suffixes=[continuation for _, continuation in pairs],
+            spans=None,
+            context=self.context,
+            truncate=None,
+        )
+        if min(r.suffix for r in rows) < 1:
+            raise UsageError(
+                "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
+                "a beginning-of-text token"
+            )
+        return rows
 
     def _need_decoder(self, what: str) -> None:
         if self.architecture.kind != "decoder":

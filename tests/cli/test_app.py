@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -71,6 +72,12 @@ def test_help_of_every_verb_shows_an_example(verb):
     assert f"reprobe {verb}" in result.output.split("Example")[1]
 
 
+@pytest.mark.parametrize("verb", ["steer tune", "evaluate truthfulqa", "evaluate side-effects"])
+def test_help_of_verbs_within_a_verb_shows_an_example(verb):
+    result = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert f"reprobe {verb}" in result.output.split("Example")[1]
+
+
 @pytest.mark.parametrize("verb", ["list", "show", "validate"])
 def test_help_of_the_data_verbs_shows_an_example(verb):
     result = CliRunner().invoke(app, ["data", verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
@@ -103,12 +110,19 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["push", "d.safetensors", "s.reprobe"], "choose another name"),
         (["pull", "nowhere", "--to", "x.safetensors"], "nowhere"),
         (["pull", "nowhere", "--to", "d.safetensors"], "--overwrite"),
+        (["evaluate", "truthfulqa", "model"], "--data misconceptions"),
+        (["evaluate", "truthfulqa", "model", "--data", "cities"], "no column question"),
+        (["evaluate", "truthfulqa", "model", "--data", "misconceptions", "--primer", "none.txt"], "none.txt"),
+        (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--data", "cities"], "target_new"),
+        (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--texts", "none.txt"], "none.txt"),
+        (["steer", "tune", "model", "--direction", "d.safetensors", "--target-kl", "-1"], "positive number"),
         (["report", "nowhere"], "nowhere"),
         (["data", "show", "citys"], "cities"),
         (["frobnicate"], "frobnicate"),
     ],
 )
-def test_a_wrong_call_exits_2_and_says_what_exists(run, made, arguments, says):
+def test_a_wrong_call_exits_2_and_says_what_exists(run, made, arguments, says, monkeypatch):
+    monkeypatch.delenv("REPROBE_DATA", raising=False)
     assert says in run(*arguments, code=2).output
 
 
@@ -275,6 +289,52 @@ def test_what_is_pushed_can_be_pulled_bit_for_bit(run, made, tmp_path):
     assert "overwrite" in run("push", "d.safetensors", tmp_path / "d", code=2).output
     run("push", "d.safetensors", tmp_path / "d", "--overwrite")
     assert "FetchFailed" in run("pull", "hf:someone/thing", "--to", tmp_path / "x", code=1).output
+
+
+TUNE = ["steer", "tune", "model", "--direction", "d.safetensors", "--texts", "texts.txt", "--json", "--target-kl"]
+
+
+def test_steer_tune_finds_the_strength_of_a_price(run, made, folder):
+    (folder / "texts.txt").write_text("the thing is on the land\n\nand the end is in it\n")
+    for away in ([], ["--away"]):
+        told = json.loads(run(*TUNE, 0.02, *away, "--to-table", "tried.csv", "--overwrite").stdout)
+        assert told["kl"] == pytest.approx(0.02, rel=0.05)
+        assert (told["strength"] < 0) == bool(away)
+        tried = (folder / "tried.csv").read_text().splitlines()
+        assert tried[0] == "strength,kl"
+        assert len(tried) - 1 == told["evaluations"] <= 8
+    assert "TargetUnreachable" in run(*TUNE, 500, code=1).output
+
+
+def test_multiple_choice_is_compared_with_and_without_a_direction(run, made, folder):
+    rows = [
+        {"id": f"{i}{a}", "text": a, "label": y, "group": str(i), "question": f"what {i}?", "answer": a}
+        for i in range(3)
+        for a, y in (("an ant", 1), ("the end", 0))
+    ]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "primer.txt").write_text("Q: is it?\nA: it is.\n")
+    line = ["evaluate", "truthfulqa", "model", "--data", "choices.jsonl", "--primer", "primer.txt", "--json"]
+    plain = json.loads(run(*line, "--to-table", "mc.parquet").stdout)
+    assert [row["metric"] for row in plain] == ["mc1", "mc2", "mc3"]
+    assert pl.read_parquet(folder / "mc.parquet").height == 3
+    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--questions", 2).stdout)
+    assert both[1]["steered"] != both[1]["unsteered"]
+    assert both[1]["n"] == 2
+    saved = json.loads((folder / "mc.json").read_text())
+    assert saved["primer"] == "Q: is it?\nA: it is.\n"
+    assert saved["table"][0].keys() >= {"question", "mc2", "mc2_steered"}
+    assert "choose another name" in run(*line, "--to-table", "mc.json", code=2).output
+
+
+def test_side_effects_are_shown_and_saved(run, made, folder):
+    (folder / "texts.txt").write_text("the thing is on the land\nand the end is in it\n")
+    line = ["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--texts", "texts.txt"]
+    rows = json.loads(run(*line, "--data", "none", "--max-new-tokens", 3, "--to-table", "s.json", "--json").stdout)
+    assert [row["measure"] for row in rows][:3] == ["kl", "cross-entropy", "perplexity"]
+    assert rows[0]["change"] > 0
+    assert [g["prompt"] for g in json.loads((folder / "s.json").read_text())["generations"]] == ["the", "and"]
+    assert "perplexity" in run(*line, "--data", "none", "--max-new-tokens", 0).stdout
 
 
 def test_a_report_is_drawn_from_a_folder_of_results(run, made):
