@@ -8,7 +8,7 @@ The way of the data, station by station:
                 (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
-                (LEACE: a concept erased)
+                (compare: several readers in the same folds; LEACE: a concept erased)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
     evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         LEACE,
         CCSReader,
         ClusterMean,
+        Comparison,
         Direction,
         KSparseReader,
         LDAReader,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         RidgeReader,
         TransferGrid,
         TTPDReader,
+        compare,
         probe,
         transfer,
     )
@@ -54,6 +56,7 @@ _HOME = {
     "Affine": "control",
     "CCSReader": "probing",
     "ClusterMean": "probing",
+    "Comparison": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
     "KSparseReader": "probing",
@@ -77,6 +80,7 @@ _HOME = {
     "TTPDReader": "probing",
     "TransferGrid": "probing",
     "capture": "model",
+    "compare": "probing",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "extract": "extraction",
@@ -99,6 +103,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Affine",
     "CCSReader",
     "ClusterMean",
+    "Comparison",
     "Contrast",
     "Direction",
     "KSparseReader",
@@ -122,6 +127,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "TTPDReader",
     "TransferGrid",
     "capture",
+    "compare",
     "divergence",
     "dose_response",
     "extract",

@@ -7,10 +7,14 @@ grid       · one reader at every site: `probe`               metrics   · AUROC
 probe_grid · what that leaves: `ProbeGrid`                   intervals · how sure they are, over groups
 transfer   · from data set to data set                       calibration · scores as probabilities
 permutation · p-values that include the search               controls  · selectivity, online code
+comparison · several readers in the same folds               controlled · these two, in a grid's table
+refit      · a reader fitted again, for those                tables    · tables as files
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
 """
 
 from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.comparison import Calibrated, Comparison, compare
+from reprobe.probing.controlled import with_controls
 from reprobe.probing.controls import OnlineCode, Selectivity, online_code, reader_probabilities, selectivity
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction
@@ -21,6 +25,7 @@ from reprobe.probing.permutation import MeanDifferenceRefit, Permutations, permu
 from reprobe.probing.probe_grid import ProbeGrid, Selected
 from reprobe.probing.reader import Reader
 from reprobe.probing.readers import (
+    READERS,
     CCSReader,
     ClusterMean,
     KSparseReader,
@@ -31,14 +36,19 @@ from reprobe.probing.readers import (
     RandomReader,
     RidgeReader,
     TTPDReader,
+    readers_named,
 )
+from reprobe.probing.tables import require_new_table, write_table
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
     "LEACE",
+    "READERS",
     "CCSReader",
+    "Calibrated",
     "ClassMoments",
     "ClusterMean",
+    "Comparison",
     "Direction",
     "JointMoments",
     "KSparseReader",
@@ -60,6 +70,7 @@ __all__ = [
     "Selectivity",
     "TTPDReader",
     "TransferGrid",
+    "compare",
     "group_folds",
     "online_code",
     "permutation_test",
@@ -67,6 +78,10 @@ __all__ = [
     "probe",
     "read_moments",
     "reader_probabilities",
+    "readers_named",
+    "require_new_table",
     "selectivity",
     "transfer",
+    "with_controls",
+    "write_table",
 ]

@@ -37,7 +37,10 @@ def scatter(
     """Rows of a site on their first two principal components, coloured by label.
 
     With a `grid`, its rows and classes are shown, and an arrow along its direction at the site, as it falls
-    in this plane; without, the store's rows that have a `label`. At most `SCATTER_ROWS` rows, drawn at random
+    in this plane; dashed across it, where the plane meets the decision boundary (a row off the plane may lie on
+    its other side). That direction was fitted on all these rows: what it reads when it has not seen a row is told
+    by the rings, around rows that were misread while held out. Without a grid, the store's rows that have a `label`
+    are shown. At most `SCATTER_ROWS` rows, drawn at random
     from `seed`, are shown, and the components are fitted on these very rows (centred, not scaled). Raises
     `UsageError` unless there are two classes and at least three rows, or if the grid is of another store.
     """
@@ -54,11 +57,16 @@ def scatter(
         at_x, at_y = plane.at[side].T
         text = _with_count(name, side)
         axes.scatter(at_x, at_y, s=13, c=color, marker=marker, alpha=0.55, linewidths=0, label=text)
-    for (px, py), prompt, positive in zip(plane.at, points.prompts, points.positive, strict=True):
-        figure.marks.append(Mark(axes, px, py, f"{prompt}: {class_name(points.classes[int(positive)])}"))
-    direction = None if grid is None else grid.directions.get(where)
-    if direction is not None:
-        _arrow(axes, plane, direction)
+    told = [f"{p}: {class_name(points.classes[int(y)])}" for p, y in zip(points.prompts, points.positive, strict=True)]
+    if grid is not None and (direction := grid.directions.get(where)) is not None:
+        scores = grid.oof[points.kept, grid.sites.index(where)]
+        misread = (scores > 0) != points.positive
+        _rings(axes, plane, misread)
+        for i, (score, wrong) in enumerate(zip(scores / direction.scale, misread, strict=True)):
+            told[i] += f", held-out score {score:+.2f}{' (misread)' if wrong else ''}"
+        _direction(axes, plane, direction)
+    for (px, py), text in zip(plane.at, told, strict=True):
+        figure.marks.append(Mark(axes, px, py, text))
     legend(figure, axes)
     return figure
 
@@ -97,8 +105,9 @@ def projections(grid: ProbeGrid, site: str | Site, *, title: str | None = None) 
 
 @dataclass(frozen=True)
 class _Points:
-    """Which rows of a store are drawn, and what they are."""
+    """Which rows of a store are drawn, and what they are; `kept` are their places among the grid's rows."""
 
+    kept: Integer[np.ndarray, " n"]
     rows: Integer[np.ndarray, " n"]
     positive: Bool[np.ndarray, " n"]
     classes: tuple[Label, Label]
@@ -107,8 +116,10 @@ class _Points:
 
 @dataclass(frozen=True)
 class _Plane:
-    """Two principal axes, the rows' coordinates on them, and each axis' share of the variance."""
+    """Two principal axes through the rows' mean, the rows' coordinates on them, and each axis' share of the
+    variance."""
 
+    mean: Float[np.ndarray, " width"]
     axes: Float[np.ndarray, "2 width"]
     at: Float[np.ndarray, "n 2"]
     share: Float[np.ndarray, " 2"]
@@ -136,25 +147,34 @@ def _points(store: ActivationStore, site: Site, grid: ProbeGrid | None, label: s
     if len(rows) > SCATTER_ROWS:
         kept = np.sort(np.random.default_rng(seed).choice(len(rows), SCATTER_ROWS, replace=False))
     prompts = index["prompt"].cast(pl.String)[rows[kept]].to_list()
-    return _Points(np.asarray(rows)[kept], np.asarray(positive)[kept], classes, prompts)
+    return _Points(kept, np.asarray(rows)[kept], np.asarray(positive)[kept], classes, prompts)
 
 
 def _plane(X: Float[np.ndarray, "n width"]) -> _Plane:
     """The first two principal axes, each turned so that its largest component is positive."""
     if X.shape[1] < 2:
         raise UsageError("two principal components need a site at least two wide")
-    centred = X - X.mean(axis=0)
+    mean = X.mean(axis=0)
+    centred = X - mean
     _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
     total = float((sizes**2).sum())
     if total == 0:
         raise UsageError("all rows are equal: they have no principal components")
     axes = axes[:2]
     axes = axes * np.sign(axes[[0, 1], np.abs(axes).argmax(axis=1)])[:, None]
-    return _Plane(axes, centred @ axes.T, sizes[:2] ** 2 / total)
+    return _Plane(mean, axes, centred @ axes.T, sizes[:2] ** 2 / total)
 
 
-def _arrow(axes: Axes, plane: _Plane, direction: Direction) -> None:
-    """From the mean along the direction's shadow in the plane, the longer the more of it lies in the plane."""
+def _rings(axes: Axes, plane: _Plane, misread: Bool[np.ndarray, " n"]) -> None:
+    if misread.any():
+        x, y = plane.at[misread].T
+        name = f"misread when held out (n = {int(misread.sum()):,})"
+        axes.scatter(x, y, s=34, facecolors="none", edgecolors=INK, linewidths=0.7, label=name, zorder=3)
+
+
+def _direction(axes: Axes, plane: _Plane, direction: Direction) -> None:
+    """An arrow from the mean along the direction's shadow in the plane, the longer the more of it lies in the plane,
+    and the line in which the plane meets the decision boundary."""
     shadow = plane.axes @ direction.vector
     share = float(np.linalg.norm(shadow))
     if share < LEAST_COSINE:
@@ -168,6 +188,22 @@ def _arrow(axes: Axes, plane: _Plane, direction: Direction) -> None:
         ends = {"shrinkA": 0, "shrinkB": 0}
         axes.annotate("", xy=(tip[0], tip[1]), xytext=(0, 0), zorder=z, arrowprops=shape | ends)
     axes.plot([], [], color=INK, linewidth=2, label=f"{direction.reader}: cosine {share:.2f}")
+    # (mean + a·axis₁ + b·axis₂)·vector = offset is a line across the shadow, this far from the mean along it:
+    foot = shadow / share * (-direction.score(plane.mean) / share)
+    low, high = plane.at.min(axis=0) - 0.05 * spans, plane.at.max(axis=0) + 0.05 * spans
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    corners = (np.array([(x, y) for x in (low[0], high[0]) for y in (low[1], high[1])]) - foot) @ shadow
+    if corners.min() < 0 < corners.max():
+        axes.axline(
+            (foot[0], foot[1]),
+            (foot[0] - shadow[1], foot[1] + shadow[0]),
+            color=INK,
+            linewidth=1.3,
+            linestyle=(0, (5, 3)),
+            label="decision boundary",
+        )
+    else:
+        axes.plot([], [], linestyle="none", label="decision boundary: outside the figure")
 
 
 def _with_count(label: Label, side: Bool[np.ndarray, " n"]) -> str:
