@@ -198,7 +198,9 @@ def _columns(found: list[_Controls], types: str) -> tuple[dict[str, np.ndarray],
 def _with_columns(grid: ProbeGrid, columns: dict[str, np.ndarray], about: dict[str, Any]) -> ProbeGrid:
     """The grid with these columns, in the order of `OPTIONAL`, beside those it has."""
     table = grid.table.with_columns(**{name: pl.Series(values, dtype=pl.Float64) for name, values in columns.items()})
-    table = table.select([c for c in table.columns if c not in OPTIONAL], *[c for c in OPTIONAL if c in table.columns])
+    table = table.select(
+        [*(c for c in table.columns if c not in OPTIONAL), *(c for c in OPTIONAL if c in table.columns)]
+    )
     provenance = {**grid.provenance, "controls": {**grid.provenance.get("controls", {}), **about}}
     directions = {
         site: dataclasses.replace(

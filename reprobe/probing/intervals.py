@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Integer
 from scipy.stats import norm, t
 
 from reprobe.errors import UsageError
-from reprobe.probing.metrics import FPR, Weighted, bin_residuals, fold_auroc, weighted_auroc, weighted_recall
+from reprobe.probing.metrics import FPR, Weighted, bin_of, bin_residuals, fold_auroc, weighted_auroc, weighted_recall
 
 __all__ = ["LEVEL", "RESAMPLES", "ClusterBootstrap", "fold_auroc", "share_interval"]
 
@@ -87,26 +87,27 @@ class ClusterBootstrap:
         """Lower and upper bound of the true `calibration_error`; 0 is the lower one where the error found is what
         perfectly calibrated probabilities would show.
 
-        The true errors tried are multiples of those found in each bin, to which resampling adds its noise.
+        The true errors tried are spread over the rows evenly, to the side found in each bin: a larger one has the same
+        outcome if it is spread unevenly, since noise adds least where the gap is wide. Resampling gives the noise.
         """
         n = len(self.counts)
-        sums = np.stack(
-            [np.bincount(self.groups, weights=r, minlength=n) for r in bin_residuals(probabilities, positive)]
-        )
+        residuals = bin_residuals(probabilities, positive)
+        sums = np.stack([np.bincount(self.groups, weights=r, minlength=n) for r in residuals])
         sizes, counts = np.bincount(self.groups, minlength=n), self.counts.astype(np.float64)
         found = sums.sum(axis=1, keepdims=True) / len(probabilities)
         noise = (sums @ counts) / (sizes @ counts) - found
+        rows = np.bincount(bin_of(probabilities), minlength=len(found))[:, None]
+        spread = np.where(found < 0, -1, 1) * rows / len(probabilities)
         error = float(np.abs(found).sum())
         rare, common = norm.cdf(np.sqrt(n / (n - 1)) * _quantile(n) * np.array([-1.0, 1.0]))
 
-        def outcome(times: float, level: float) -> float:
-            return float(np.quantile(np.abs(times * found + noise).sum(axis=0), level))
+        def outcome(true: float, level: float) -> float:
+            return float(np.quantile(np.abs(true * spread + noise).sum(axis=0), level))
 
-        if error == 0:
-            return np.array([0.0, outcome(0, common)])
-        low = _crossing(lambda times: outcome(times, common) - error)
-        high = _crossing(lambda times: outcome(times, rare) - error)
-        return error * np.array([low, high])
+        low = _crossing(lambda true: outcome(true, common) - error)
+        high = _crossing(lambda true: outcome(true, rare) - error)
+        # No true error is likely to look so good: then the one found is the bound.
+        return np.array([low, high or error])
 
     def bounds(self, metric: Weighted) -> Float[np.ndarray, " 2"]:
         """Lower and upper bound of any metric of weighted rows: BCa with expanded levels."""
@@ -186,7 +187,7 @@ def _bca(
 
 def _crossing(rising: Callable[[float], float]) -> float:
     """The number from 0 at which a function becomes positive; 0 if it is so there."""
-    low, high = 0.0, 1.0
+    low, high = 0.0, 0.1
     if rising(low) >= 0:
         return low
     while rising(high) < 0:

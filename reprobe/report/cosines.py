@@ -4,6 +4,7 @@ Enters: directions by name. Leaves: a matplotlib Figure with the exact values in
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,9 +83,9 @@ def _draw(figure: Plot, directions: Mapping[str, Direction], cosines: np.ndarray
     n = len(directions)
     axes = dress(figure.subplots(), x="", y="", title=title, grid="none")
     edges = np.arange(n + 1) - 0.5
-    line = 0.7 if n <= _WRITTEN else 0.2
-    norm = Normalize(-1, 1)
-    mesh = axes.pcolormesh(edges, edges, cosines, cmap=DIVERGING, norm=norm, edgecolors=PAPER, linewidth=line)
+    # lines between few cells; between many, edges of the cells' own colour, or the paper would shine through
+    lines: dict[str, Any] = {"edgecolors": PAPER, "linewidth": 0.7} if n <= _WRITTEN else {"edgecolors": "face"}
+    mesh = axes.pcolormesh(edges, edges, cosines, cmap=DIVERGING, norm=Normalize(-1, 1), **lines)
     for i, one in enumerate(directions):
         for j, other in enumerate(directions):
             figure.marks.append(Mark(axes, j, i, f"{one} and {other}: cosine {cosines[i, j]:+.3f}", (1.0, 1.0)))

@@ -5,6 +5,7 @@ bar in `.marks`. Does not know the report.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -30,11 +31,15 @@ def scatter(
     site: str | Site,
     *,
     grid: ProbeGrid | None = None,
+    plane: Literal["components", "direction"] = "components",
     label: str = "label",
     seed: int = 0,
     title: str | None = None,
 ) -> Plot:
     """Rows of a site on their first two principal components, coloured by label.
+
+    With `plane="direction"`, which needs a grid, from left to right along its direction, and upwards on the first
+    principal component of what is left; there the boundary is where it is drawn, for every row.
 
     With a `grid`, its rows and classes are shown, and an arrow along its direction at the site, as it falls
     in this plane; dashed across it, where the plane meets the decision boundary (a row off the plane may lie on
@@ -42,30 +47,38 @@ def scatter(
     by the rings, around rows that were misread while held out. Without a grid, the store's rows that have a `label`
     are shown. At most `SCATTER_ROWS` rows, drawn at random
     from `seed`, are shown, and the components are fitted on these very rows (centred, not scaled). Raises
-    `UsageError` unless there are two classes and at least three rows, or if the grid is of another store.
+    `UsageError` unless there are two classes and at least three rows, or if the grid is of another store or, where
+    its direction is needed, without the site.
     """
     where = Site.parse(site) if isinstance(site, str) else site
     points = _points(store, where, grid, label, seed)
-    plane = _plane(store.read(where, points.rows).double().numpy())
+    direction = None if grid is None else grid.directions.get(where)
+    along = None
+    if plane == "direction":
+        if grid is None or direction is None:
+            raise UsageError(f"plane='direction' needs a grid with a direction at '{where}'")
+        along = direction.vector
+    drawn = _plane(store.read(where, points.rows).double().numpy(), along)
     figure = Plot(WIDTH, 3.8)
-    x, y = (f"component {i + 1} ({100 * plane.share[i]:.0f} % of variance)" for i in range(2))
+    names = ("component 1", "component 2") if along is None else ("along the direction", "component 1 of the rest")
+    x, y = (f"{name} ({100 * share:.0f} % of variance)" for name, share in zip(names, drawn.share, strict=True))
     axes = dress(figure.subplots(), x=x, y=y, title=title)
     for name, side, color, marker in (
         (points.classes[0], ~points.positive, NEGATIVE, "s"),
         (points.classes[1], points.positive, POSITIVE, "o"),
     ):
-        at_x, at_y = plane.at[side].T
+        at_x, at_y = drawn.at[side].T
         text = _with_count(name, side)
         axes.scatter(at_x, at_y, s=13, c=color, marker=marker, alpha=0.55, linewidths=0, label=text)
     told = [f"{p}: {class_name(points.classes[int(y)])}" for p, y in zip(points.prompts, points.positive, strict=True)]
-    if grid is not None and (direction := grid.directions.get(where)) is not None:
+    if grid is not None and direction is not None:
         scores = grid.oof[points.kept, grid.sites.index(where)]
         misread = (scores > 0) != points.positive
-        _rings(axes, plane, misread)
+        _rings(axes, drawn, misread)
         for i, (score, wrong) in enumerate(zip(scores / direction.scale, misread, strict=True)):
             told[i] += f", held-out score {score:+.2f}{' (misread)' if wrong else ''}"
-        _direction(axes, plane, direction)
-    for (px, py), text in zip(plane.at, told, strict=True):
+        _direction(axes, drawn, direction)
+    for (px, py), text in zip(drawn.at, told, strict=True):
         figure.marks.append(Mark(axes, px, py, text))
     legend(figure, axes)
     return figure
@@ -150,19 +163,22 @@ def _points(store: ActivationStore, site: Site, grid: ProbeGrid | None, label: s
     return _Points(kept, np.asarray(rows)[kept], np.asarray(positive)[kept], classes, prompts)
 
 
-def _plane(X: Float[np.ndarray, "n width"]) -> _Plane:
-    """The first two principal axes, each turned so that its largest component is positive."""
+def _plane(X: Float[np.ndarray, "n width"], along: Float[np.ndarray, " width"] | None = None) -> _Plane:
+    """The first two principal axes, each turned so that its largest component is positive; with a unit vector
+    `along`, that vector, and the first principal axis at right angles to it."""
     if X.shape[1] < 2:
         raise UsageError("two principal components need a site at least two wide")
     mean = X.mean(axis=0)
     centred = X - mean
-    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
-    total = float((sizes**2).sum())
+    rest = centred if along is None else centred - np.outer(centred @ along, along)
+    components = np.linalg.svd(rest, full_matrices=False)[2][:2]
+    total = float((centred**2).sum())
     if total == 0:
         raise UsageError("all rows are equal: they have no principal components")
-    axes = axes[:2]
-    axes = axes * np.sign(axes[[0, 1], np.abs(axes).argmax(axis=1)])[:, None]
-    return _Plane(mean, axes, centred @ axes.T, sizes[:2] ** 2 / total)
+    components = components * np.sign(components[[0, 1], np.abs(components).argmax(axis=1)])[:, None]
+    axes = components if along is None else np.stack([along, components[0]])
+    at = centred @ axes.T
+    return _Plane(mean, axes, at, (at**2).sum(axis=0) / total)
 
 
 def _rings(axes: Axes, plane: _Plane, misread: Bool[np.ndarray, " n"]) -> None:

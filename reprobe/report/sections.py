@@ -57,6 +57,7 @@ _INTERVAL = (
     f"{_LEVEL} intervals over groups (accuracy: Wilson, with the effective number of rows; AUROC: cluster bootstrap, "
     f"BCa, {RESAMPLES:,} resamples)"
 )
+_RINGS = "Rings: rows that were misread by the reader of the fold that held them out."
 _HYPHEN = "\u2011"  # a hyphen at which no line ends
 
 
@@ -160,7 +161,7 @@ def _choices(study: Study, comparison: Comparison) -> Table:
     rows = [
         (
             line["reader"],
-            line["sites"],
+            line["sites"].replace(" ×", "\u00a0×"),
             interval(line),
             interval(line, "auroc"),
             interval(line, "recall"),
@@ -314,6 +315,7 @@ def _geometry(found: Sequence[Study]) -> Section:
         panels = []
         if study.store is not None and study.store.complete:
             panels.append(_scatter_panel(study, study.store, grid, site, f"pca-{i}"))
+            panels.append(_along_panel(study, study.store, grid, site, f"along-{i}"))
         elif study.store is not None:
             blocks.append(
                 Prose(
@@ -333,18 +335,30 @@ def _geometry(found: Sequence[Study]) -> Section:
 
 
 def _scatter_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: Site, name: str) -> Panel:
-    n = len(grid.rows)
-    rows = f"{n:,} rows" if n <= SCATTER_ROWS else f"{SCATTER_ROWS:,} of {n:,} rows, drawn at random,"
     caption = (
-        f"{study.name} at {site}, the best site of {reader_of(grid)}: {rows} on their first two principal "
+        f"{study.name} at {site}, the best site of {reader_of(grid)}: {_drawn(grid)} on their first two principal "
         "components, fitted on these rows (centred, not scaled). The arrow is the reader's direction as "
         f"far as it lies in this plane: half the plot long at cosine 1, not drawn below {LEAST_COSINE}; dashed, where "
-        "the plane meets its decision boundary. The direction was fitted on all rows; rings are rows that were misread "
-        "by the reader of the fold that held them out. Rows lie off the plane too, so a row beyond the dashed line may "
-        "well be read rightly: components follow variance, and what a reader finds need not vary much."
+        "the plane meets its decision boundary. Components follow variance, and what a reader finds need not vary "
+        f"much. {_RINGS}"
     )
     figure = scatter(store, site, grid=grid, title=f"{study.name}, {site}")
     return panel(figure, name, f"Principal components of {study.name} at {site}", caption)
+
+
+def _along_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: Site, name: str) -> Panel:
+    caption = (
+        f"The same rows from left to right along the direction of {reader_of(grid)}, upwards on the first principal "
+        "component of what is left. The direction was fitted on all of them, and parts them better than rows it has "
+        f"not seen. {_RINGS}"
+    )
+    figure = scatter(store, site, grid=grid, plane="direction", title=f"{study.name}, {site}, along the direction")
+    return panel(figure, name, f"{study.name} at {site} along the direction of the reader", caption)
+
+
+def _drawn(grid: ProbeGrid) -> str:
+    n = len(grid.rows)
+    return f"{n:,} rows" if n <= SCATTER_ROWS else f"{SCATTER_ROWS:,} of {n:,} rows, drawn at random,"
 
 
 def _scans(results: Results, found: Sequence[Study]) -> Section:

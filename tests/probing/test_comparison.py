@@ -184,7 +184,7 @@ def test_the_plot_has_a_line_per_reader(found):
     np.testing.assert_array_equal(axes.get_lines()[1].get_ydata(), found.grids["lda"].table["accuracy"])
 
 
-def test_readers_are_named_by_their_class_or_by_the_caller(store):
+def test_readers_are_named_by_their_class_or_by_the_caller(store, found):
     made = compare(store, [MeanDifference(), PCAReader()], sites=["resid.post@1"], folds=3)
     assert made.readers == ("MeanDifference", "PCAReader")
     with pytest.raises(UsageError, match="several readers are a MeanDifference"):
@@ -194,5 +194,4 @@ def test_readers_are_named_by_their_class_or_by_the_caller(store):
     with pytest.raises(UsageError, match="three at least"):
         compare(store, READERS, folds=2)
     with pytest.raises(UsageError, match="no reader 'pca' was compared; there are plain, lda, random"):
-        made_of = compare(store, READERS, sites="resid.post@1", folds=3)
-        made_of.calibrated("pca")
+        found.calibrated("pca")
