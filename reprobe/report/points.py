@@ -59,10 +59,14 @@ def scatter(
             raise UsageError(f"plane='direction' needs a grid with a direction at '{where}'")
         along = direction.vector
     drawn = _plane(store.read(where, points.rows).double().numpy(), along)
-    figure = Plot(WIDTH, 3.8)
-    names = ("component 1", "component 2") if along is None else ("along the direction", "component 1 of the rest")
-    x, y = (f"{name} ({100 * share:.0f} % of variance)" for name, share in zip(names, drawn.share, strict=True))
-    axes = dress(figure.subplots(), x=x, y=y, title=title)
+    figure = Plot(WIDTH, 3.8 if direction is None else 4.4)  # the legend has up to three lines more
+    x, y = (f"{100 * share:.0f} % of variance" for share in drawn.share)
+    axes = dress(
+        figure.subplots(),
+        x=f"component 1 ({x})" if along is None else f"along the direction ({x})",
+        y=f"component 2 ({y})" if along is None else f"main axis of the rest ({y.split()[0]} %)",
+        title=title,
+    )
     for name, side, color, marker in (
         (points.classes[0], ~points.positive, NEGATIVE, "s"),
         (points.classes[1], points.positive, POSITIVE, "o"),
