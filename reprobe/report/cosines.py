@@ -18,7 +18,7 @@ from reprobe.report.style import DIVERGING, PAPER, WIDTH, Mark, Plot, clipped, c
 
 #: Directions up to which every cosine is written into its cell, and every name beside its row.
 _WRITTEN = 12
-_NAME = 24
+_NAME = 30
 
 
 def cosine_map(directions: Mapping[str, Direction], *, title: str | None = None) -> Plot:

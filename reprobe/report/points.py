@@ -44,7 +44,7 @@ def scatter(
     With a `grid`, its rows and classes are shown, and an arrow along its direction at the site, as it falls
     in this plane; dashed across it, where the plane meets the decision boundary (a row off the plane may lie on
     its other side). That direction was fitted on all these rows: what it reads when it has not seen a row is told
-    by the rings, around rows that were misread while held out. Without a grid, the store's rows that have a `label`
+    by the hollow marks, of rows that were misread while held out. Without a grid, the store's rows that have a `label`
     are shown. At most `SCATTER_ROWS` rows, drawn at random
     from `seed`, are shown, and the components are fitted on these very rows (centred, not scaled). Raises
     `UsageError` unless there are two classes and at least three rows, or if the grid is of another store or, where
@@ -60,27 +60,22 @@ def scatter(
         along = direction.vector
     drawn = _plane(store.read(where, points.rows).double().numpy(), along)
     figure = Plot(WIDTH, 3.8 if direction is None else 4.4)  # the legend has up to three lines more
-    x, y = (f"{100 * share:.0f} % of variance" for share in drawn.share)
+    x, y = (f"{100 * share:.2g} %" for share in drawn.share)
     axes = dress(
         figure.subplots(),
-        x=f"component 1 ({x})" if along is None else f"along the direction ({x})",
-        y=f"component 2 ({y})" if along is None else f"main axis of the rest ({y.split()[0]} %)",
+        x=f"component 1 ({x} of variance)" if along is None else f"along the direction ({x} of variance)",
+        y=f"component 2 ({y} of variance)" if along is None else f"main axis of the rest ({y})",
         title=title,
     )
-    for name, side, color, marker in (
-        (points.classes[0], ~points.positive, NEGATIVE, "s"),
-        (points.classes[1], points.positive, POSITIVE, "o"),
-    ):
-        at_x, at_y = drawn.at[side].T
-        text = _with_count(name, side)
-        axes.scatter(at_x, at_y, s=13, c=color, marker=marker, alpha=0.55, linewidths=0, label=text)
     told = [f"{p}: {class_name(points.classes[int(y)])}" for p, y in zip(points.prompts, points.positive, strict=True)]
+    misread = np.zeros(len(points.rows), dtype=bool)
     if grid is not None and direction is not None:
         scores = grid.oof[points.kept, grid.sites.index(where)]
         misread = (scores > 0) != points.positive
-        _rings(axes, drawn, misread)
         for i, (score, wrong) in enumerate(zip(scores / direction.scale, misread, strict=True)):
             told[i] += f", held-out score {score:+.2f}{' (misread)' if wrong else ''}"
+    _rows(axes, points, drawn, misread)
+    if direction is not None:
         _direction(axes, drawn, direction)
     for (px, py), text in zip(drawn.at, told, strict=True):
         figure.marks.append(Mark(axes, px, py, text))
@@ -185,11 +180,19 @@ def _plane(X: Float[np.ndarray, "n width"], along: Float[np.ndarray, " width"] |
     return _Plane(mean, axes, at, (at**2).sum(axis=0) / total)
 
 
-def _rings(axes: Axes, plane: _Plane, misread: Bool[np.ndarray, " n"]) -> None:
+def _rows(axes: Axes, points: _Points, plane: _Plane, misread: Bool[np.ndarray, " n"]) -> None:
+    """A mark per row, of its class; hollow if it was misread."""
+    for name, side, color, marker in (
+        (points.classes[0], ~points.positive, NEGATIVE, "s"),
+        (points.classes[1], points.positive, POSITIVE, "o"),
+    ):
+        x, y = plane.at[side].T
+        fill = [PAPER if wrong else color for wrong in misread[side]]
+        axes.scatter(x, y, s=13, facecolors=fill, edgecolors=color, marker=marker, alpha=0.6, linewidths=0.8)
+        axes.scatter([], [], s=13, c=color, marker=marker, label=_with_count(name, side))
     if misread.any():
-        x, y = plane.at[misread].T
-        name = f"misread when held out (n = {int(misread.sum()):,})"
-        axes.scatter(x, y, s=34, facecolors="none", edgecolors=INK, linewidths=0.7, label=name, zorder=3)
+        name = f"hollow: misread when held out (n = {int(misread.sum()):,})"
+        axes.scatter([], [], s=16, facecolors="none", edgecolors=INK, linewidths=0.8, label=name)
 
 
 def _direction(axes: Axes, plane: _Plane, direction: Direction) -> None:

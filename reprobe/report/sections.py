@@ -57,7 +57,14 @@ _INTERVAL = (
     f"{_LEVEL} intervals over groups (accuracy: Wilson, with the effective number of rows; AUROC: cluster bootstrap, "
     f"BCa, {RESAMPLES:,} resamples)"
 )
-_RINGS = "Rings: rows that were misread by the reader of the fold that held them out."
+_HOLLOW = "Hollow: rows that were misread by the reader of the fold that held them out."
+_CALIBRATION = (
+    "On calibration. Filled: probabilities after Platt scaling, fitted on scores held out inside the training "
+    f"rows, with {_LEVEL} intervals of the shares over groups. Hollow: σ(score), the score in standard deviations of "
+    "those same scores. The calibration error (ECE) found is above the true one, since few rows in a bin vary by "
+    "chance; its interval is of the true one, may lie below the one found, and begins at 0 where perfect calibration "
+    "would look no better."
+)
 _HYPHEN = "\u2011"  # a hyphen at which no line ends
 
 
@@ -139,21 +146,14 @@ def _readers(found: Sequence[Study]) -> Section:
         if (comparison := study.comparison) is None:
             continue
         blocks += [_choices(study, comparison), *([_differences(study, comparison)] if len(study.grids) > 1 else [])]
-        blocks.append(
-            Prose(
-                "Are the scores as sure as they should be? Filled: probabilities after Platt scaling, fitted on scores "
-                f"that were held out inside the training rows, with {_LEVEL} intervals of the shares over groups. "
-                "Hollow: σ(score), the score in standard deviations of those same scores. The calibration error (ECE) "
-                "found is above the true one, since few rows in a bin vary by chance; its interval is of the true one, "
-                "may lie below the one found, and begins at 0 where perfect calibration would look no better."
-            )
-        )
         panels = []
         for j, name in enumerate(comparison.readers):
             figure = reliability(comparison.calibrated(name), seed=comparison.first.seed, title=f"{study.name}, {name}")
             caption = f"{name} on {study.rows}, at the sites chosen on the other folds."
             panels.append(panel(figure, f"reliability-{i}-{j}", f"Calibration of {name} on {study.name}", caption))
         blocks.append(Panels(panels))
+    if blocks:
+        blocks.append(Prose(_CALIBRATION))
     return Section("readers", "Readers compared", blocks)
 
 
@@ -340,7 +340,7 @@ def _scatter_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: 
         "components, fitted on these rows (centred, not scaled). The arrow is the reader's direction as "
         f"far as it lies in this plane: half the plot long at cosine 1, not drawn below {LEAST_COSINE}; dashed, where "
         "the plane meets its decision boundary. Components follow variance, and what a reader finds need not vary "
-        f"much. {_RINGS}"
+        f"much. {_HOLLOW}"
     )
     figure = scatter(store, site, grid=grid, title=f"{study.name}, {site}")
     return panel(figure, name, f"Principal components of {study.name} at {site}", caption)
@@ -350,9 +350,9 @@ def _along_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: Si
     caption = (
         f"The same rows from left to right along the direction of {reader_of(grid)}, upwards on the first principal "
         "component of what is left. The direction was fitted on all of them, and parts them better than rows it has "
-        f"not seen. {_RINGS}"
+        f"not seen. {_HOLLOW}"
     )
-    figure = scatter(store, site, grid=grid, plane="direction", title=f"{study.name}, {site}, along the direction")
+    figure = scatter(store, site, grid=grid, plane="direction", title=f"{study.name}, {site}")
     return panel(figure, name, f"{study.name} at {site} along the direction of the reader", caption)
 
 

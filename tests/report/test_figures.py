@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -37,7 +38,7 @@ from reprobe.report import (
 )
 from reprobe.report.maps import saturation
 from reprobe.report.points import SCATTER_ROWS
-from reprobe.report.style import Plot
+from reprobe.report.style import PAPER, Plot
 from reprobe.store import ActivationStore
 
 SITE = Site("resid.post", 18)
@@ -76,10 +77,14 @@ def of_sites(grid: ProbeGrid, sites: list[Site]) -> ProbeGrid:
     )
 
 
+def rows_of(figure: Plot) -> list[PathCollection]:
+    """The marks of a scatter's rows, negative ones first, without those of the legend."""
+    return [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets())]
+
+
 def dots_of(figure: Plot) -> np.ndarray:
-    """The rows of a scatter, negative ones first, without the rings around some."""
-    dots = [c for c in figure.axes[0].collections if not str(c.get_label()).startswith("misread")]
-    return np.concatenate([np.asarray(c.get_offsets()) for c in dots])
+    """Where the rows of a scatter are drawn, negative ones first."""
+    return np.concatenate([np.asarray(c.get_offsets()) for c in rows_of(figure)])
 
 
 def lines_of(figure: Plot, name: str) -> list[Line2D]:
@@ -210,8 +215,8 @@ def test_a_scatter_shows_the_principal_components_of_its_rows(store: ActivationS
     signs = np.sign(np.sum(drawn * want[order], axis=0))
     np.testing.assert_allclose(drawn, want[order] * signs, atol=1e-8)
     share = 100 * pca.explained_variance_ratio_
-    assert figure.axes[0].get_xlabel() == f"component 1 ({share[0]:.0f} % of variance)"
-    assert figure.axes[0].get_ylabel() == f"component 2 ({share[1]:.0f} % of variance)"
+    assert figure.axes[0].get_xlabel() == f"component 1 ({share[0]:.2g} % of variance)"
+    assert figure.axes[0].get_ylabel() == f"component 2 ({share[1]:.2g} % of variance)"
 
 
 def test_a_scatter_draws_a_direction_as_far_as_it_lies_in_the_plane(store: ActivationStore, grid: ProbeGrid):
@@ -237,16 +242,18 @@ def test_a_scatter_draws_a_direction_as_far_as_it_lies_in_the_plane(store: Activ
     assert not any("cosine" in t.get_text() for t in scatter(store, SITE).legends[0].get_texts())
 
 
-def test_a_scatter_rings_what_was_misread_and_tells_the_held_out_score(store: ActivationStore, grid: ProbeGrid):
+def test_a_scatter_hollows_what_was_misread_and_tells_the_held_out_score(store: ActivationStore, grid: ProbeGrid):
     figure = scatter(store, SITE, grid=grid)
     scores = grid.oof[:, grid.sites.index(SITE)]
     wrong = (scores > 0) != grid.positive
-    (rings,) = [c for c in figure.axes[0].collections if str(c.get_label()).startswith("misread")]
-    assert rings.get_label() == f"misread when held out (n = {wrong.sum()})"
-    ringed = {tuple(p) for p in np.asarray(rings.get_offsets())}
+    told = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert f"hollow: misread when held out (n = {wrong.sum()})" in told
     for mark, is_wrong, score in zip(figure.marks, wrong, scores / grid.directions[SITE].scale, strict=True):
-        assert ((mark.x, mark.y) in ringed) == is_wrong
         assert mark.text.endswith(f"held-out score {score:+.2f}{' (misread)' if is_wrong else ''}")
+    hollow = to_rgba(PAPER, 0.6)
+    for dots, side in zip(rows_of(figure), (~grid.positive, grid.positive), strict=True):
+        drawn = [tuple(face) == hollow for face in dots.get_facecolors()]
+        assert drawn == wrong[side].tolist()
 
 
 def test_the_boundary_of_a_scatter_is_where_the_plane_meets_it(store: ActivationStore, grid: ProbeGrid):
@@ -348,7 +355,7 @@ def test_more_readers_than_colours_can_still_be_told_apart(grid: ProbeGrid):
 def test_a_scatter_of_many_rows_keeps_both_of_two_alternating_classes(tmp_path: Path):
     store = synthetic.make_store(tmp_path / "many.reprobe", rows=2 * SCATTER_ROWS, layers=1)
     figure = scatter(store, Site("resid.post", 0))
-    sizes = [len(c.get_offsets()) for c in figure.axes[0].collections]
+    sizes = [len(c.get_offsets()) for c in rows_of(figure)]
     assert sum(sizes) == SCATTER_ROWS
     assert min(sizes) > SCATTER_ROWS / 3
 
