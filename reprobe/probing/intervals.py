@@ -87,8 +87,8 @@ class ClusterBootstrap:
         """Lower and upper bound of the true `calibration_error`; 0 is the lower one where the error found is what
         perfectly calibrated probabilities would show.
 
-        The true errors tried are spread over the rows evenly, to the side found in each bin: a larger one has the same
-        outcome if it is spread unevenly, since noise adds least where the gap is wide. Resampling gives the noise.
+        The true errors tried are spread over the rows evenly, to the side found in each bin. Spread unevenly, a smaller
+        one would have the same outcome, since noise adds most where there is no gap. Resampling gives the noise.
         """
         n = len(self.counts)
         residuals = bin_residuals(probabilities, positive)
