@@ -49,8 +49,9 @@ def with_controls(
       meant nothing, (1 + as good) / (1 + permutations); family-wise over the sites of the grid (`permutation_test`).
     - `selectivity` adds `control`, the mean accuracy on `CONTROLS` tasks with a random label per type, and
       `selectivity`, the accuracy on the true task less that. `types` is the index column that names the types. With
-      "group" the rows of a group are spread over the folds, so both accuracies are of known types and higher than
-      those held out; with another column (the token, a template) the folds are the grid's.
+      "group" the rows of a group are spread over the folds, so both accuracies are of types that were seen (in
+      contrast pairs the side that was seen has the other label, which costs accuracy, and selectivity with it); with
+      another column (the token, a template) the folds are the grid's.
     - `mdl` adds `bits`, the online code of the labels with whole groups, and `compression`, 1 bit a row over that.
 
     Selectivity and code use no pairs. With P permutations, a site takes P · folds fits (for `MeanDifference` two
