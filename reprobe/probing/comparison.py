@@ -208,7 +208,7 @@ class Comparison:
         table = self.table.filter(pl.col("head").is_null())
         if not len(table):
             raise UsageError("only heads were compared: plot one reader's, comparison.grids[reader].plot()")
-        parts = table.filter(pl.col("layer").is_not_null())["part"].unique(maintain_order=True).to_list() or ["embed"]
+        parts = table["part"].unique(maintain_order=True).to_list()
         figure = Figure(figsize=(6.4 * len(parts), 4.0), layout="constrained")
         for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
             draw_curves(axes, table.filter(pl.col("part") == part), by="reader")
