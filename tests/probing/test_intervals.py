@@ -229,11 +229,11 @@ def test_auroc_intervals_cover_95_percent(n_groups, apart):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("slope", "intercept", "at_least", "at_most"),
-    [(1, 0, 0.95, 0.99), (0.8, 0, 0.93, 0.975), (0.6, 0, 0.93, 0.975), (1, 0.2, 0.93, 0.975), (1, 0.6, 0.925, 0.97)],
+    [(1, 0, 0.95, 0.99), (0.8, 0, 0.93, 0.985), (0.6, 0, 0.93, 0.975), (1, 0.2, 0.93, 0.985), (1, 0.6, 0.925, 0.97)],
 )
 @pytest.mark.parametrize(("n_groups", "rows"), [(40, 4), (400, 2)])
 def test_calibration_intervals_cover_nearly_95_percent(n_groups, rows, slope, intercept, at_least, at_most):
-    """A true error of 0 has no lower bound to miss, hence covers in 97.5 %."""
+    """A true error of 0, or one that noise hides, has no lower bound to miss, hence is covered in about 97.5 %."""
     assert at_least <= calibration_coverage(n_groups, rows, slope, intercept, 1500, seed=n_groups) <= at_most
 
 
