@@ -38,7 +38,7 @@ def cosine_map(directions: Mapping[str, Direction], *, title: str | None = None)
     if written:
         for i, j in np.ndindex(n, n):
             ink = "#ffffff" if abs(cosines[i, j]) > 0.65 else "#1a1a1a"  # on the map's own colours, in any theme
-            text = f"{round(cosines[i, j], 2) + 0.0:.2f}".replace("-", "−")  # + 0.0: no −0.00
+            text = f"{round(float(cosines[i, j]), 2) + 0.0:.2f}".replace("-", "−")  # + 0.0: no −0.00
             axes.text(j, i, text, ha="center", va="center", fontsize=8.5, color=ink)
     ticks = range(n) if written else range(0, n, -(-n // 16))
     axes.set_xticks(ticks, [names[t] for t in ticks], rotation=45, ha="right", rotation_mode="anchor", parse_math=False)

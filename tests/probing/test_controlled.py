@@ -92,7 +92,7 @@ def test_types_of_a_column_keep_the_folds_of_the_grid(grid, store):
     np.testing.assert_allclose(lines["control"] + lines["selectivity"], lines["accuracy"])
     with pytest.raises(UnknownData, match="no column 'lemma'"):
         with_controls(grid, store, MeanDifference(), selectivity=True, types="lemma")
-    with pytest.raises(UsageError, match="at resid.post@.: all rows are of one type"):
+    with pytest.raises(UsageError, match=r"at resid\.post@\d: all rows are of one type"):
         with_controls(grid, store, MeanDifference(), selectivity=True, types="token")
 
 
