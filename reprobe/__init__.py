@@ -9,6 +9,7 @@ The way of the data, station by station:
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
                 (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
+                (compare: several readers in the same folds; LEACE: a concept erased)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         CCSReader,
         ClassGrid,
         ClusterMean,
+        Comparison,
         Direction,
         KSparseReader,
         LDAReader,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
         RidgeReader,
         TransferGrid,
         TTPDReader,
+        compare,
         probe,
         probe_classes,
         probe_sequences,
@@ -80,6 +83,7 @@ _HOME = {
     "Choices": "evaluation",
     "ClassGrid": "probing",
     "ClusterMean": "probing",
+    "Comparison": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
     "KSparseReader": "probing",
@@ -110,6 +114,7 @@ _HOME = {
     "TransferGrid": "probing",
     "Tuned": "evaluation",
     "capture": "model",
+    "compare": "probing",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "extract": "extraction",
@@ -143,6 +148,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Choices",
     "ClassGrid",
     "ClusterMean",
+    "Comparison",
     "Contrast",
     "Direction",
     "KSparseReader",
@@ -173,6 +179,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "TransferGrid",
     "Tuned",
     "capture",
+    "compare",
     "divergence",
     "dose_response",
     "extract",

@@ -7,19 +7,13 @@ or stores; everything on disk uses these functions so that equal content always 
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from reprobe.errors import ArtifactExists, UsageError
-
-if TYPE_CHECKING:
-    import polars as pl
+from typing import Any
 
 from reprobe.errors import CorruptArtifact, SchemaMismatch
 
@@ -82,31 +76,6 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
             os.unlink(tmp)
         raise
     sync_folder(path.parent)
-
-
-def write_table(
-    path: str | Path, table: "pl.DataFrame", about: Mapping[str, Any] | None = None, *, overwrite: bool = False
-) -> Path:
-    """Write a table whole or not at all: .parquet, .csv, or .json, which also holds what is said `about` it.
-
-    Raises `ArtifactExists` unless `overwrite`, `UsageError` for any other suffix.
-    """
-    path = Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ArtifactExists(f"{path} exists; choose another name or pass overwrite=True")
-    buffer = io.BytesIO()
-    match path.suffix:
-        case ".parquet":
-            table.write_parquet(buffer)
-        case ".csv":
-            table.write_csv(buffer)
-        case ".json":
-            buffer.write(canonical_json({**(about or {}), "table": table.to_dicts()}).encode())
-        case other:
-            raise UsageError(f"{path}: a table is saved as .parquet, .csv or .json, not {other or 'without suffix'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, buffer.getvalue())
-    return path
 
 
 def sync_folder(folder: Path) -> None:

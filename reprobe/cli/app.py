@@ -57,8 +57,11 @@ Push = Annotated[float, typer.Option(help="In units of the direction's scale; ne
 Remove = Annotated[bool, typer.Option("--ablate", help="Remove the direction instead of adding it.")]
 ActAt = Annotated[str | None, typer.Option(help="Act here instead of where the direction was read.")]
 Scope = Annotated[str, typer.Option(help="all, prompt, generated or last")]
-ToTable = Annotated[Path | None, typer.Option(help="Save the table here (.parquet, .csv, .json).")]
 Texts = Annotated[Path | None, typer.Option(help="Ordinary texts, one a line; default: sixteen of our own.")]
+ReaderName = Literal[
+    "mean-difference", "whitened", "cluster-mean", "pca", "logistic", "lda", "ccs", "k-sparse", "random"
+]
+ToTable = Annotated[Path | None, typer.Option("--to-table", help="Save the table here (.csv, .parquet, .json).")]
 Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Use directions of another model, knowingly.")]
 
 
@@ -386,28 +389,37 @@ def import_vllm(
 @verb("reprobe probe cities.reprobe --reader logistic --to truth.grid")
 def probe(
     store: Store,
-    reader: Annotated[
-        Literal["logistic", "mean-difference", "pca"], typer.Option(help="Which reader to train.")
-    ] = "logistic",
+    reader: Annotated[ReaderName, typer.Option(help="Which reader to train.")] = "logistic",
     sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")] = None,
     label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
     positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
     folds: Annotated[int, typer.Option(help="Folds of the group-safe cross-validation.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
     to: Annotated[Path | None, typer.Option(help="Save the grid with all its directions here.")] = None,
+    to_table: ToTable = None,
     direction: Annotated[Path | None, typer.Option(help="Save the best direction (.safetensors) here.")] = None,
+    permutations: Annotated[
+        int, typer.Option(help="Add p, from so many permutations: the best of all sites under exchanged labels.")
+    ] = 0,
+    selectivity: Annotated[
+        bool, typer.Option("--selectivity", help="Add the accuracy above that on control tasks.")
+    ] = False,
+    types: Annotated[str, typer.Option(help="The column whose values get random labels in control tasks.")] = "group",
+    mdl: Annotated[bool, typer.Option("--mdl", help="Add the length of the labels' online code, in bits.")] = False,
     top: Annotated[int, typer.Option(help="Lines to show.")] = 10,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one reader at every site of a store, with group-safe cross-validation."""
-    from reprobe.cli.demo import READERS
     from reprobe.probing import probe as run_probe
+    from reprobe.probing import with_controls, write_table
+    from reprobe.probing.readers import READERS
     from reprobe.progress import terminal
     from reprobe.store import ActivationStore
 
     for path in (to, direction):
         _refuse_existing(path, overwrite)
+    _refuse_table(to_table, overwrite)
     opened = ActivationStore.open(store)
     with terminal() as progress:
         grid = run_probe(
@@ -420,12 +432,25 @@ def probe(
             seed=seed,
             progress=progress,
         )
+        if permutations or selectivity or mdl:
+            grid = with_controls(
+                grid,
+                opened,
+                READERS[reader](),
+                permutations=permutations,
+                selectivity=selectivity,
+                types=types,
+                mdl=mdl,
+                progress=progress,
+            )
     if grid.note:
         _say(f"note: {grid.note}")
     if to is not None:
         grid.save(to, overwrite=overwrite)
     if direction is not None:
         grid.best().save(direction, overwrite=overwrite)
+    if to_table is not None:
+        write_table(grid.table, to_table, overwrite=overwrite)
     rows = grid.table.sort(["accuracy", "layer", "head"], descending=[True, False, False], nulls_last=True)
     _table(rows.head(top).to_dicts(), as_json)
     if not as_json:
@@ -436,14 +461,72 @@ def probe(
         )
 
 
-@verb(
-    "reprobe transfer cities.reprobe neg_cities.reprobe --reader mean-difference --sites 'resid.post@8:20' --to t.json"
-)
+@verb("reprobe compare cities.reprobe --readers mean-difference,lda,logistic --to-table readers.csv")
+def compare(
+    store: Store,
+    readers: Annotated[
+        str, typer.Option(help="Readers, separated by commas: see `reprobe probe --reader`.")
+    ] = "mean-difference,lda,logistic,pca",
+    sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")] = None,
+    label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
+    positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
+    folds: Annotated[int, typer.Option(help="Folds of the group-safe cross-validation, 3 at least.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    to: Annotated[Path | None, typer.Option(help="Save all grids and probabilities in one file here.")] = None,
+    to_table: ToTable = None,
+    out: Annotated[Path | None, typer.Option(help="Put the comparison and its HTML report in this folder.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train several readers at every site of a store, in the same folds: which reads better, and is that sure?"""
+    from reprobe.probing import compare as run_compare
+    from reprobe.probing import readers_named, write_table
+    from reprobe.progress import terminal
+    from reprobe.report import comparison_path, write_report
+    from reprobe.store import ActivationStore
+
+    named = readers_named(readers)
+    name = Path(store.rstrip("/")).stem
+    in_folder = None if out is None else comparison_path(out, name)
+    for path in (to, in_folder):
+        _refuse_existing(path, overwrite)
+    _refuse_table(to_table, overwrite)
+    opened = ActivationStore.open(store)
+    with terminal() as progress:
+        found = run_compare(
+            opened,
+            named,
+            sites=sites,
+            label=label,
+            positive=_label(opened.index, label, positive),
+            folds=folds,
+            seed=seed,
+            progress=progress,
+        )
+    if found.first.note:
+        _say(f"note: {found.first.note}")
+    for path in (to, in_folder):
+        if path is not None:
+            found.save(path, overwrite=overwrite)
+    if to_table is not None:
+        write_table(found.table, to_table, overwrite=overwrite)
+    if out is not None:
+        _say(f"the report: {write_report(out, stores={name: opened})}")
+    if as_json:
+        _show({what: getattr(found, what).to_dicts() for what in ("table", "choices", "differences")}, True)
+        return
+    shown = ["reader", "sites", "accuracy", "accuracy_low", "accuracy_high", "auroc", "recall", "ece"]
+    _say(f"held out, sites chosen on the other folds (chance {found.choices['chance'][0]:.2f}):")
+    _table(found.choices.select(shown).to_dicts(), False)
+    if len(found.differences):
+        _say("one reader less the other, on the same rows:")
+        _table(found.differences.to_dicts(), False)
+
+
+@verb("reprobe transfer cities.reprobe neg_cities.reprobe --reader lda --sites 'resid.post@8:20' --to-table t.json")
 def transfer(
     stores: Annotated[list[str], typer.Argument(help="Two stores or more, each as PATH or NAME=PATH.")],
-    reader: Annotated[
-        Literal["logistic", "mean-difference", "pca"], typer.Option(help="Which reader to train.")
-    ] = "mean-difference",
+    reader: Annotated[ReaderName, typer.Option(help="Which reader to train.")] = "mean-difference",
     sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all that every store holds.")] = None,
     label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
     positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
@@ -452,7 +535,10 @@ def transfer(
     ] = False,
     folds: Annotated[int, typer.Option(help="Folds wherever train and test share groups.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
-    to: Annotated[Path | None, typer.Option(help="Save the table here (.parquet, .csv, .json).")] = None,
+    to_table: Annotated[
+        Path | None,
+        typer.Option("--to-table", "--to", help="Save the table here (.csv, .parquet; .json also says of what it is)."),
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the matrix here (.svg, .png, .pdf).")] = None,
     at: Annotated[
         str | None, typer.Option(help="The site shown and drawn; default: the best where train and test are the same.")
@@ -461,15 +547,15 @@ def transfer(
     as_json: AsJson = False,
 ) -> None:
     """Train one reader on each store, test it on each: what is read here, does it hold there?"""
-    from reprobe.cli.demo import READERS
     from reprobe.probing import transfer as run_transfer
+    from reprobe.probing.readers import READERS
     from reprobe.progress import terminal
     from reprobe.report import transfer_map
     from reprobe.report.transfer import best_on_the_diagonal
     from reprobe.store import ActivationStore
 
-    for path in (to, figure):
-        _refuse_existing(path, overwrite)
+    _refuse_existing(figure, overwrite)
+    _refuse_table(to_table, overwrite)
     named = [_named_store(text) for text in stores]
     opened = {name: ActivationStore.open(path) for name, path in named}
     if len(opened) < len(named):
@@ -489,8 +575,8 @@ def transfer(
     for name, note in grid.notes.items():
         if note:
             _say(f"note on {name}: {note}")
-    if to is not None:
-        grid.save(to, overwrite=overwrite)
+    if to_table is not None:
+        grid.save(to_table, overwrite=overwrite)
     if figure is not None:
         transfer_map(grid, at).savefig(figure)
     place = at or best_on_the_diagonal(grid)
@@ -626,8 +712,8 @@ def steer_tune(
     Exit 1 if no strength reaches it.
     """
     import reprobe as rp
+    from reprobe.probing import write_table
     from reprobe.progress import terminal
-    from reprobe.provenance import write_table
 
     _refuse_existing(to_table, overwrite)
     vector, given = rp.Direction.load(direction), _texts(texts)
@@ -644,7 +730,7 @@ def steer_tune(
         )
     told = {"strength": found.strength, "kl": found.kl, "kl_low": found.kl_low, "kl_high": found.kl_high}
     if to_table is not None:
-        write_table(to_table, found.tried, {"target_kl": target_kl, **told}, overwrite=overwrite)
+        write_table(found.tried, to_table, overwrite=overwrite, about={"target_kl": target_kl, **told})
     _show(told | {"target_kl": target_kl, "evaluations": found.tried.height}, as_json)
 
 
@@ -683,8 +769,8 @@ def evaluate_truthfulqa(
     """
     import reprobe as rp
     from reprobe.evaluation import PRIMER, compare
+    from reprobe.probing import write_table
     from reprobe.progress import terminal
-    from reprobe.provenance import write_table
 
     _refuse_existing(to_table, overwrite)
     before = PRIMER if primer is None else _read_text(primer)
@@ -707,7 +793,7 @@ def evaluate_truthfulqa(
             table = plain.table.hstack(own)
     if to_table is not None:
         about = {"model": lm.identity.to_json(), "data": prompts.digest, "primer": before, "metrics": result.to_dicts()}
-        write_table(to_table, table, about, overwrite=overwrite)
+        write_table(table, to_table, overwrite=overwrite, about=about)
     _table(result.to_dicts(), as_json)
 
 
@@ -739,8 +825,8 @@ def evaluate_side_effects(
 ) -> None:
     """What steering costs: ordinary text, variety of what is written, unrelated knowledge, with intervals."""
     import reprobe as rp
+    from reprobe.probing import write_table
     from reprobe.progress import terminal
-    from reprobe.provenance import write_table
 
     _refuse_existing(to_table, overwrite)
     item = _intervention(direction, strength, ablate=ablate, site=site, tokens=tokens)
@@ -760,7 +846,7 @@ def evaluate_side_effects(
         )
     if to_table is not None:
         about = {"model": lm.identity.to_json(), "generations": found.generations.to_dicts()}
-        write_table(to_table, found.table, about, overwrite=overwrite)
+        write_table(found.table, to_table, overwrite=overwrite, about=about)
     _table(found.table.to_dicts(), as_json)
 
 
@@ -768,11 +854,16 @@ def evaluate_side_effects(
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder with results, as `reprobe demo` makes it.")],
     to: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")] = None,
+    store: Annotated[
+        list[str] | None, typer.Option(help="A store that lies elsewhere, whose rows are to be drawn; may be repeated.")
+    ] = None,
 ) -> None:
     """Draw the self-contained HTML report of a folder of results."""
     from reprobe.report import write_report
+    from reprobe.store import ActivationStore
 
-    typer.echo(write_report(folder, to))
+    stores = {name: ActivationStore.open(path) for name, path in map(_named_store, store or ())}
+    typer.echo(write_report(folder, to, stores=stores))
 
 
 @verb("reprobe data list", on=data_app, name="list")
@@ -928,6 +1019,13 @@ def _refuse_existing(path: Path | None, overwrite: bool) -> None:
 
     if path is not None and path.exists() and not overwrite:
         raise ArtifactExists(f"{path} exists; choose another name or pass --overwrite")
+
+
+def _refuse_table(path: Path | None, overwrite: bool) -> None:
+    from reprobe.probing import require_new_table
+
+    if path is not None:
+        require_new_table(path, overwrite=overwrite)
 
 
 def _say(message: str) -> None:

@@ -7,6 +7,8 @@ grid       · one reader at every site: `probe`               metrics   · AUROC
 probe_grid · what that leaves: `ProbeGrid`                   intervals · how sure they are, over groups
 transfer   · from data set to data set                       calibration · scores as probabilities
 permutation · p-values that include the search               controls  · selectivity, online code
+comparison · several readers in the same folds               controlled · these two, in a grid's table
+refit      · a reader fitted again, for those                tables    · tables as files
 moments    · one-pass sums, streamed from a store        leace     · erasing a concept
 logistic   · many logistic regressions solved at once       lbfgs     · the wide ones of them
 streaming  · sites larger than memory, in batches
@@ -16,6 +18,8 @@ sequences  · one score per prompt: `probe_sequences`     classes   · more than
 
 from reprobe.probing.calibration import Platt, platt
 from reprobe.probing.classes import ClassGrid, probe_classes
+from reprobe.probing.comparison import Calibrated, Comparison, compare
+from reprobe.probing.controlled import with_controls
 from reprobe.probing.controls import OnlineCode, Selectivity, online_code, reader_probabilities, selectivity
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction
@@ -35,6 +39,7 @@ from reprobe.probing.permutation import MeanDifferenceRefit, Permutations, permu
 from reprobe.probing.probe_grid import ProbeGrid, Selected
 from reprobe.probing.reader import Reader
 from reprobe.probing.readers import (
+    READERS,
     AttentionReader,
     CCSReader,
     ClusterMean,
@@ -47,18 +52,23 @@ from reprobe.probing.readers import (
     RandomReader,
     RidgeReader,
     TTPDReader,
+    readers_named,
 )
 from reprobe.probing.sequences import probe_sequences
 from reprobe.probing.sharing import load, pull, push
+from reprobe.probing.tables import require_new_table, write_table
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
     "LEACE",
+    "READERS",
     "AttentionReader",
     "CCSReader",
+    "Calibrated",
     "ClassGrid",
     "ClassMoments",
     "ClusterMean",
+    "Comparison",
     "Direction",
     "JointMoments",
     "KSparseReader",
@@ -82,6 +92,7 @@ __all__ = [
     "Selectivity",
     "TTPDReader",
     "TransferGrid",
+    "compare",
     "group_folds",
     "load",
     "online_code",
@@ -96,6 +107,10 @@ __all__ = [
     "read_moments",
     "read_pair_moments",
     "reader_probabilities",
+    "readers_named",
+    "require_new_table",
     "selectivity",
     "transfer",
+    "with_controls",
+    "write_table",
 ]

@@ -24,8 +24,9 @@ from reprobe.probing.grid import Source, site_rows, wanted_sites
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.reader import Reader, TrainingRows
 from reprobe.probing.rows import ProbeRows, common_groups, select_rows
+from reprobe.probing.tables import write_table
 from reprobe.progress import Progress, silent
-from reprobe.provenance import versions, write_table
+from reprobe.provenance import versions
 
 #: The table's columns, in order.
 COLUMNS: dict[str, Any] = {
@@ -103,7 +104,7 @@ class TransferGrid:
         Raises `ArtifactExists` unless `overwrite`, `UsageError` for any other suffix.
         """
         about = {"names": list(self.names), "notes": dict(self.notes), "provenance": dict(self.provenance)}
-        return write_table(path, self.table, about, overwrite=overwrite)
+        return write_table(self.table, path, overwrite=overwrite, about=about)
 
 
 def transfer(

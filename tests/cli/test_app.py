@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import polars as pl
 import pytest
@@ -15,9 +16,12 @@ from tiny import tiny_net, tiny_tokenizer
 from typer.testing import CliRunner
 
 import reprobe as rp
-from reprobe.cli.app import app
+from reprobe.cli.app import ReaderName, app
+from reprobe.probing import READERS
 
-VERBS = ("demo", "extract", "info", "verify", "probe", "transfer", "scan", "steer", "push", "pull", "report")
+VERBS = (
+    "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "push", "pull", "report",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,13 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["probe", "s.reprobe", "--label", "colour"], "colour"),
         (["probe", "s.reprobe", "--sites", "resid.pre@*"], "resid"),
         (["probe", "s.reprobe", "--to", "g.safetensors"], "--overwrite"),
+        (["probe", "s.reprobe", "--to-table", "t.xlsx"], ".csv, .parquet or .json"),
+        (["probe", "s.reprobe", "--reader", "logistic", "--selectivity", "--types", "lemma"], "lemma"),
+        (["compare", "s.reprobe", "--readers", "lda,crystal-ball"], "cluster-mean"),
+        (["compare", "s.reprobe", "--readers", "lda,lda"], "comes twice"),
+        (["compare", "s.reprobe", "--folds", "2"], "three at least"),
+        (["compare", "s.reprobe", "--to", "g.safetensors"], "--overwrite"),
+        (["transfer", "s.reprobe", "t=s.reprobe", "--to-table", "prompts.jsonl"], ".csv, .parquet or .json"),
         (["scan", "model", "a text", "--grid", "g.safetensors", "--part", "mlp.out"], "attn.heads, resid.post"),
         (["steer", "model", "a text", "--direction", "nothing.safetensors"], "nothing.safetensors"),
         (["steer", "model", "a text", "--direction", "d.safetensors", "--tokens", "some"], "generated"),
@@ -230,6 +241,42 @@ def test_probe_prints_the_best_sites_and_saves_what_it_found(run, made):
     grid = rp.ProbeGrid.load(made / "g.safetensors")
     assert grid.best() == rp.Direction.load(made / "d.safetensors")
     assert grid.table["accuracy"].max() == rows[0]["accuracy"]
+
+
+def test_probe_adds_controls_and_writes_its_table(run, made):
+    arguments = ["probe", "s.reprobe", "--reader", "mean-difference", "--folds", 4, "--sites", "resid.post@*"]
+    controls = ["--permutations", 19, "--selectivity", "--mdl", "--to", "c.safetensors", "--to-table", "c.csv"]
+    rows = json.loads(run(*arguments, *controls, "--json").stdout)
+    assert all(0.05 <= row["p"] <= 1 for row in rows)
+    table = rp.ProbeGrid.load(made / "c.safetensors").table
+    assert table.columns[-5:] == ["p", "control", "selectivity", "bits", "compression"]
+    assert pl.read_csv(made / "c.csv", schema=table.schema).equals(table)
+    assert "--overwrite" in run(*arguments, "--to", "c.safetensors", code=2).output
+    assert "overwrite" in run(*arguments, "--to-table", "c.csv", code=2).output
+    run(*arguments, "--to-table", "c.csv", "--overwrite")
+    assert "p" not in pl.read_csv(made / "c.csv").columns
+
+
+def test_compare_prints_choices_and_differences_and_makes_a_page(run, made):
+    arguments = ["compare", "s.reprobe", "--readers", "mean-difference, lda", "--folds", 4, "--sites", "resid.post@*"]
+    shown = run(*arguments, "--to", "r.safetensors", "--to-table", "r.parquet", "--out", "compared")
+    found = rp.Comparison.load(made / "r.safetensors")
+    assert f"{found.choices['accuracy'][1]:.3f}" in shown.stdout
+    assert f"{found.differences['accuracy_difference_low'][0]:.3f}" in shown.stdout
+    assert pl.read_parquet(made / "r.parquet").equals(found.table)
+    assert (made / "compared" / "comparisons" / "s.safetensors").read_bytes() == (made / "r.safetensors").read_bytes()
+    page = (made / "compared" / "report.html").read_text()
+    assert "Readers compared" in page
+    assert "Principal components of s" in page
+    told = json.loads(run(*arguments, "--json").stdout)
+    assert told["choices"] == found.choices.to_dicts()
+    assert "--overwrite" in run(*arguments, "--out", "compared", code=2).output
+    run("report", "compared", "--store", "s.reprobe")
+    assert (made / "compared" / "report.html").read_text() == page
+
+
+def test_the_readers_of_the_options_are_those_of_the_library():
+    assert set(get_args(ReaderName)) == set(READERS)
 
 
 def test_a_typed_label_finds_the_number_that_it_means(run, made):

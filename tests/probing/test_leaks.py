@@ -155,7 +155,7 @@ def test_on_null_data_the_nested_choice_is_unbiased_and_the_best_site_is_not(sto
 
 @pytest.mark.slow
 def test_the_nested_choice_is_unbiased_to_half_a_point(store_of):
-    nested, naive = _null_results(store_of, range(1000, 2500))
+    nested, naive = _null_results(store_of, range(1000, 3000))
     assert nested.std() / np.sqrt(len(nested)) < 0.0017
     assert abs(nested.mean() - 0.5) < 0.005
     assert naive.mean() - 0.5 > 0.08
