@@ -9,7 +9,8 @@ The way of the data, station by station:
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
                 (LEACE: a concept erased)
-    control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
+    control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
+                bundles them: a direction (or a map, or activations) put back into the model
     evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
 
@@ -20,7 +21,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reprobe.control import Ablate, Add, Affine, Scope, steer
+    from reprobe.control import (
+        Ablate,
+        Add,
+        Affine,
+        Clamp,
+        LowRank,
+        Noise,
+        Operator,
+        Replace,
+        Scale,
+        Scope,
+        Steering,
+        When,
+        steer,
+    )
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
@@ -53,6 +68,7 @@ _HOME = {
     "Add": "control",
     "Affine": "control",
     "CCSReader": "probing",
+    "Clamp": "control",
     "ClusterMean": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
@@ -61,21 +77,28 @@ _HOME = {
     "LEACE": "probing",
     "LanguageModel": "model",
     "LogisticReader": "probing",
+    "LowRank": "control",
     "MeanDifference": "probing",
     "ModelIdentity": "model",
+    "Noise": "control",
+    "Operator": "control",
     "PCAReader": "probing",
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
     "RandomReader": "probing",
+    "Replace": "control",
     "Replay": "extraction",
     "ReprobeError": "errors",
     "RidgeReader": "probing",
+    "Scale": "control",
     "Scope": "control",
     "Share": "extraction",
     "Site": "model",
+    "Steering": "control",
     "TTPDReader": "probing",
     "TransferGrid": "probing",
+    "When": "control",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
@@ -98,6 +121,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Add",
     "Affine",
     "CCSReader",
+    "Clamp",
     "ClusterMean",
     "Contrast",
     "Direction",
@@ -106,21 +130,28 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "LEACE",
     "LanguageModel",
     "LogisticReader",
+    "LowRank",
     "MeanDifference",
     "ModelIdentity",
+    "Noise",
+    "Operator",
     "PCAReader",
     "Position",
     "ProbeGrid",
     "PromptSet",
     "RandomReader",
+    "Replace",
     "Replay",
     "ReprobeError",
     "RidgeReader",
+    "Scale",
     "Scope",
     "Share",
     "Site",
+    "Steering",
     "TTPDReader",
     "TransferGrid",
+    "When",
     "capture",
     "divergence",
     "dose_response",

@@ -1,34 +1,124 @@
 """Putting interventions into a model.
 
-Enters: a language model and operators. Leaves: a context in which the model is steered, and no trace after it.
+Enters: a language model, operators and bundles of them. Leaves: a context in which the model is steered, what that did,
+and no trace after it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reprobe.control.bundle import Steering
+from reprobe.control.effects import Chosen, Done, Tally
+from reprobe.control.gates import GateReader, When
 from reprobe.control.operators import Operator
 from reprobe.errors import UsageError
-from reprobe.model.hooks import intervene
+from reprobe.model.hooks import Intervention, intervene
 from reprobe.model.language_model import LanguageModel
+from reprobe.model.passes import Tokens
+from reprobe.model.sites import Site
 
 
 @contextlib.contextmanager
-def steer(lm: LanguageModel, *interventions: Operator, allow_mismatch: bool = False) -> Iterator[None]:
+def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch: bool = False) -> Iterator[Done]:
     """Steer whatever the model does inside the context: `lm.generate`, `lm.logits`, `lm.logprobs`, or a direct call.
 
-    Interventions act in the order given; nested contexts compose, the outer first. Cached and uncached, padded and
-    unpadded runs agree. Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless
-    `allow_mismatch`), `UsageError` if its width does not fit the site.
+    Interventions at one site act in the order given; nested contexts compose, the outer first. Cached and uncached,
+    padded and unpadded runs agree. Yields a `Done`, which says of each intervention how many prompts and tokens it
+    changed and by how much, and of one that touched nothing why.
+
+    Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless `allow_mismatch`),
+    `UsageError` if its width does not fit the site. The model is then as it was.
     """
+    items = [x for item in interventions for x in (item.interventions if isinstance(item, Steering) else (item,))]
+    _check(lm, interventions, items, allow_mismatch)
+    tallies = [Tally(str(item), item.site, item.when is not None, item.length) for item in items]
+    readers: dict[When, GateReader] = {}
+    steps: list[Intervention] = []
+    for item, tally in zip(items, tallies, strict=True):
+        if item.when is not None and item.when not in readers:
+            # Read just before the first intervention that asks; an earlier site is read earlier anyhow.
+            readers[item.when] = GateReader(item.when)
+            steps.append(readers[item.when])
+        steps.append(_Active(item, None if item.when is None else readers[item.when], tally))
+    with intervene(lm, steps):
+        yield Done(tallies)
+
+
+@dataclass(frozen=True, eq=False)
+class _Active:
+    """An operator while it steers: with its gate's reader, and the tally of what it did."""
+
+    item: Operator
+    gate: GateReader | None
+    tally: Tally
+    site: Site = field(init=False)
+    by_role: bool = field(init=False)
+    by_prompt: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("site", "by_role", "by_prompt"):
+            object.__setattr__(self, name, getattr(self.item, name))
+
+    def apply(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
+        scope = _in_scope(self.item, tokens)
+        chosen = scope if self.gate is None else _gated(self.item, self.gate, scope, tokens, h.device)
+        self.tally.add(tokens, scope, chosen)
+        if chosen.where is False:
+            return h
+        new = self.item.changed(h, tokens)
+        if chosen.where is not True:
+            new = torch.where(chosen.where.to(h.device)[..., None], new, h)
+        self.tally.moved(h, new)
+        return new
+
+
+def _in_scope(item: Operator, tokens: Tokens) -> Chosen:
+    """Computed once per pass for all interventions with the same scope."""
+    found: Chosen | None = tokens.once.get(item.tokens)
+    if found is None:
+        found = tokens.once[item.tokens] = Chosen(item.tokens.choose(tokens), tokens)
+    return found
+
+
+def _gated(item: Operator, gate: GateReader, scope: Chosen, tokens: Tokens, device: torch.device) -> Chosen:
+    if scope.where is False:
+        return scope
+    key = (item.tokens, gate)
+    found: Chosen | None = tokens.once.get(key)
+    if found is None:
+        opened = gate.decision(tokens, device).expand(tokens.rows, tokens.now)
+        where = opened if scope.where is True else opened & scope.where.to(device)
+        found = tokens.once[key] = Chosen(where, tokens)
+    return found
+
+
+def _check(
+    lm: LanguageModel,
+    given: Sequence[Operator | Steering],
+    items: Sequence[Operator],
+    allow_mismatch: bool,
+) -> None:
     here = None
-    for item in interventions:
-        if item.identity is not None:
+    gates = [item.when for item in items if item.when is not None]
+    for one in (*given, *gates):
+        identity = one.identity
+        if identity is not None:
             here = here or lm.identity
-            item.identity.require_same(here, f"the {type(item).__name__} at {item.site}", allow_mismatch=allow_mismatch)
-        if (width := lm.width(item.site)) != item.width:
+            what = f"the gate ({one})" if isinstance(one, When) else f"the steering: {one}"
+            identity.require_same(here, what, allow_mismatch=allow_mismatch)
+    for item in items:
+        if (width := lm.width(item.site)) != item.width and item.width is not None:
             raise UsageError(
                 f"{type(item).__name__} of width {item.width} does not fit {item.site} of {lm.name}, which is "
                 f"{width} wide"
             )
-    with intervene(lm, interventions):
-        yield
+    for gate in gates:
+        if (width := lm.width(gate.site)) != gate.direction.width:
+            raise UsageError(
+                f"a gate of width {gate.direction.width} does not fit {gate.site} of {lm.name}, which is {width} wide"
+            )

@@ -12,15 +12,15 @@ sees, however the contexts are nested.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedOperation
 from reprobe.model.architectures import Tap
+from reprobe.model.passes import PackedTokens, Prompts, Run, Tokens
 from reprobe.model.sites import Site
 
 if TYPE_CHECKING:
@@ -28,36 +28,6 @@ if TYPE_CHECKING:
 
 #: (module, side): a place in the module tree where a tensor passes.
 _Place = tuple[nn.Module, str]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The padded prompts of a run, told to the hooks so that scopes and pads are exact.
-
-    The first `width` columns are the prompts, any further ones given continuations, which count as generated. `real`
-    marks real tokens (columns beyond it are real: they come from generation), `spans[name]` those of a named span.
-    """
-
-    real: Bool[Tensor, "rows columns"]
-    width: int
-    spans: Mapping[str, Bool[Tensor, "rows width"]]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Which tokens one forward pass holds. All masks are (rows, columns of this pass).
-
-    `real` is False on pads, `generated` True on tokens after the prompt, `last` True from the prompt's last real
-    token on (with a cache each new token is "last" once; without a cache the earlier ones must stay so).
-    `trivial` says that every token is real, which lets a caller skip a mask. `spans` is None where the prompts'
-    spans are not known (the network was called directly).
-    """
-
-    real: Bool[Tensor, "rows columns"]
-    generated: Bool[Tensor, "rows columns"]
-    last: Bool[Tensor, "rows columns"]
-    trivial: bool
-    spans: Mapping[str, Bool[Tensor, "rows columns"]] | None
 
 
 class Intervention(Protocol):
@@ -71,8 +41,13 @@ class Intervention(Protocol):
         """Whether it matters to it which tokens are prompt and which are generated."""
         ...
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether what it does to a token depends on which prompt that belongs to, and not only on what precedes it."""
+        ...
+
     def apply(self, h: Float[Tensor, "rows columns width"], tokens: Tokens) -> Float[Tensor, "rows columns width"]:
-        """The new value at the site. Must not change `h` in place, nor touch pads."""
+        """The new value at the site, or `h` itself. Must not change `h` in place, nor touch pads."""
         ...
 
 
@@ -94,16 +69,21 @@ class Board:
         self._interventions: list[Intervention] = []
         self._observers: list[tuple[Site, Observer]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._prompts: Prompts | Tokens | None = None
+        self._run: Run | PackedTokens | None = None
+        self._direct: Run | None = None  # the run of a network that is called directly
         self._tokens: Tokens | None = None
         self._pre: dict[int, Tensor] = {}  # resid.pre of blocks whose resid.mid is being written
-        self._prompt_columns: int | None = None
         self._shape = (0, 0)  # rows and columns of the present pass
 
     @property
     def changed(self) -> bool:
         """Whether any intervention is active."""
         return bool(self._interventions)
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether any intervention must be told which prompt a token belongs to."""
+        return any(i.by_prompt for i in self._interventions)
 
     # -- contexts ---------------------------------------------------------------------------------------------
 
@@ -124,14 +104,14 @@ class Board:
             self._install()
 
     @contextlib.contextmanager
-    def told(self, prompts: Prompts | Tokens) -> Iterator[None]:
-        """Say which tokens run inside: `Prompts` with what is generated from them, or the `Tokens` of each pass."""
-        before = self._prompts
-        self._prompts = prompts
+    def told(self, prompts: Prompts | PackedTokens) -> Iterator[None]:
+        """Say which tokens run inside: `Prompts` with what is generated from them, or those of each scoring pass."""
+        before = self._run
+        self._run = Run(prompts) if isinstance(prompts, Prompts) else prompts
         try:
             yield
         finally:
-            self._prompts = before
+            self._run = before
 
     # -- hooks ------------------------------------------------------------------------------------------------
 
@@ -140,7 +120,7 @@ class Board:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._tokens = self._prompt_columns = None
+        self._tokens = self._direct = None
         self._pre.clear()
         try:
             self._register()
@@ -202,6 +182,8 @@ class Board:
         def step(raw: Tensor) -> Tensor:
             h = raw if tap.scale == 1.0 else raw * tap.scale
             new = _apply(item, h, part, self._here())
+            if new is h:
+                return raw
             return new if tap.scale == 1.0 else new / tap.scale
 
         return step
@@ -221,7 +203,7 @@ class Board:
             new = mid
             for item in items:
                 new = item.apply(new, self._here())
-            return raw + (new - mid) / scale
+            return raw if new is mid else raw + (new - mid) / scale
 
         return step
 
@@ -252,14 +234,16 @@ class Board:
         rows, now = self._shape = int(ids.shape[0]), int(ids.shape[1])
         if not self._interventions:
             return
-        if isinstance(self._prompts, Tokens):
-            self._tokens = self._prompts
+        if isinstance(self._run, PackedTokens):
+            self._tokens = self._run
             return
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        if self._prompts is not None:
-            self._tokens = _told_tokens(self._prompts, rows, past, now)
-            return
+        run = self._run or self._called_directly(ids, past, args, kwargs)
+        self._tokens = Tokens(run, rows, past, now)
+
+    def _called_directly(self, ids: Tensor, past: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+        rows, columns = int(ids.shape[0]), past + int(ids.shape[1])
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if kwargs.get("use_cache") is False and any(i.by_role for i in self._interventions):
             raise UnsupportedOperation(
@@ -271,40 +255,20 @@ class Board:
                 "the network was called directly with a prepared attention mask, so it is not known which tokens "
                 "are pads; use lm.generate, lm.logits or lm.logprobs while steering, or pass the 2-D mask"
             )
-        if past == 0 or self._prompt_columns is None:  # the first pass of a sequence that we see is its prompt
-            self._prompt_columns = past + now
-        real = torch.ones(rows, past + now, dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
-        tokens = _told_tokens(Prompts(real, self._prompt_columns, {}), rows, past, now)
-        self._tokens = Tokens(tokens.real, tokens.generated, tokens.last, tokens.trivial, None)
-
-
-def _told_tokens(prompts: Prompts, rows: int, past: int, now: int) -> Tokens:
-    given, width = prompts.real, prompts.width
-    if rows % given.shape[0]:
-        raise UnsupportedOperation(
-            f"a pass of {rows} rows does not fit {given.shape[0]} prompts: generate through lm.generate"
-        )
-    # Beams and several returned sequences: row i of the pass belongs to prompt i // copies.
-    copies = rows // given.shape[0]
-    columns = torch.arange(past, past + now, device=given.device)
-    generated = (columns >= width).expand(rows, now)
-
-    def window(mask: Tensor, beyond: bool) -> Tensor:
-        held = mask[:, past : past + now].repeat_interleave(copies, 0)
-        return nn.functional.pad(held, (0, now - held.shape[1]), value=beyond)
-
-    real = window(given, True)
-    last_real = (torch.arange(width, device=given.device) * given[:, :width]).amax(1).repeat_interleave(copies, 0)
-    last = real & (columns[None, :] >= last_real[:, None])
-    spans = {name: window(mask, False) for name, mask in prompts.spans.items()}
-    return Tokens(real, generated, last, past >= given.shape[1] or bool(real.all()), spans)
+        real = torch.ones(rows, columns, dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+        if past == 0 or self._direct is None:  # the first pass of a sequence that we see is its prompt
+            self._direct = Run(Prompts(real, columns, None))
+        else:
+            self._direct = Run(Prompts(real, self._direct.prompts.width, None), self._direct.memory)
+        return self._direct
 
 
 def _apply(item: Intervention, h: Tensor, part: slice | None, tokens: Tokens) -> Tensor:
     if part is None:
         return item.apply(h, tokens)
-    new = item.apply(h[..., part], tokens)
-    return torch.cat([h[..., : part.start], new, h[..., part.stop :]], -1)
+    piece = h[..., part]
+    new = item.apply(piece, tokens)
+    return h if new is piece else torch.cat([h[..., : part.start], new, h[..., part.stop :]], -1)
 
 
 def _chain(steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:

@@ -32,9 +32,10 @@ from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
 from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
-from reprobe.model.hooks import Prompts, Tokens, board_of, observe
+from reprobe.model.hooks import board_of, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
 from reprobe.model.packs import BUDGET, Layout, Packing, Plan, lay_out, plan_packs
+from reprobe.model.passes import PackedTokens, Prompts
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
 from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
 from reprobe.progress import Progress, silent
@@ -167,6 +168,11 @@ class LanguageModel:
     def context(self) -> int | None:
         """The longest prompt in tokens, None where the architecture sets no limit."""
         return self.architecture.context(self.net.config)
+
+    @property
+    def _vocabulary(self) -> int:
+        """Rows of the input embedding: token ids are below it."""
+        return int(self.net.get_input_embeddings().weight.shape[0])
 
     @property
     def identity(self) -> ModelIdentity:
@@ -387,23 +393,30 @@ class LanguageModel:
                 "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
                 "a beginning-of-text token"
             )
-        scores = iter(self._scores(rows, batch_tokens))
+        scores = iter(self._scores(rows, np.asarray([i for i, _ in flat]), batch_tokens))
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
 
-    def _scores(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> Float[np.ndarray, " rows"]:
-        """Summed log-probability of each row's tokens from `suffix` on."""
-        # A token's role is made a part of its number: only tokens of one role can be one place of a tree.
-        numbers = np.concatenate([r.ids * len(_Role) + _roles(r) for r in rows])
+    def _scores(
+        self, rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"], batch_tokens: int | None
+    ) -> Float[np.ndarray, " rows"]:
+        """Summed log-probability of each row's tokens from `suffix` on; `prompt` says of which prompt each row is."""
+        board = board_of(self)
+        # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
+        # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
+        sequences, sequence = _beginnings(rows, prompt) if board.by_prompt else ([], np.zeros(len(rows), np.int64))
+        vocabulary = self._vocabulary
+        numbers = np.concatenate(
+            [(r.ids + s * vocabulary) * len(_Role) + _roles(r) for r, s in zip(rows, sequence, strict=True)]
+        )
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(numbers, starts, budget=batch_tokens)
         out = np.zeros(len(rows))
+        memory: dict[Any, Any] = {}
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
-            roles = torch.from_numpy(layout.ids % len(_Role)).to(self.device)
-            layout = replace(layout, ids=layout.ids // len(_Role))
-            real = torch.from_numpy(layout.real).to(self.device)
-            generated, last = real & (roles == _Role.GENERATED), real & (roles >= _Role.LAST)
-            with board_of(self).told(Tokens(real, generated, last, bool(layout.real.all()), {})):
+            told = self._packed(layout, plan.pack(k), prompt, sequences, vocabulary, memory)
+            layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
+            with board.told(told):
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
             prompts = plan.pack(k)
             # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
@@ -418,13 +431,45 @@ class LanguageModel:
             np.add.at(out, owner, each)
         return out
 
+    def _packed(
+        self,
+        layout: Layout,
+        texts: Int[np.ndarray, " texts"],
+        prompt: Int[np.ndarray, " rows"],
+        sequences: Sequence[tuple[int, int]],
+        vocabulary: int,
+        memory: dict[Any, Any],
+    ) -> PackedTokens:
+        """What a pack of `_scores` holds, from the numbers of its tokens."""
+
+        def put(a: np.ndarray) -> Tensor:
+            return torch.from_numpy(a).to(self.device)
+
+        roles = layout.ids % len(_Role)
+        known: dict[str, Tensor] = {}
+        if sequences:
+            sequence = layout.ids // (len(_Role) * vocabulary)
+            of, lengths = np.asarray(sequences, np.int64).T
+            known = {"sequence": put(sequence), "prompt": put(of[sequence]), "lengths": put(lengths[sequence])}
+        return PackedTokens(
+            real=put(layout.real),
+            generated=put(layout.real & (roles == _Role.GENERATED)),
+            last=put(layout.real & (roles >= _Role.LAST)),
+            positions=put(layout.positions),
+            trivial=bool(layout.real.all()),
+            at=put(layout.at),
+            of=put(np.repeat(prompt[texts], np.diff(layout.starts))),
+            n_prompts=int(prompt.max()) + 1,
+            memory=memory,
+            **known,
+        )
+
     def _token_logprobs(
         self, states: Float[Tensor, "places d_model"], which: np.ndarray, targets: np.ndarray
     ) -> Float[np.ndarray, " tokens"]:
         """Log-probability of each target token after the state `which` of those given, in float64."""
         out = np.zeros(len(targets))
-        vocabulary = int(self.net.get_input_embeddings().weight.shape[0])
-        step = max(1, _LOGITS_AT_ONCE // vocabulary)
+        step = max(1, _LOGITS_AT_ONCE // self._vocabulary)
         for start in range(0, len(states), step):
             logits = self.unembed(states[start : start + step]).float()
             here = np.flatnonzero((which >= start) & (which < start + step))
@@ -484,8 +529,7 @@ class LanguageModel:
         """
         limit = tolerance if tolerance is not None else (1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05)
         generator = torch.Generator().manual_seed(seed)
-        vocab = int(self.net.get_input_embeddings().weight.shape[0])
-        ids = torch.randint(0, vocab, (2, 7), generator=generator).to(self.device)
+        ids = torch.randint(0, self._vocabulary, (2, 7), generator=generator).to(self.device)
         every = [Site(p) for p in MODEL_PARTS]
         every += [Site(p, i) for i, have in enumerate(self.parts.of_layer) for p in LAYER_PARTS if p in have]
         batch = Encoded(ids, torch.ones_like(ids, dtype=torch.bool), {})
@@ -564,6 +608,17 @@ def _roles(row: TokenisedText) -> np.ndarray:
     roles[: row.suffix] = _Role.PROMPT
     roles[row.suffix - 1] = _Role.LAST
     return roles
+
+
+def _beginnings(
+    rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"]
+) -> tuple[list[tuple[int, int]], Int[np.ndarray, " rows"]]:
+    """The distinct prompts as tokens, each as (prompt, tokens), and the number of each row's."""
+    found: dict[tuple[int, bytes], int] = {}
+    number = [
+        found.setdefault((int(p), r.ids[: r.suffix].tobytes()), len(found)) for r, p in zip(rows, prompt, strict=True)
+    ]
+    return [(p, len(ids) // rows[0].ids.itemsize) for p, ids in found], np.asarray(number, np.int64)
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -9,7 +9,7 @@ from tiny import DECODERS
 
 import reprobe as rp
 from reprobe.errors import IdentityMismatch, UnknownSite, UnsupportedOperation, UsageError
-from reprobe.model.hooks import Tokens, board_of, observe
+from reprobe.model.hooks import board_of, observe
 
 PROMPTS = ["the cat", "a dog is on the mat and", "in"]
 SPANS = [{"who": (4, 7)}, {"who": (2, 5)}, {"who": (0, 2)}]
@@ -118,23 +118,15 @@ def test_each_scope_changes_its_own_tokens_and_no_other(tiny_lm, scope):
             assert bool(later.all())
 
 
-def test_prompt_scopes_leave_generated_tokens_alone(tiny_lm):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompt_scopes_leave_generated_tokens_alone(tiny_lm, use_cache):
     lm = tiny_lm("llama")
-    seen = []
-
-    class Spy(rp.Add):
-        def apply(self, h, tokens: Tokens):
-            new = super().apply(h, tokens)
-            seen.append(((new - h).abs().amax(-1) > 0, tokens.generated))
-            return new
-
-    for scope in ("prompt", "span:who"):
-        seen.clear()
-        with rp.steer(lm, Spy(direction(lm), 3.0, tokens=scope)):
-            lm.generate(PROMPTS, spans=SPANS, max_new_tokens=4, min_new_tokens=4)
-        assert len(seen) == 4
-        assert any(bool(changed.any()) for changed, _ in seen)
-        assert not any(bool((changed & generated).any()) for changed, generated in seen)
+    batch = lm.encode(PROMPTS, spans=SPANS)
+    for scope, mask in (("prompt", batch.real), ("span:who", batch.spans["who"])):
+        with rp.steer(lm, rp.Add(direction(lm), 3.0, tokens=scope)) as done:
+            lm.generate(PROMPTS, spans=SPANS, max_new_tokens=4, min_new_tokens=4, use_cache=use_cache)
+        assert done[0].tokens == int(mask.sum()) * (1 if use_cache else 4)
+        assert done[0].rows == len(PROMPTS)
 
 
 def test_add_equals_a_plain_hook_that_adds_the_vector(tiny_lm):
@@ -277,7 +269,7 @@ def test_an_affine_map_that_does_not_fit_is_refused(tiny_lm):
     lm = tiny_lm("llama")
     for A, b, says in (
         (np.eye(3), np.zeros(4), "not \\(3, 3\\) and \\(4,\\)"),
-        (np.eye(3) * np.inf, np.zeros(3), "NaN or infinity"),
+        (np.full((3, 3), np.inf), np.zeros(3), "NaN or infinity"),
     ):
         with pytest.raises(UsageError, match=says):
             rp.Affine(A, b, site="resid.post@1")
@@ -369,9 +361,9 @@ def test_a_direct_call_that_cannot_be_steered_rightly_is_refused(tiny_lm):
 def test_bad_input_is_refused_with_what_exists(tiny_lm):
     lm = tiny_lm("llama")
     d = direction(lm)
-    with pytest.raises(UsageError, match="all, prompt, generated, last, span:NAME"):
+    with pytest.raises(UsageError, match="all, prompt, generated, last, span:NAME, positions"):
         rp.Add(d, tokens="everything")
-    with pytest.raises(UsageError, match="scale, raw"):
+    with pytest.raises(UsageError, match="scale, norm, raw"):
         rp.Add(d, unit="norm-ish")
     with pytest.raises(UsageError, match="no number"):
         rp.Add(d, float("nan"))
