@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DECODERS
 
 import reprobe as rp
 from reprobe.errors import IdentityMismatch, UnknownSite, UnsupportedOperation, UsageError
@@ -43,15 +42,6 @@ def steps(lm, prompts, spans, *, use_cache=True, n=3, **options):
     return torch.stack(seen)
 
 
-def operators(lm, scope):
-    d = direction(lm)
-    return {
-        "add": rp.Add(d, 1.5, tokens=scope),
-        "ablate": rp.Ablate(d, tokens=scope),
-        "affine": rp.Affine(*affine(d), site=d.site, tokens=scope),
-    }
-
-
 def affine(d):
     """A matrix and a row that change every vector: a quarter turned, shrunk, and moved."""
     rng = np.random.default_rng(4)
@@ -62,25 +52,6 @@ def affine(d):
 def close(a, b):
     a, b = a.detach(), b.detach()
     return float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(b.abs().max()))
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", DECODERS)
-def test_cache_and_padding_never_change_a_steered_logit(tiny_lm, name, scope):
-    lm = tiny_lm(name)
-    for item in operators(lm, scope).values():
-        with rp.steer(lm, item):
-            cached = steps(lm, PROMPTS, SPANS)
-            uncached = steps(lm, PROMPTS, SPANS, use_cache=False)
-            alone = torch.cat([steps(lm, [p], [s]) for p, s in zip(PROMPTS, SPANS, strict=True)], 1)
-            left = lm.logits(PROMPTS, at="all", spans=SPANS)
-            right = lm.logits(PROMPTS, at="all", spans=SPANS, padding="right")
-            single = [lm.logits(p, at="all", spans=[s])[0] for p, s in zip(PROMPTS, SPANS, strict=True)]
-        assert close(cached, uncached)
-        assert close(cached, alone)
-        for a, b, c in zip(left, right, single, strict=True):
-            assert close(a, c)
-            assert close(b, c)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -378,21 +349,3 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm):
         pass
     with rp.steer(lm, rp.Add(foreign), allow_mismatch=True):
         lm.logits(PROMPTS)
-
-
-@pytest.mark.models
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
-def test_cache_and_padding_never_change_a_steered_logit_of_a_real_model(real_lm, name, scope):
-    lm = real_lm(name)
-    texts = ["The city of Paris is in", "My friend opened the old letter and read that"]
-    spans = [{"who": (12, 17)}, {"who": (3, 9)}]
-    d = direction(lm, layer=lm.n_layers // 2)
-    # A tenth of a typical state's length: strong enough to matter, weak enough that rounding is not blown up.
-    for item in (rp.Add(d, 10.0, unit="raw", tokens=scope), rp.Ablate(d, tokens=scope)):
-        with rp.steer(lm, item):
-            cached = steps(lm, texts, spans, n=3)
-            assert close(cached, steps(lm, texts, spans, use_cache=False, n=3))
-            assert close(cached, torch.cat([steps(lm, [t], [s], n=3) for t, s in zip(texts, spans, strict=True)], 1))
-            left, right = (lm.logits(texts, spans=spans, padding=side) for side in ("left", "right"))
-            assert close(left, right)
