@@ -21,13 +21,19 @@ def push(lm, when, strength=4.0, site=LATER, **known):
     return rp.Add(d, strength, when=when, **known)
 
 
-def means(lm, site=SITE):
+def means(lm, site=SITE, *, last=False):
+    """Of each prompt's activations, or its last ones, (prompts, width)."""
     out = []
     for prompt in PROMPTS:
         with observe(lm, site) as seen:
             lm.logits(prompt)
-            out.append(seen[site][0].double().mean(0).numpy())
+            out.append(seen[site][0, -1 if last else 0 :].double().mean(0).numpy())
     return np.stack(out)
+
+
+def scores(lm):
+    d = gate_direction(lm)
+    return d.score(means(lm)) / d.scale
 
 
 def threshold(values):
@@ -66,7 +72,7 @@ def test_each_prompt_of_a_batch_is_steered_or_left_by_its_own_measure(tiny_lm, m
 
 def test_a_decision_about_a_prompt_holds_for_its_beams_samples_and_cached_tokens(tiny_lm):
     lm = tiny_lm("gemma3_text")
-    values = (means(lm) @ gate_direction(lm).vector - gate_direction(lm).offset) / gate_direction(lm).scale
+    values = scores(lm)
     item = push(lm, rp.When(gate_direction(lm), below=threshold(values)), tokens="generated")
     for options in (
         {},
@@ -90,15 +96,16 @@ def test_scores_of_continuations_are_gated_by_their_prompt_however_they_are_pack
     """Also where the last token of the prompt depends on what follows it."""
     for name in ("llama", "bloom"):
         lm = tiny_lm(name)
-        values = (means(lm) @ gate_direction(lm).vector - gate_direction(lm).offset) / gate_direction(lm).scale
+        d = gate_direction(lm)
+        mean, last = (threshold(d.score(means(lm, last=x)) / d.scale) for x in (False, True))
         items = [
-            push(lm, rp.When(gate_direction(lm), below=threshold(values)), tokens="generated"),
-            push(lm, rp.When(gate_direction(lm), below=threshold(values), over="last"), strength=1.0),
+            push(lm, rp.When(d, below=mean), tokens="generated"),
+            push(lm, rp.When(d, below=last, over="last"), strength=1.0),
             push(lm, None, strength=[1.0, -2.0, 3.0, 0.5], site=rp.Site.parse("resid.post@2")),
             rp.Noise(0.3, site="mlp.out@1", seed=(1, 2, 3, 4)),
             rp.Replace(np.ones((1, lm.d_model)), site="attn.out@2", align="end"),
         ]
-        ends = [[" is on the mat", " is", "s"], [" the mat", " the end", " the end of it"], [" is on"], ["!", "ly"]]
+        ends = [[" is on the mat", " is", "he"], [" the mat", " the end", " the end of it"], [" is on"], ["!", "ly"]]
         for item in items:
             with rp.steer(lm, item) as done:
                 together = lm.logprobs(PROMPTS, ends)
@@ -173,7 +180,7 @@ def test_a_gate_that_cannot_be_decided_is_refused(tiny_lm):
 
 def test_a_direct_call_is_gated_row_by_row_and_over_its_cache(tiny_lm):
     lm = tiny_lm("llama")
-    values = (means(lm) @ gate_direction(lm).vector - gate_direction(lm).offset) / gate_direction(lm).scale
+    values = scores(lm)
     item = push(lm, rp.When(gate_direction(lm), below=threshold(values)), tokens="last")
     batch = lm.encode(PROMPTS)
     with rp.steer(lm, item):

@@ -1,12 +1,17 @@
 """Interventions do precisely what they say, wherever tokens stand."""
 
+import gc
+import itertools
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reprobe as rp
+from reprobe.control.values import _GOLDEN, _hashed, _mixed, normals
 from reprobe.errors import IdentityMismatch, UnknownSite, UnsupportedOperation, UsageError
 from reprobe.model.hooks import board_of, observe
 
@@ -349,3 +354,142 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm):
         pass
     with rp.steer(lm, rp.Add(foreign), allow_mismatch=True):
         lm.logits(PROMPTS)
+    with (
+        rp.steer(lm, rp.Add(d, tokens="span:who")),
+        pytest.raises(UsageError, match=r"span:who names a span that prompt 1 does not have \(1 of 3"),
+    ):
+        lm.logits(PROMPTS, spans=[SPANS[0], {}, SPANS[2]])
+    with rp.steer(lm, rp.Add(d, [1.0, 2.0])), pytest.raises(UsageError, match="of 2 prompts, and this run has 3"):
+        lm.logits(PROMPTS)
+    for bad in ([1.0, float("inf")], [[1.0, 2.0]], []):
+        with pytest.raises(UsageError, match="strength"):
+            rp.Add(d, bad)
+    for text in ("positions:", "positions:a", "positions:1:2:3", "span", "last:3"):
+        with pytest.raises(UsageError, match=r"positions:0,3,5:9|neither a position"):
+            rp.Add(d, tokens=text)
+
+
+def trace_of(lm):
+    """All that steering may leave behind in a network: hooks, modules, weights."""
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lm.net.modules()]
+    return hooks, [id(m) for m in lm.net.modules()], {k: v.clone() for k, v in lm.net.state_dict().items()}
+
+
+def unchanged(lm, before):
+    now = trace_of(lm)
+    same = all(torch.equal(v, before[2][k]) for k, v in now[2].items())
+    return now[:2] == before[:2] and same and not board_of(lm)._handles and not board_of(lm).changed
+
+
+def test_no_exit_leaves_a_trace(tiny_lm):
+    lm = tiny_lm("gemma3_text")
+    before = trace_of(lm)
+    d = direction(lm)
+    gated = rp.Add(d, 2.0, when=rp.When(direction(lm, layer=0), above=0.0), site="resid.mid@1")
+
+    class Fails(rp.Add):
+        def change(self, h, tokens):
+            raise RuntimeError("in the forward pass")
+
+        changed = change
+
+    with rp.steer(lm, gated, rp.Ablate(d)):
+        lm.generate(PROMPTS, max_new_tokens=3)
+        assert not unchanged(lm, before)
+    assert unchanged(lm, before)
+    with pytest.raises(RuntimeError, match="in the forward pass"), rp.steer(lm, gated, Fails(d)):
+        lm.generate(PROMPTS, max_new_tokens=3)
+    assert unchanged(lm, before)
+    for bad in (rp.Add(d, site="resid.post@9"), rp.Add(d, site="attn.heads@1")):  # found after the good ones
+        with pytest.raises(UsageError), rp.steer(lm, gated, bad):
+            pass
+        assert unchanged(lm, before)
+    outer = rp.steer(lm, gated)
+    outer.__enter__()
+    with rp.steer(lm, rp.Ablate(d)):
+        outer.__exit__(None, None, None)  # left in the wrong order
+        ablated = lm.logits(PROMPTS)
+    assert unchanged(lm, before)
+    with rp.steer(lm, rp.Ablate(d)):
+        assert torch.equal(lm.logits(PROMPTS), ablated)
+
+
+def test_an_exception_half_way_through_registration_leaves_what_was_there(tiny_lm, monkeypatch):
+    lm = tiny_lm("llama")
+    before, d = trace_of(lm), direction(lm)
+    block = lm.architecture.blocks(lm.net)[2]
+
+    def refuses(*args, **kwargs):
+        raise RuntimeError("no hook here")
+
+    with rp.steer(lm, rp.Add(d, 3.0)):
+        outer = lm.logits(PROMPTS)
+        with monkeypatch.context() as patch:
+            patch.setattr(block, "register_forward_hook", refuses)
+            with (
+                pytest.raises(RuntimeError, match="no hook here"),
+                rp.steer(lm, rp.Ablate(direction(lm, layer=0)), rp.Ablate(direction(lm, layer=2))),
+            ):
+                pass
+        assert torch.equal(lm.logits(PROMPTS), outer)
+    assert unchanged(lm, before)
+
+
+def test_ten_thousand_entries_and_exits_leave_no_trace_and_no_memory(tiny_lm):
+    lm = tiny_lm("gpt2")
+    before, d = trace_of(lm), direction(lm)
+    items = [rp.Add(d, 2.0, tokens="last"), rp.Ablate(d, when=rp.When(direction(lm, layer=0), above=0.0))]
+
+    def cycles(n):
+        for i in range(n):
+            with rp.steer(lm, *items):
+                if i % 100 == 0:
+                    lm.logits(PROMPTS[0])
+
+    cycles(100)
+    gc.collect()
+    objects = len(gc.get_objects())
+    cycles(10_000)
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 100
+    assert unchanged(lm, before)
+
+
+def test_samples_and_static_caches_are_steered_like_any_other(tiny_lm):
+    lm = tiny_lm("llama")
+    item = rp.Add(direction(lm), [1.0, -4.0, 4.0], tokens="last")
+    with rp.steer(lm, item):
+        dynamic = lm.generate(PROMPTS, max_new_tokens=6)
+        assert lm.generate(PROMPTS, max_new_tokens=6, cache_implementation="static") == dynamic
+        options = {"max_new_tokens": 6, "do_sample": True, "seed": 5, "num_return_sequences": 2}
+        sampled = lm.generate(PROMPTS, **options)
+        assert lm.generate(PROMPTS, use_cache=False, **options) == sampled
+    assert lm.generate(PROMPTS, max_new_tokens=6) != dynamic
+
+
+def test_noise_is_normal_and_independent_between_seeds_sites_prompts_and_positions():
+    drawn = {}
+    for seed, site, prompt in itertools.product((0, 1), ("resid.post@1", "embed"), (0, 1)):
+        keys = _mixed(torch.tensor([_hashed(rp.Site.parse(site), seed, prompt)]) + torch.arange(300) * _GOLDEN)
+        drawn[seed, site, prompt] = normals(keys, 64)
+    for x in drawn.values():
+        assert abs(float(x.mean())) < 4 / x.numel() ** 0.5
+        assert abs(float(x.std()) - 1) < 4 / (2 * x.numel()) ** 0.5
+        assert scipy.stats.kstest(x.flatten().numpy(), "norm").pvalue > 1e-4
+        between = np.corrcoef(x[:60].numpy())
+        assert np.abs(between[~np.eye(60, dtype=bool)]).max() < 6 / 64**0.5
+    for a, b in itertools.combinations(drawn.values(), 2):
+        assert abs(float((a * b).mean())) < 5 / a.numel() ** 0.5
+
+
+def test_one_seed_gives_each_prompt_its_own_noise_and_a_list_gives_a_prompt_its_own_wherever_it_is(tiny_lm):
+    lm = tiny_lm("llama")
+    same = ["the cat", "the cat"]
+    with rp.steer(lm, rp.Noise(0.5, site="embed", seed=1)):
+        first, second = lm.logits(same)
+        assert torch.allclose(lm.logits(same[0])[0], first, atol=1e-5)
+    assert not torch.allclose(first, second, atol=1e-2)
+    with rp.steer(lm, rp.Noise(0.5, site="embed", seed=[7, 8])):
+        both = lm.logits(same)
+    with rp.steer(lm, rp.Noise(0.5, site="embed", seed=[8])):
+        assert torch.allclose(lm.logits(same[1])[0], both[1], atol=1e-5)
