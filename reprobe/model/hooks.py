@@ -117,18 +117,21 @@ class Board:
 
     def _install(self) -> None:
         """Make the installed hooks exactly those that the present interventions and observers need."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._clear()
         self._tokens = self._direct = None
         self._pre.clear()
         try:
             self._register()
         except BaseException:  # half-way through: leave nothing behind
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+            self._clear()
             raise
+        _eager_while_hooked(self, bool(self._handles))
+
+    def _clear(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _eager_while_hooked(self, False)
 
     def _register(self) -> None:
         # Changes go before everybody else's hooks on a module (transformers records output_hidden_states with hooks
@@ -261,6 +264,25 @@ class Board:
         else:
             self._direct = Run(Prompts(real, self._direct.prompts.width, None), self._direct.memory)
         return self._direct
+
+
+#: Boards with hooks, by id, and what keeps compiled code from running while there are any.
+_HOOKED: set[int] = set()
+_EAGER = contextlib.ExitStack()
+
+
+def _eager_while_hooked(board: Board, hooked: bool) -> None:
+    """Run networks without torch.compile's code while any has hooks of ours.
+
+    Compiled code knows nothing of hooks that came after it, and what is compiled with hooks keeps them (torch does not
+    guard on hooks, see `skip_nnmodule_hook_guards`): steering would silently do nothing, or never end.
+    """
+    before = bool(_HOOKED)
+    (_HOOKED.add if hooked else _HOOKED.discard)(id(board))
+    if _HOOKED and not before:
+        _EAGER.enter_context(torch.compiler.set_stance("force_eager"))
+    elif before and not _HOOKED:
+        _EAGER.close()
 
 
 def _apply(item: Intervention, h: Tensor, part: slice | None, tokens: Tokens) -> Tensor:

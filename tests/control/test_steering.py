@@ -9,11 +9,13 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.control.values import _GOLDEN, _hashed, _mixed, normals
 from reprobe.errors import IdentityMismatch, UnknownSite, UnsupportedOperation, UsageError
 from reprobe.model.hooks import board_of, observe
+from reprobe.model.language_model import LanguageModel
 
 PROMPTS = ["the cat", "a dog is on the mat and", "in"]
 SPANS = [{"who": (4, 7)}, {"who": (2, 5)}, {"who": (0, 2)}]
@@ -493,3 +495,39 @@ def test_one_seed_gives_each_prompt_its_own_noise_and_a_list_gives_a_prompt_its_
         both = lm.logits(same)
     with rp.steer(lm, rp.Noise(0.5, site="embed", seed=[8])):
         assert torch.allclose(lm.logits(same[1])[0], both[1], atol=1e-5)
+
+
+def test_a_compiled_network_is_steered_while_it_should_be_and_not_after():
+    """Compiled code knows nothing of hooks: networks run without it as long as they are steered or read."""
+    lm = LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="compiled")
+    runs = []
+
+    def counting(graph, inputs):
+        def run(*args):
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    item, batch = rp.Add(direction(lm), 2.0, tokens="last"), lm.inputs(lm.encode(PROMPTS))
+
+    def logits():
+        with torch.no_grad():
+            return lm.net(**batch).logits[:, -1]
+
+    plain = logits()
+    with rp.steer(lm, item):
+        steered = logits()
+        lm.net.compile(backend=counting)
+        assert close(logits(), steered)
+        assert not runs  # nor is steering compiled into it
+    assert close(logits(), plain)
+    assert runs
+    with rp.steer(lm, item):
+        assert close(logits(), steered)
+    with observe(lm, "resid.post@1") as seen:
+        logits()
+        assert seen
+    runs.clear()
+    assert close(logits(), plain)
+    assert runs
