@@ -106,12 +106,12 @@ def as_json(works: Iterable[Work], about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_markdown(record: Mapping[str, Any]) -> str:
+def as_markdown(record: Mapping[str, Any], about: str) -> str:
     """The record for people: what was claimed, then the sides of each work."""
     at = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items() if version)
     out = [
-        "# Extraction: results",
+        f"# {about}: results",
         "",
         f"`{record['command']}`, {at['date']}, commit {at['commit']}.",
         "",
