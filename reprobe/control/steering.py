@@ -28,8 +28,9 @@ def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch
     """Steer whatever the model does inside the context: `lm.generate`, `lm.logits`, `lm.logprobs`, or a direct call.
 
     Interventions at one site act in the order given; nested contexts compose, the outer first. Cached and uncached,
-    padded and unpadded runs agree. Yields a `Done`, which says of each intervention how many prompts and tokens it
-    changed and by how much, and of one that touched nothing why.
+    padded and unpadded runs agree; a compiled network runs its own modules meanwhile, at their speed. Yields a `Done`,
+    which says of each intervention how many prompts and tokens it changed and by how much, and of one that touched
+    nothing why.
 
     Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless `allow_mismatch`),
     `UsageError` if its width does not fit the site. The model is then as it was.
@@ -109,7 +110,7 @@ def _check(
         identity = one.identity
         if identity is not None:
             here = here or lm.identity
-            what = f"the gate ({one})" if isinstance(one, When) else f"the steering: {one}"
+            what = f"the gate ({one})" if isinstance(one, When) else f"the steering '{one}'"
             identity.require_same(here, what, allow_mismatch=allow_mismatch)
     for item in items:
         if (width := lm.width(item.site)) != item.width and item.width is not None:

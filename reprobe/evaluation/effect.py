@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from scipy.special import logsumexp
 
-from reprobe.control import Operator, steer
+from reprobe.control import Operator, Steering, steer
 from reprobe.errors import UsageError
 from reprobe.model.language_model import LanguageModel
 from reprobe.progress import Progress, silent
@@ -45,7 +45,7 @@ def log_odds(lm: LanguageModel, contrast: Contrast) -> np.ndarray:
     return odds
 
 
-def divergence(lm: LanguageModel, texts: Sequence[str], *interventions: Operator) -> float:
+def divergence(lm: LanguageModel, texts: Sequence[str], *interventions: Operator | Steering) -> float:
     """Mean KL(unsteered ‖ steered) of the next-token distributions, in nats per token of `texts`.
 
     The price of an intervention on text it is not meant for. 0 without interventions.
@@ -63,7 +63,7 @@ def divergence(lm: LanguageModel, texts: Sequence[str], *interventions: Operator
 
 def dose_response(
     lm: LanguageModel,
-    interventions: Callable[[float], Sequence[Operator]],
+    interventions: Callable[[float], Sequence[Operator | Steering]],
     strengths: Sequence[float],
     *,
     contrast: Contrast,

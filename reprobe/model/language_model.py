@@ -368,8 +368,9 @@ class LanguageModel:
 
         One list of continuations per prompt → one float64 array per prompt. A continuation is tokenised together
         with its prompt and found again by character offsets, so a token that straddles the seam counts as the
-        continuation's. For interventions the continuation's tokens count as generated. A leading blank belongs to
-        the continuation. Beginnings that texts share are computed once, where the architecture allows it.
+        continuation's. For interventions the continuation's tokens count as generated, and what differs from prompt to
+        prompt (a gate, a strength per row) is the prompt's. A leading blank belongs to the continuation. Beginnings
+        that texts share are computed once, where the architecture allows it.
         `batch_tokens` bounds the tokens of one forward pass. Raises `PromptTooLong`.
         """
         self._need_decoder("logprobs")

@@ -287,9 +287,10 @@ def test_beams_and_returned_sequences_follow_their_own_prompt(tiny_lm):
     assert together == alone
 
 
-def test_a_direct_call_of_the_network_is_steered_with_its_own_mask(tiny_lm):
+@pytest.mark.parametrize("tokens", ["last", "positions:1,-2,8:12"])
+def test_a_direct_call_of_the_network_is_steered_with_its_own_mask(tiny_lm, tokens):
     lm = tiny_lm("llama")
-    item = rp.Add(direction(lm), 2.0, tokens="last")
+    item = rp.Add(direction(lm), 2.0, tokens=tokens)
     batch = lm.encode(PROMPTS)
     with rp.steer(lm, item):
         want = lm.logits(PROMPTS)
