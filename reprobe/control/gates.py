@@ -124,7 +124,8 @@ class When:
 
     def _vector(self, device: torch.device) -> Float[Tensor, " width"]:
         if device not in self._vectors:
-            self._vectors[device] = torch.tensor(self.direction.vector, dtype=torch.float32, device=device)
+            with torch.inference_mode(False):
+                self._vectors[device] = torch.tensor(self.direction.vector, dtype=torch.float32, device=device)
         return self._vectors[device]
 
 

@@ -90,7 +90,12 @@ class Operator(ABC):
 
     @property
     def needs_prompt(self) -> bool:
-        """Whether `change` asks the tokens which prompt they belong to, or how long that is."""
+        """Whether `change` asks the tokens which prompt they belong to (`per_row` does)."""
+        return False
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether `change` asks the tokens how long their prompt is."""
         return False
 
     @property
@@ -103,13 +108,17 @@ class Operator(ABC):
     @property
     def by_role(self) -> bool:
         """Whether it matters which tokens are prompt and which are generated."""
-        return self.tokens.by_role or self.needs_prompt or (self.when is not None and self.when.at == "prompt")
+        return self.tokens.by_role or self.needs_length or self._prompt_gate
 
     @property
     def by_prompt(self) -> bool:
         """Whether it matters which prompt a token belongs to."""
-        gated = self.when is not None and self.when.at == "prompt"
-        return self.tokens.by_prompt or self.needs_prompt or gated or isinstance(self.strength, np.ndarray)
+        needs = self.needs_prompt or self.needs_length or isinstance(self.strength, np.ndarray)
+        return self.tokens.by_prompt or needs or self._prompt_gate
+
+    @property
+    def _prompt_gate(self) -> bool:
+        return self.when is not None and self.when.at == "prompt"
 
     def changed(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         """The new value of every row, with strength and norm; scope and gate are the caller's."""
@@ -140,7 +149,8 @@ class Operator(ABC):
         """An array of this operator, under a name of its own, on the device and in the dtype of `like`; copied once."""
         key = (name, like.device, like.dtype)
         if key not in self._copies:
-            self._copies[key] = torch.from_numpy(np.array(values)).to(device=like.device, dtype=like.dtype)
+            with torch.inference_mode(False):  # it may serve a pass with gradients later
+                self._copies[key] = torch.from_numpy(np.array(values)).to(device=like.device, dtype=like.dtype)
         return self._copies[key]
 
     def __str__(self) -> str:

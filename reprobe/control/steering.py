@@ -35,6 +35,11 @@ def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch
     Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless `allow_mismatch`),
     `UsageError` if its width does not fit the site. The model is then as it was.
     """
+    if wrong := [x for x in interventions if not isinstance(x, Operator | Steering)]:
+        raise UsageError(
+            f"steer takes interventions and Steerings, one argument each, not a {type(wrong[0]).__name__}; of a list "
+            "write steer(lm, *items)"
+        )
     items = [x for item in interventions for x in (item.interventions if isinstance(item, Steering) else (item,))]
     _check(lm, interventions, items, allow_mismatch)
     tallies = [Tally(str(item), item.site, item.when is not None, item.length) for item in items]

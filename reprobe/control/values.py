@@ -68,7 +68,11 @@ class Replace(Operator):
 
     @property
     def needs_prompt(self) -> bool:
-        return self.values.ndim == 3 or (self.values.ndim == 2 and self.align == "end")
+        return self.values.ndim == 3
+
+    @property
+    def needs_length(self) -> bool:
+        return self.values.ndim > 1 and self.align == "end"
 
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         values = self.copy("values", self.values, h)

@@ -394,13 +394,13 @@ class LanguageModel:
                 "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
                 "a beginning-of-text token"
             )
-        scores = iter(self._scores(rows, np.asarray([i for i, _ in flat]), batch_tokens))
+        scores = iter(self._scores(rows, np.asarray([i for i, _ in flat]), len(batch), batch_tokens))
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
 
     def _scores(
-        self, rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"], batch_tokens: int | None
+        self, rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"], n_prompts: int, batch_tokens: int | None
     ) -> Float[np.ndarray, " rows"]:
-        """Summed log-probability of each row's tokens from `suffix` on; `prompt` says of which prompt each row is."""
+        """Summed log-probability of each row's tokens from `suffix` on; row i is of prompt `prompt[i]`."""
         board = board_of(self)
         # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
         # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
@@ -415,7 +415,13 @@ class LanguageModel:
         memory: dict[Any, Any] = {}
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
-            told = self._packed(layout, plan.pack(k), prompt, sequences, vocabulary, memory)
+            told = PackedTokens(
+                at=self._put(layout.at),
+                of=self._put(np.repeat(prompt[plan.pack(k)], np.diff(layout.starts))),
+                n_prompts=n_prompts,
+                memory=memory,
+                **self._roles_of(layout, sequences),
+            )
             layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
             with board.told(told):
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
@@ -432,38 +438,25 @@ class LanguageModel:
             np.add.at(out, owner, each)
         return out
 
-    def _packed(
-        self,
-        layout: Layout,
-        texts: Int[np.ndarray, " texts"],
-        prompt: Int[np.ndarray, " rows"],
-        sequences: Sequence[tuple[int, int]],
-        vocabulary: int,
-        memory: dict[Any, Any],
-    ) -> PackedTokens:
-        """What a pack of `_scores` holds, from the numbers of its tokens."""
-
-        def put(a: np.ndarray) -> Tensor:
-            return torch.from_numpy(a).to(self.device)
-
+    def _roles_of(self, layout: Layout, sequences: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """What the numbers of a pack's tokens in `_scores` say besides their ids, as `PackedTokens` takes it."""
         roles = layout.ids % len(_Role)
-        known: dict[str, Tensor] = {}
+        out: dict[str, Any] = {
+            "real": self._put(layout.real),
+            "generated": self._put(layout.real & (roles == _Role.GENERATED)),
+            "last": self._put(layout.real & (roles >= _Role.LAST)),
+            "positions": self._put(layout.positions),
+            "trivial": bool(layout.real.all()),
+        }
         if sequences:
-            sequence = layout.ids // (len(_Role) * vocabulary)
-            of, lengths = np.asarray(sequences, np.int64).T
-            known = {"sequence": put(sequence), "prompt": put(of[sequence]), "lengths": put(lengths[sequence])}
-        return PackedTokens(
-            real=put(layout.real),
-            generated=put(layout.real & (roles == _Role.GENERATED)),
-            last=put(layout.real & (roles >= _Role.LAST)),
-            positions=put(layout.positions),
-            trivial=bool(layout.real.all()),
-            at=put(layout.at),
-            of=put(np.repeat(prompt[texts], np.diff(layout.starts))),
-            n_prompts=int(prompt.max()) + 1,
-            memory=memory,
-            **known,
-        )
+            sequence = layout.ids // (len(_Role) * self._vocabulary)
+            prompt, lengths = np.asarray(sequences, np.int64).T
+            out["sequence"] = self._put(sequence)
+            out["prompt"], out["lengths"] = self._put(prompt[sequence]), self._put(lengths[sequence])
+        return out
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _token_logprobs(
         self, states: Float[Tensor, "places d_model"], which: np.ndarray, targets: np.ndarray

@@ -245,13 +245,13 @@ class PackedTokens(Tokens):
     ) -> Float[Tensor, "sequences width"]:
         assert self._sequence is not None
         chosen = mask.flatten()
-        of, n = self._sequence.flatten()[chosen], int(self._sequence.max()) + 1
+        of, n = self._sequence.to(h.device).flatten()[chosen], int(self._sequence.max()) + 1
         total = torch.zeros(n, h.shape[-1], device=h.device).index_add(0, of, h.flatten(0, 1)[chosen].float())
         return total / torch.bincount(of, minlength=n)[:, None]
 
     def spread(self, values: Tensor) -> Tensor:
         assert self._sequence is not None
-        return values[self._sequence]
+        return values[self._sequence.to(values.device)]
 
     def touched(self, mask: Bool[Tensor, "rows now"]) -> Bool[Tensor, " prompts"]:
-        return torch.bincount(self._of[mask.flatten()[self._at]], minlength=self.n_prompts) > 0
+        return torch.bincount(self._of[mask.flatten().to(self._at.device)[self._at]], minlength=self.n_prompts) > 0

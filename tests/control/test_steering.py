@@ -364,6 +364,8 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm):
         lm.logits(PROMPTS, spans=[SPANS[0], {}, SPANS[2]])
     with rp.steer(lm, rp.Add(d, [1.0, 2.0])), pytest.raises(UsageError, match="of 2 prompts, and this run has 3"):
         lm.logits(PROMPTS)
+    with pytest.raises(UsageError, match=r"not a list; of a list write"), rp.steer(lm, [rp.Add(d)]):
+        pass
     for bad in ([1.0, float("inf")], [[1.0, 2.0]], []):
         with pytest.raises(UsageError, match="strength"):
             rp.Add(d, bad)
