@@ -111,16 +111,17 @@ class Add(AlongDirection):
         return self.direction.scale if self.unit == "scale" else 1.0
 
     @cached_property
-    def _step(self) -> Float[np.ndarray, " width"]:
-        """What is added to each row, where that is constant."""
-        return self.strength * self._unit_length * self.direction.vector
+    def _step(self) -> Float[np.ndarray, " width"] | None:
+        """What is added to each row, where that is the same for all."""
+        fixed = self.constant and not isinstance(self.strength, np.ndarray)
+        return self.strength * self._unit_length * self.direction.vector if fixed else None
 
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         return self._pushed(h, 1.0)
 
     def changed(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         # The strength is a part of what is added: one rounding, and one operation where nothing depends on the row.
-        if self.constant and not isinstance(self.strength, np.ndarray):
+        if self._step is not None:
             return h + self.copy("step", self._step, h)
         new = self._pushed(h, self.per_row("strength", tokens, widened(h)))
         return restored(h, new) if self.keep_norm else new

@@ -68,17 +68,15 @@ class Done(Sequence[Effect]):
 
 
 class Chosen:
-    """The tokens of one pass that a scope and a gate leave: `where` is a mask, True for all, or False for none."""
+    """The tokens of one pass that a scope and a gate leave: `where` is a mask, True for all, or False for none.
+
+    `count` is how many they are.
+    """
 
     def __init__(self, where: Bool[Tensor, "rows now"] | bool, tokens: Tokens) -> None:
         self.where, self._tokens = where, tokens
-
-    @cached_property
-    def count(self) -> int | Tensor:
-        """How many they are."""
-        if isinstance(self.where, Tensor):
-            return self.where.sum()
-        return self._tokens.rows * self._tokens.now if self.where else 0
+        every = tokens.rows * tokens.now
+        self.count: int | Tensor = where.sum() if isinstance(where, Tensor) else every if where else 0
 
     @cached_property
     def prompts(self) -> Bool[Tensor, " prompts"] | None:
@@ -119,10 +117,8 @@ class Tally:
             self._rows = chosen.prompts
 
     def moved(self, old: Float[Tensor, "rows now width"], new: Float[Tensor, "rows now width"]) -> None:
-        """Count how far tokens were moved; those that were not chosen stayed where they were."""
-        if self._length is None:
-            step = torch.linalg.vector_norm((new - old).detach().float(), dim=-1)
-            self._moved = self._moved + step.sum()
+        """Count how far tokens were moved, where that differs; those that were not chosen stayed where they were."""
+        self._moved = self._moved + torch.linalg.vector_norm((new - old).detach().float(), dim=-1).sum()
 
     def effect(self) -> Effect:
         in_scope, tokens = int(self._in_scope), int(self._tokens)

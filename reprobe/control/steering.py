@@ -6,7 +6,6 @@ and no trace after it.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -20,7 +19,6 @@ from reprobe.errors import UsageError
 from reprobe.model.hooks import Intervention, intervene
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.passes import Tokens
-from reprobe.model.sites import Site
 
 
 @contextlib.contextmanager
@@ -55,39 +53,33 @@ def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch
         yield Done(tallies)
 
 
-@dataclass(frozen=True, eq=False)
 class _Active:
     """An operator while it steers: with its gate's reader, and the tally of what it did."""
 
-    item: Operator
-    gate: GateReader | None
-    tally: Tally
-    site: Site = field(init=False)
-    by_role: bool = field(init=False)
-    by_prompt: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name in ("site", "by_role", "by_prompt"):
-            object.__setattr__(self, name, getattr(self.item, name))
+    def __init__(self, item: Operator, gate: GateReader | None, tally: Tally) -> None:
+        self.item, self.gate, self.tally = item, gate, tally
+        self.site, self.by_role, self.by_prompt = item.site, item.by_role, item.by_prompt
+        self._measured = item.length is None
 
     def apply(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
-        scope = _in_scope(self.item, tokens)
-        chosen = scope if self.gate is None else _gated(self.item, self.gate, scope, tokens, h.device)
+        item = self.item
+        # What a scope chooses is the same for all interventions of a pass.
+        scope: Chosen = tokens.once.get(item.tokens) or _in_scope(item, tokens)
+        chosen = scope if self.gate is None else _gated(item, self.gate, scope, tokens, h.device)
         self.tally.add(tokens, scope, chosen)
-        if chosen.where is False:
+        where = chosen.where
+        if where is False:
             return h
-        new = self.item.changed(h, tokens)
-        if chosen.where is not True:
-            new = torch.where(chosen.where.to(h.device)[..., None], new, h)
-        self.tally.moved(h, new)
+        new = item.changed(h, tokens)
+        if where is not True:
+            new = torch.where(where.to(h.device)[..., None], new, h)
+        if self._measured:
+            self.tally.moved(h, new)
         return new
 
 
 def _in_scope(item: Operator, tokens: Tokens) -> Chosen:
-    """Computed once per pass for all interventions with the same scope."""
-    found: Chosen | None = tokens.once.get(item.tokens)
-    if found is None:
-        found = tokens.once[item.tokens] = Chosen(item.tokens.choose(tokens), tokens)
+    found = tokens.once[item.tokens] = Chosen(item.tokens.choose(tokens), tokens)
     return found
 
 

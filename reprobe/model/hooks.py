@@ -182,14 +182,16 @@ class Board:
     def _changer(self, item: Intervention) -> Callable[[Tensor], Tensor]:
         tap, part = self._locate(item.site)
 
-        def step(raw: Tensor) -> Tensor:
-            h = raw if tap.scale == 1.0 else raw * tap.scale
-            new = _apply(item, h, part, self._here())
-            if new is h:
-                return raw
-            return new if tap.scale == 1.0 else new / tap.scale
+        def whole(raw: Tensor) -> Tensor:
+            return item.apply(raw, self._tokens or self._here())
 
-        return step
+        def step(raw: Tensor) -> Tensor:
+            h = raw * tap.scale
+            new = _apply(item, h, part, self._here())
+            return raw if new is h else new / tap.scale
+
+        # This runs at every block for every token, with cold caches: each Python frame that is saved is felt.
+        return whole if part is None and tap.scale == 1.0 else step
 
     def _keep_pre(self, layer: int) -> Callable[[Tensor], Tensor]:
         def step(raw: Tensor) -> Tensor:
@@ -294,6 +296,9 @@ def _apply(item: Intervention, h: Tensor, part: slice | None, tokens: Tokens) ->
 
 
 def _chain(steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    if len(steps) == 1:
+        return steps[0]
+
     def change(h: Tensor) -> Tensor:
         for step in steps:
             h = step(h)
@@ -315,11 +320,10 @@ def _input_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 def _output_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        h = output if isinstance(output, Tensor) else output[0]
-        new = change(h)
-        if new is h:
-            return None
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        if isinstance(output, Tensor):
+            return change(output)
+        new = change(output[0])
+        return None if new is output[0] else (new, *output[1:])
 
     return hook
 
