@@ -101,18 +101,11 @@ class Add(AlongDirection):
         return self.unit != "norm" and not self.piecewise and not self.keep_norm
 
     @property
-    def length(self) -> float | None:
-        if not self.constant or isinstance(self.strength, np.ndarray):
-            return None
-        return abs(self.strength) * self._unit_length
-
-    @property
     def _unit_length(self) -> float:
         return self.direction.scale if self.unit == "scale" else 1.0
 
     @cached_property
-    def _step(self) -> Float[np.ndarray, " width"] | None:
-        """What is added to each row, where that is the same for all."""
+    def step(self) -> Float[np.ndarray, " width"] | None:
         fixed = self.constant and not isinstance(self.strength, np.ndarray)
         return self.strength * self._unit_length * self.direction.vector if fixed else None
 
@@ -121,8 +114,8 @@ class Add(AlongDirection):
 
     def changed(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         # The strength is a part of what is added: one rounding, and one operation where nothing depends on the row.
-        if self._step is not None:
-            return h + self.copy("step", self._step, h)
+        if self.step is not None:
+            return h + self.copy("step", self.step, h)
         new = self._pushed(h, self.per_row("strength", tokens, widened(h)))
         return restored(h, new) if self.keep_norm else new
 

@@ -4,11 +4,13 @@ Enters: for each pass, which tokens were chosen and how far they were moved. Lea
 from the device before somebody asks: counts stay tensors, or are known from shapes. Does not know operators.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -74,23 +76,28 @@ class Chosen:
     """
 
     def __init__(self, where: Bool[Tensor, "rows now"] | bool, tokens: Tokens) -> None:
-        self.where, self._tokens = where, tokens
+        self.where, self.tokens = where, tokens
         every = tokens.rows * tokens.now
         self.count: int | Tensor = where.sum() if isinstance(where, Tensor) else every if where else 0
 
     @cached_property
     def prompts(self) -> Bool[Tensor, " prompts"] | None:
         """The prompts of which there is one; None for all."""
-        if self.where is True and self._tokens.all_prompts:
+        if self.where is True and self.tokens.all_prompts:
             return None
-        return self._tokens.touched(self.where if isinstance(self.where, Tensor) else self._tokens.real)
+        return self.tokens.touched(self.where if isinstance(self.where, Tensor) else self.tokens.real)
 
 
 class Tally:
-    """Counts of one intervention, kept on the device. `length` is its displacement where that is the same always."""
+    """Counts of one intervention, kept on the device. `step` is what it adds, where that is always the same.
 
-    def __init__(self, what: str, site: Site, gated: bool, length: float | None) -> None:
-        self._what, self._site, self._gated, self._length = what, site, gated, length
+    `later` takes passes of which every token was chosen, to be counted when some have come together: while a model
+    runs, Python is cold and slow.
+    """
+
+    def __init__(self, what: str, site: Site, gated: bool, step: Float[np.ndarray, " width"] | None) -> None:
+        self._what, self._site, self._gated = what, site, gated
+        self._length = None if step is None else float(np.linalg.norm(step))
         self._in_scope: int | Tensor = 0
         self._tokens: int | Tensor = 0
         self._moved: float | Tensor = 0.0
@@ -98,9 +105,21 @@ class Tally:
         self._passes = 0
         self._rows_before: int | Tensor = 0  # of earlier runs
         self._rows: Bool[Tensor, " prompts"] | int = 0  # of the present run; a number where that is all its prompts
+        self.later: deque[Chosen] = deque()
 
-    def add(self, tokens: Tokens, scope: Chosen, chosen: Chosen) -> None:
+    def fold(self) -> None:
+        """Count what was put off."""
+        while self.later:
+            chosen = self.later.popleft()
+            self._count(chosen, chosen)
+
+    def add(self, scope: Chosen, chosen: Chosen) -> None:
         """Count a pass: the tokens of the scope, and those of them that the gate let through."""
+        self.fold()
+        self._count(scope, chosen)
+
+    def _count(self, scope: Chosen, chosen: Chosen) -> None:
+        tokens = scope.tokens
         self._passes += 1
         self._in_scope = self._in_scope + scope.count
         if tokens.memory is not self._run:
@@ -121,6 +140,8 @@ class Tally:
         self._moved = self._moved + torch.linalg.vector_norm((new - old).detach().float(), dim=-1).sum()
 
     def effect(self) -> Effect:
+        """What was done so far."""
+        self.fold()
         in_scope, tokens = int(self._in_scope), int(self._tokens)
         rows = int(self._rows_before) + int(_number(self._rows))
         if tokens:

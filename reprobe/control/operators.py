@@ -99,8 +99,8 @@ class Operator(ABC):
         return False
 
     @property
-    def length(self) -> float | None:
-        """The displacement ‖change(h) − h‖ where that is the same for every row, else None; strength included."""
+    def step(self) -> Float[np.ndarray, " width"] | None:
+        """What is added to every row, strength included, where that is the same for all; None where it is not."""
         return None
 
     # -- what follows from it ----------------------------------------------------------------------------------

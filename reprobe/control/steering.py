@@ -20,6 +20,9 @@ from reprobe.model.hooks import Intervention, intervene
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.passes import Tokens
 
+#: Passes that are counted together.
+_AT_ONCE = 64
+
 
 @contextlib.contextmanager
 def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch: bool = False) -> Iterator[Done]:
@@ -40,7 +43,7 @@ def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch
         )
     items = [x for item in interventions for x in (item.interventions if isinstance(item, Steering) else (item,))]
     _check(lm, interventions, items, allow_mismatch)
-    tallies = [Tally(str(item), item.site, item.when is not None, item.length) for item in items]
+    tallies = [Tally(str(item), item.site, item.when is not None, item.step) for item in items]
     readers: dict[When, GateReader] = {}
     steps: list[Intervention] = []
     for item, tally in zip(items, tallies, strict=True):
@@ -59,40 +62,49 @@ class _Active:
     def __init__(self, item: Operator, gate: GateReader | None, tally: Tally) -> None:
         self.item, self.gate, self.tally = item, gate, tally
         self.site, self.by_role, self.by_prompt = item.site, item.by_role, item.by_prompt
-        self._measured = item.length is None
+        self._scope = str(item.tokens)  # as a key: what a scope chooses is the same for all interventions of a pass
+        self._step = item.step
+        self._added: Tensor | None = None  # the step, where it was last needed
 
     def apply(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
-        item = self.item
-        # What a scope chooses is the same for all interventions of a pass.
-        scope: Chosen = tokens.once.get(item.tokens) or _in_scope(item, tokens)
-        chosen = scope if self.gate is None else _gated(item, self.gate, scope, tokens, h.device)
-        self.tally.add(tokens, scope, chosen)
+        scope: Chosen | None = tokens.once.get(self._scope)
+        if scope is None:
+            scope = tokens.once[self._scope] = Chosen(self.item.tokens.choose(tokens), tokens)
+        if self._step is None or self.gate is not None or scope.where is not True:
+            return self._chosen(h, tokens, scope)
+        # The same for every token of the pass, which is the rule while generating: nothing but the sum.
+        later = self.tally.later
+        later.append(scope)
+        if len(later) > _AT_ONCE:
+            self.tally.fold()
+        added = self._added
+        if added is None or added.dtype is not h.dtype or added.device != h.device:
+            added = self._added = self.item.copy("step", self._step, h)
+        return h + added
+
+    def _chosen(self, h: Tensor, tokens: Tokens, scope: Chosen) -> Tensor:
+        chosen = scope if self.gate is None else self._let_through(self.gate, scope, tokens, h.device)
+        self.tally.add(scope, chosen)
         where = chosen.where
         if where is False:
             return h
-        new = item.changed(h, tokens)
+        new = self.item.changed(h, tokens)
         if where is not True:
             new = torch.where(where.to(h.device)[..., None], new, h)
-        if self._measured:
+        if self._step is None:
             self.tally.moved(h, new)
         return new
 
-
-def _in_scope(item: Operator, tokens: Tokens) -> Chosen:
-    found = tokens.once[item.tokens] = Chosen(item.tokens.choose(tokens), tokens)
-    return found
-
-
-def _gated(item: Operator, gate: GateReader, scope: Chosen, tokens: Tokens, device: torch.device) -> Chosen:
-    if scope.where is False:
-        return scope
-    key = (item.tokens, gate)
-    found: Chosen | None = tokens.once.get(key)
-    if found is None:
-        opened = gate.decision(tokens, device).expand(tokens.rows, tokens.now)
-        where = opened if scope.where is True else opened & scope.where.to(device)
-        found = tokens.once[key] = Chosen(where, tokens)
-    return found
+    def _let_through(self, gate: GateReader, scope: Chosen, tokens: Tokens, device: torch.device) -> Chosen:
+        if scope.where is False:
+            return scope
+        key = (self._scope, gate)
+        found: Chosen | None = tokens.once.get(key)
+        if found is None:
+            opened = gate.decision(tokens, device).expand(tokens.rows, tokens.now)
+            where = opened if scope.where is True else opened & scope.where.to(device)
+            found = tokens.once[key] = Chosen(where, tokens)
+        return found
 
 
 def _check(

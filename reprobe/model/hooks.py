@@ -166,7 +166,8 @@ class Board:
                     hook = _input_hook(change)
                     handle = tap.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
                 else:
-                    handle = tap.module.register_forward_hook(_output_hook(change), prepend=first)
+                    after = change.hook if isinstance(change, _Whole) else _output_hook(change)
+                    handle = tap.module.register_forward_hook(after, prepend=first)
                 self._handles.append(handle)
 
     def _flat(self, steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
@@ -182,16 +183,12 @@ class Board:
     def _changer(self, item: Intervention) -> Callable[[Tensor], Tensor]:
         tap, part = self._locate(item.site)
 
-        def whole(raw: Tensor) -> Tensor:
-            return item.apply(raw, self._tokens or self._here())
-
         def step(raw: Tensor) -> Tensor:
             h = raw * tap.scale
             new = _apply(item, h, part, self._here())
             return raw if new is h else new / tap.scale
 
-        # This runs at every block for every token, with cold caches: each Python frame that is saved is felt.
-        return whole if part is None and tap.scale == 1.0 else step
+        return _Whole(self, item) if part is None and tap.scale == 1.0 else step
 
     def _keep_pre(self, layer: int) -> Callable[[Tensor], Tensor]:
         def step(raw: Tensor) -> Tensor:
@@ -225,6 +222,7 @@ class Board:
     # -- which tokens -----------------------------------------------------------------------------------------
 
     def _here(self) -> Tokens:
+        """The tokens of the present pass."""
         if self._tokens is None:
             raise UnsupportedOperation(
                 "a block was called outside the network's own forward pass, so it is not known which tokens are "
@@ -266,6 +264,25 @@ class Board:
         else:
             self._direct = Run(Prompts(real, self._direct.prompts.width, None), self._direct.memory)
         return self._direct
+
+
+class _Whole:
+    """One intervention on the whole tensor that passes.
+
+    This runs at every block for every token, after weights have swept the caches: each Python frame is felt, so that
+    where it is alone it is itself the hook.
+    """
+
+    def __init__(self, board: Board, item: Intervention) -> None:
+        self._board, self._apply = board, item.apply
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        return self._apply(raw, self._board._tokens or self._board._here())
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._apply(output, self._board._tokens or self._board._here())
+        return (self(output[0]), *output[1:])
 
 
 #: Boards with hooks, by id, and what keeps compiled code from running while there are any.
