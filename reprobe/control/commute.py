@@ -4,8 +4,6 @@ Enters: two operators. Leaves: True only where it is certain that the model comp
 know bundles or hooks.
 """
 
-import numpy as np
-
 from reprobe.control.along import Ablate, Add, AlongDirection, Scale
 from reprobe.control.operators import Operator
 from reprobe.model.sites import Site
@@ -65,4 +63,4 @@ def _multiple(x: Operator) -> bool:
 
 
 def _linear(x: Operator) -> bool:
-    return isinstance(x, Ablate | Scale) and bool(np.isfinite(x.strength).all())
+    return isinstance(x, Ablate | Scale)
