@@ -13,6 +13,10 @@ The way of the data, station by station:
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
+                (LEACE: a concept erased)
+    control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
+                bundles them: a direction (or a map, or activations) put back into the model
+    evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
 
 Importing reprobe loads no model library; names are fetched when they are first used.
@@ -22,7 +26,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reprobe.control import Ablate, Add, Affine, Scope, steer
+    from reprobe.control import (
+        Ablate,
+        Add,
+        Affine,
+        Clamp,
+        LowRank,
+        Noise,
+        Operator,
+        Replace,
+        Scale,
+        Scope,
+        Steering,
+        When,
+        steer,
+    )
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import (
         Choices,
@@ -81,6 +99,7 @@ _HOME = {
     "CCSReader": "probing",
     "ChoiceScore": "evaluation",
     "Choices": "evaluation",
+    "Clamp": "control",
     "ClassGrid": "probing",
     "ClusterMean": "probing",
     "Comparison": "probing",
@@ -91,10 +110,13 @@ _HOME = {
     "LEACE": "probing",
     "LanguageModel": "model",
     "LogisticReader": "probing",
+    "LowRank": "control",
     "MeanDifference": "probing",
     "ModelIdentity": "model",
     "Monitor": "model",
     "MultiClassReader": "probing",
+    "Noise": "control",
+    "Operator": "control",
     "PCAReader": "probing",
     "Passage": "evaluation",
     "Position": "prompts",
@@ -103,16 +125,20 @@ _HOME = {
     "RandomReader": "probing",
     "Reading": "model",
     "Readout": "evaluation",
+    "Replace": "control",
     "Replay": "extraction",
     "ReprobeError": "errors",
     "RidgeReader": "probing",
+    "Scale": "control",
     "Scope": "control",
     "Share": "extraction",
     "SideEffects": "evaluation",
     "Site": "model",
+    "Steering": "control",
     "TTPDReader": "probing",
     "TransferGrid": "probing",
     "Tuned": "evaluation",
+    "When": "control",
     "capture": "model",
     "compare": "probing",
     "divergence": "evaluation",
@@ -146,6 +172,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "CCSReader",
     "ChoiceScore",
     "Choices",
+    "Clamp",
     "ClassGrid",
     "ClusterMean",
     "Comparison",
@@ -156,10 +183,13 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "LEACE",
     "LanguageModel",
     "LogisticReader",
+    "LowRank",
     "MeanDifference",
     "ModelIdentity",
     "Monitor",
     "MultiClassReader",
+    "Noise",
+    "Operator",
     "PCAReader",
     "Passage",
     "Position",
@@ -168,16 +198,20 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "RandomReader",
     "Reading",
     "Readout",
+    "Replace",
     "Replay",
     "ReprobeError",
     "RidgeReader",
+    "Scale",
     "Scope",
     "Share",
     "SideEffects",
     "Site",
+    "Steering",
     "TTPDReader",
     "TransferGrid",
     "Tuned",
+    "When",
     "capture",
     "compare",
     "divergence",

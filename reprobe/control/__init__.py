@@ -1,7 +1,29 @@
-"""Control: directions put back into a model as interventions (operator × site × scope)."""
+"""Control: directions, maps and activations put back into a model (operator × site × scope × gate)."""
 
-from reprobe.control.operators import Ablate, Add, Affine, Operator
+from reprobe.control.along import Ablate, Add, Clamp, Scale
+from reprobe.control.bundle import Steering
+from reprobe.control.effects import Done, Effect
+from reprobe.control.gates import When
+from reprobe.control.maps import Affine, LowRank
+from reprobe.control.operators import Operator
 from reprobe.control.scopes import Scope
 from reprobe.control.steering import steer
+from reprobe.control.values import Noise, Replace
 
-__all__ = ["Ablate", "Add", "Affine", "Operator", "Scope", "steer"]
+__all__ = [
+    "Ablate",
+    "Add",
+    "Affine",
+    "Clamp",
+    "Done",
+    "Effect",
+    "LowRank",
+    "Noise",
+    "Operator",
+    "Replace",
+    "Scale",
+    "Scope",
+    "Steering",
+    "When",
+    "steer",
+]

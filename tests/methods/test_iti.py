@@ -97,7 +97,7 @@ def test_the_recipe_holds_for_the_heads_of_a_model(family, tiny_lm, tmp_path):
     for ranking in iti.head_ranking(store, probe=LogisticReader(C=1.0)):
         agree(store, ranking, C=1.0)
         assert ranking.top(1)[0].identity == lm.identity
-        assert ranking.top(1)[0].width == store.width(site)
+        assert ranking.top(1)[0].width == store.width(ranking.top(1)[0].site)
 
 
 def test_questions_are_dealt_to_two_folds_and_each_development_fold_80_to_20():
