@@ -6,6 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import reprobe as rp
 from reprobe.errors import UsageError
 from reprobe.probing import lbfgs, logistic
 from reprobe.probing.crossval import group_folds
@@ -215,19 +216,27 @@ def test_impossible_penalties_are_refused(C, planted):
         LogisticReader(C=C).fit(data.X, data.y)
 
 
+def on_heads(lm, sites, path):
+    """Every head of those sites, and each site whole, against scikit-learn."""
+    store = rp.extract(lm, rp.PromptSet.load("cities").head(240), sites=sites, at="last", to=path)
+    y, heads = store.index["label"].to_numpy() == 1, []
+    for site in store.sites:
+        X = store.read(site).double().numpy()
+        heads.append(X.reshape(len(X), -1, 64).transpose(1, 0, 2))
+        assert_is(many(X, y, 0.1), 0, reference(X, y, 0.1), X)
+    together = np.concatenate(heads)
+    found = solve_many(torch.tensor(together), torch.tensor(y), 0.1)
+    for h, rows in enumerate(together):
+        assert_is(found, 0, reference(rows, y, 0.1), rows, site=h)
+    return len(together)
+
+
 @pytest.mark.models
 def test_the_optimum_is_scikit_learns_on_heads_of_a_model(real_lm, tmp_path):
-    import reprobe as rp
+    assert on_heads(real_lm("smollm2-135m"), "attn.heads@12", tmp_path / "s.reprobe") == 9
 
-    store = rp.extract(
-        real_lm("smollm2-135m"), rp.PromptSet.load("cities").head(240), sites="attn.heads@12", at="last",
-        to=tmp_path / "s.reprobe",
-    )  # fmt: skip
-    X = store.read("attn.heads@12").double().numpy()
-    y = store.index["label"].to_numpy() == 1
-    heads = X.reshape(len(X), -1, 64).transpose(1, 0, 2)
-    found = solve_many(torch.tensor(heads), torch.tensor(y), 0.1)
-    for h, rows in enumerate(heads):
-        assert_is(found, 0, reference(rows, y, 0.1), rows, site=h)
-    whole = many(X, y, 0.1)
-    assert_is(whole, 0, reference(X, y, 0.1), X)
+
+@pytest.mark.models
+@pytest.mark.slow
+def test_the_optimum_is_scikit_learns_on_all_heads_of_a_model(real_lm, tmp_path):
+    assert on_heads(real_lm("smollm2-135m"), "attn.heads@*", tmp_path / "s.reprobe") == 270
