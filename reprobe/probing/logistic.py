@@ -44,8 +44,8 @@ FLAT = 1e-10
 FEW = 1 << 20
 #: Numbers of the rows' probabilities from which on a site is solved by itself: fewer cost little beside the calls.
 _BESIDE = 1 << 14
-#: Problems that use at most this share of the rows are solved on their own rows.
-_SPARSE = 0.6
+#: Problems that use at most this share of the rows, in so few different sets, are solved on their own rows.
+_SPARSE, _SETS = 0.6, 4
 #: The Hessian is formed anew when a step leaves more than this share of the gradient.
 _STALE = 0.2
 _MAX_STEPS = 200
@@ -124,7 +124,7 @@ def _row_sets(omega: Float[Tensor, "rows problems"]) -> list[tuple[Tensor | None
     """The problems to be solved over the same rows (None: all): rows that weigh nothing cost as much as others, but few
     are worth a matrix of their own."""
     sets, of = torch.unique(omega.T > 0, dim=0, return_inverse=True)
-    if len(sets) == 1 or sets.double().mean(1).max() > _SPARSE:
+    if not 1 < len(sets) <= _SETS or sets.double().mean(1).max() > _SPARSE:
         return [(None, torch.arange(omega.shape[1], device=omega.device))]
     return [(rows.nonzero()[:, 0], (of == k).nonzero()[:, 0]) for k, rows in enumerate(sets)]
 
