@@ -20,7 +20,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reprobe.control import Ablate, Add, Affine, Scope, steer
+    from reprobe.control import (
+        Ablate,
+        Add,
+        Affine,
+        Scope,
+        WeightEdit,
+        apply_edits,
+        edited,
+        export_edited,
+        ledger_of,
+        load_edited,
+        steer,
+    )
     from reprobe.errors import ReprobeError
     from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
@@ -43,7 +55,7 @@ if TYPE_CHECKING:
         probe,
         transfer,
     )
-    from reprobe.prompts import Position, PromptSet
+    from reprobe.prompts import Fact, Position, PromptSet
     from reprobe.report import write_report
     from reprobe.store import ActivationStore
 
@@ -56,6 +68,7 @@ _HOME = {
     "ClusterMean": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "Fact": "prompts",
     "KSparseReader": "probing",
     "LDAReader": "probing",
     "LEACE": "probing",
@@ -76,13 +89,19 @@ _HOME = {
     "Site": "model",
     "TTPDReader": "probing",
     "TransferGrid": "probing",
+    "WeightEdit": "control",
+    "apply_edits": "control",
     "capture": "model",
     "divergence": "evaluation",
     "dose_response": "evaluation",
+    "edited": "control",
+    "export_edited": "control",
     "extract": "extraction",
     "extract_on_ray": "extraction",
     "import_vllm": "extraction",
     "intervene": "model",
+    "ledger_of": "control",
+    "load_edited": "control",
     "log_odds": "evaluation",
     "observe": "model",
     "probe": "probing",
@@ -101,6 +120,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ClusterMean",
     "Contrast",
     "Direction",
+    "Fact",
     "KSparseReader",
     "LDAReader",
     "LEACE",
@@ -121,13 +141,19 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Site",
     "TTPDReader",
     "TransferGrid",
+    "WeightEdit",
+    "apply_edits",
     "capture",
     "divergence",
     "dose_response",
+    "edited",
+    "export_edited",
     "extract",
     "extract_on_ray",
     "import_vllm",
     "intervene",
+    "ledger_of",
+    "load_edited",
     "log_odds",
     "observe",
     "probe",

@@ -356,9 +356,10 @@ class LanguageModel:
         prompts: Prompt | Sequence[Prompt],
         continuations: Sequence[str] | Sequence[Sequence[str]],
         *,
+        mean: bool = False,
         batch_tokens: int | None = None,
     ) -> list[np.ndarray]:
-        """Log-probability (nats) of continuations, summed over their tokens.
+        """Log-probability (nats) of continuations, summed over their tokens, or with `mean` averaged over them.
 
         One list of continuations per prompt → one float64 array per prompt. A continuation is tokenised together
         with its prompt and found again by character offsets, so a token that straddles the seam counts as the
@@ -387,16 +388,30 @@ class LanguageModel:
                 "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
                 "a beginning-of-text token"
             )
-        scores = iter(self._scores(rows, batch_tokens))
+        scores = (each.mean() if mean else each.sum() for each in self._scores(rows, batch_tokens))
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
 
-    def _scores(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> Float[np.ndarray, " rows"]:
-        """Summed log-probability of each row's tokens from `suffix` on."""
+    @torch.no_grad()
+    def perplexity(self, texts: str | Sequence[str], *, batch_tokens: int | None = None) -> float:
+        """exp of the mean surprisal (nats) per token of texts, each token given those of its text before it.
+
+        A text's first token has nothing before it and does not count; a beginning-of-text token is such a first
+        token. Texts beyond the context are cut at its end. Raises `UsageError` if no text has two tokens.
+        """
+        self._need_decoder("perplexity")
+        rows = tokenise(self.tokenizer, _batch(texts), context=self.context, truncate="right")
+        scored = [replace(row, suffix=1) for row in rows if len(row.ids) > 1]
+        if not scored:
+            raise UsageError("perplexity needs a text of two tokens or more")
+        return float(np.exp(-np.concatenate(self._scores(scored, batch_tokens)).mean()))
+
+    def _scores(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> list[Float[np.ndarray, " tokens"]]:
+        """Log-probability of each token of each row from `suffix` on, in float64."""
         # A token's role is made a part of its number: only tokens of one role can be one place of a tree.
         numbers = np.concatenate([r.ids * len(_Role) + _roles(r) for r in rows])
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(numbers, starts, budget=batch_tokens)
-        out = np.zeros(len(rows))
+        out = [np.zeros(0)] * len(rows)
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
             roles = torch.from_numpy(layout.ids % len(_Role)).to(self.device)
@@ -414,8 +429,9 @@ class LanguageModel:
             targets = layout.ids.ravel()[layout.at[asked]]
             states = hidden.last_hidden_state.flatten(0, 1)
             each = self._token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
-            owner = np.repeat(prompts, [len(rows[p].ids) - rows[p].suffix for p in prompts])
-            np.add.at(out, owner, each)
+            cuts = np.cumsum([len(rows[p].ids) - rows[p].suffix for p in prompts])[:-1]
+            for p, own in zip(prompts, np.split(each, cuts), strict=True):
+                out[p] = own
         return out
 
     def _token_logprobs(

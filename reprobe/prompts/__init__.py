@@ -10,6 +10,7 @@ from reprobe.prompts.facts import CounterFact, CounterFactFlat, KnownFacts, Rela
 from reprobe.prompts.formats import FORMATS, Table
 from reprobe.prompts.positions import Position
 from reprobe.prompts.prompt_set import Description, PromptSet, Split, concat
+from reprobe.prompts.fact import Fact, Neighbour, facts_of
 from reprobe.prompts.statements import Emotions, Persona, Statements
 from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, token_frame, token_table, tokenize
 from reprobe.prompts.truthfulqa import TruthfulQA, TruthfulQAChoices
@@ -20,8 +21,10 @@ __all__ = [
     "CounterFactFlat",
     "Description",
     "Emotions",
+    "Fact",
     "Format",
     "KnownFacts",
+    "Neighbour",
     "Persona",
     "Position",
     "PromptSet",
@@ -35,6 +38,7 @@ __all__ = [
     "TruthfulQAChoices",
     "bundled",
     "concat",
+    "facts_of",
     "index_frame",
     "token_frame",
     "token_table",
