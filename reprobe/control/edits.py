@@ -76,7 +76,7 @@ class WeightEdit:
 
     @property
     def rank(self) -> int:
-        return self.left.shape[1]
+        return int(self.left.shape[1])
 
     @property
     def norm(self) -> float:

@@ -83,6 +83,8 @@ class EditLedger:
 
         Raises `UsageError` for one that is not in the network.
         """
+        if not self.applied and edits is None:
+            return
         gone = self.applied if edits is None else tuple(self.find(edit) for edit in edits)
         self._change(lm, self.base(lm), add=(), remove=gone)
 
@@ -180,3 +182,16 @@ def edited(
     finally:
         held = set(ledger.digests)
         ledger.revert(lm, [edit for edit in items if edit.digest in held])
+
+
+@contextlib.contextmanager
+def unedited(lm: LanguageModel) -> Iterator[None]:
+    """The base inside the context: all edits out, and after any exit in again, in their order."""
+    ledger = ledger_of(lm)
+    held = ledger.applied
+    ledger.revert(lm)
+    try:
+        yield
+    finally:
+        if held:
+            ledger.apply(lm, held)

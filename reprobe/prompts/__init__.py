@@ -6,11 +6,11 @@ tokenizer and a `Position` its `TokenTable`. Does not know models.
 
 from reprobe.prompts.catalog import bundled
 from reprobe.prompts.content import Format
+from reprobe.prompts.fact import Fact, Neighbour, facts_of
 from reprobe.prompts.facts import CounterFact, CounterFactFlat, KnownFacts, Relations
 from reprobe.prompts.formats import FORMATS, Table
 from reprobe.prompts.positions import Position
 from reprobe.prompts.prompt_set import Description, PromptSet, Split, concat
-from reprobe.prompts.fact import Fact, Neighbour, facts_of
 from reprobe.prompts.statements import Emotions, Persona, Statements
 from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, token_frame, token_table, tokenize
 from reprobe.prompts.truthfulqa import TruthfulQA, TruthfulQAChoices
