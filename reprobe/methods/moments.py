@@ -149,8 +149,8 @@ class SecondMoment:
         out: np.ndarray = self.matrix + ridge * np.trace(self.matrix) / self.width * np.eye(self.width)
         return out
 
-    def solve(self, k: Float[np.ndarray, "width *n"], ridge: float) -> Float[np.ndarray, "width *n"]:
-        """(C + ridge)⁻¹ k by one Cholesky decomposition, kept for the next call.
+    def solve(self, k: Float[np.ndarray, "..."], ridge: float) -> Float[np.ndarray, "..."]:
+        """(C + ridge)⁻¹ k, for one key (width,) or several as columns (width, n). The decomposition is kept.
 
         Raises `UsageError` if the matrix is singular, as it is without a ridge from fewer tokens than `width`.
         """

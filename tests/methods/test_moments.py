@@ -80,7 +80,7 @@ def test_a_damaged_cache_file_is_made_again(tiny_lm, own_cache):
 
 def test_of_an_edited_model_they_are_the_bases(tiny_lm):
     lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
-    n, want = by_hand(lm, 1)
+    _, want = by_hand(lm, 1)
     matrix = Matrix.projection(lm, 0)
     edit = rp.WeightEdit(matrix.name, np.ones((27, 1)), np.ones((tiny.D_FF, 1)), lm.identity)
     with rp.edited(lm, edit):
@@ -92,9 +92,7 @@ def test_of_an_edited_model_they_are_the_bases(tiny_lm):
 
 def test_a_sample_is_as_long_as_asked_and_repeats_with_its_seed(tiny_lm):
     lm = tiny_lm("llama")
-    one, same, other = (
-        second_moments(lm, [0], Sample(tokens=300, seed=s), fresh=True)[0] for s in (0, 0, 1)
-    )
+    one, same, other = (second_moments(lm, [0], Sample(tokens=300, seed=s), fresh=True)[0] for s in (0, 0, 1))
     assert one.n == 300
     assert np.array_equal(one.matrix, same.matrix)
     assert not np.allclose(one.matrix, other.matrix)
@@ -126,7 +124,7 @@ def test_a_singular_moment_without_a_ridge_is_refused_with_the_way_out():
     rows = np.random.default_rng(0).normal(size=(5, 7))
     moment = SecondMoment(Site("mlp.neurons", 3), 5, rows.T @ rows / 5, {}, "")
     assert moment.singular
-    with pytest.raises(UsageError, match="5 tokens, width 7.*singular.*ridge"):
+    with pytest.raises(UsageError, match=r"5 tokens, width 7.*singular.*ridge"):
         moment.solve(np.ones(7), 0.0)
     assert np.isfinite(moment.solve(np.ones(7), 0.01)).all()
 
