@@ -24,9 +24,10 @@ from reprobe.control.ledger import ledger_of, unedited
 from reprobe.errors import CorruptArtifact, DataError, UnsupportedOperation, UsageError
 from reprobe.methods.moments import OPENINGS
 from reprobe.model.cache import build, cache_folder
-from reprobe.model.hooks import board_of
+from reprobe.model.hooks import board_of, capture
 from reprobe.model.identity import digest_tokenizer
 from reprobe.model.language_model import LanguageModel
+from reprobe.model.packs import lay_out
 from reprobe.model.sites import Site
 from reprobe.model.tail import Tail, align, tail_above
 from reprobe.model.text import tokenise
@@ -39,7 +40,8 @@ _PREFIXES = 1
 
 @dataclass(frozen=True)
 class Search:
-    """How δ is searched: Adam at `rate` for `steps` evaluations at most, until the loss is below `stop`.
+    """How δ is searched: Adam at `rate` for `steps` evaluations at most, until the first part of the loss is below
+    `stop` (in the original the whole loss, which at small models stays above it through the last part alone).
 
     Loss (nats) = mean −log p(new object) over the prefixes + `kl` · KL of the next-token distribution after the
     subject in "{subject} is a" + `decay` · ‖δ‖ / ‖v₀‖². After each step ‖δ‖ is cut to `clamp` · ‖v₀‖. v₀ is the vector
@@ -145,19 +147,6 @@ class Lookup:
         """What `site` holds at the subject's last token of every row."""
         return self.tail.seen[site][:, 0]
 
-    def mean(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "facts width"]:
-        """The mean over each fact's prompts ("{subject} is a" left out), in float64."""
-        prompts = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-        prompts[self.essence] = 0
-        sums = torch.zeros(self.n_facts, rows.shape[1], dtype=torch.float64, device=rows.device)
-        sums.index_add_(0, self.owner, rows.double() * prompts[:, None])
-        return (
-            sums
-            / torch.zeros(self.n_facts, dtype=torch.float64, device=rows.device).index_add_(0, self.owner, prompts)[
-                :, None
-            ]
-        )
-
 
 def look_up(
     lm: LanguageModel, facts: Sequence[Fact], prefixes: Sequence[str], layer: int, sites: Sequence[Site]
@@ -248,7 +237,7 @@ def search(
         # The norm has no gradient at 0, where the search begins.
         length = (delta.square().sum(1) + 1e-30).sqrt()
         loss = nll + settings.kl * kl + settings.decay * length / size.square()
-        done |= loss.detach() < settings.stop
+        done |= nll.detach() < settings.stop
         if bool(done.all()) or step == settings.steps - 1:
             break
         held[done] = delta.detach()[done]
@@ -264,6 +253,35 @@ def search(
         torch.exp(-nll.detach().double()).cpu().numpy(),
         step + 1,
     )
+
+
+@torch.no_grad()
+def at_subjects(
+    lm: LanguageModel, facts: Sequence[Fact], fronts: Sequence[str], sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "facts fronts width"]]:
+    """What sites hold at the subject's last token of each fact behind each front. Fronts are shared beginnings."""
+    rows = tokenise(
+        lm.tokenizer,
+        [front + fact.prompt for fact in facts for front in fronts],
+        spans=[
+            {"subject": (len(front) + fact.span[0], len(front) + fact.span[1])} for fact in facts for front in fronts
+        ],
+        context=lm.context,
+    )
+    ids = [row.ids[: row.spans["subject"][-1] + 1] for row in rows]
+    tokens, starts = np.concatenate(ids), np.concatenate([[0], np.cumsum([len(r) for r in ids])])
+    plan = lm.plan(tokens, starts)
+    out = {site: torch.zeros(len(ids), lm.width(site), dtype=lm.dtype, device=lm.device) for site in sites}
+    for k in range(plan.n_packs):
+        layout = lay_out(plan, k, tokens, starts)
+        places = torch.from_numpy(layout.at[layout.starts[1:] - 1]).to(lm.device)
+
+        def select(h: Tensor, places: Tensor = places) -> Tensor:
+            return h.flatten(0, 1)[places.to(h.device)]
+
+        for site, found in capture(lm, lm.pack_inputs(layout), sites, select).items():
+            out[site][torch.from_numpy(plan.pack(k)).to(lm.device)] = found.to(lm.device)
+    return {site: values.unflatten(0, (len(facts), len(fronts))) for site, values in out.items()}
 
 
 def probabilities(lm: LanguageModel, facts: Sequence[Fact]) -> Float[np.ndarray, " facts"]:

@@ -28,11 +28,8 @@ from reprobe.methods import editing
 from reprobe.methods.editing import Search
 from reprobe.methods.moments import SecondMoment, Text, second_moments
 from reprobe.methods.rome import RIDGE
-from reprobe.model.hooks import capture
 from reprobe.model.language_model import LanguageModel
-from reprobe.model.packs import lay_out
 from reprobe.model.sites import Site
-from reprobe.model.text import tokenise
 from reprobe.progress import Progress, silent
 from reprobe.prompts.fact import Fact
 
@@ -232,42 +229,13 @@ def _keys_and_residuals(
     """Keys of block `layer`, means over prefixes, and what its down projection must return in addition so that the
     output of block `last` at the bare prompt becomes `values`, in the network as it is now."""
     neurons, post = Site("mlp.neurons", layer), Site("resid.post", last)
-    seen = _at_subjects(lm, facts, ["", *prefixes], [neurons, post])
+    seen = editing.at_subjects(lm, facts, ["", *prefixes], [neurons, post])
     keys = seen[neurons].double().mean(1)
     residuals = values - seen[post][:, 0].double()
     with torch.no_grad():
         raw = lm.architecture.projection(lm.net, layer)(seen[neurons][:, 0])
     back = carry_back(lm, layer, raw, residuals)
     return keys.T.cpu().numpy(), back.T.cpu().numpy()
-
-
-@torch.no_grad()
-def _at_subjects(
-    lm: LanguageModel, facts: Sequence[Fact], fronts: Sequence[str], sites: Sequence[Site]
-) -> dict[Site, Float[Tensor, "facts fronts width"]]:
-    """What sites hold at the subject's last token of each fact behind each front. Fronts are shared beginnings."""
-    rows = tokenise(
-        lm.tokenizer,
-        [front + fact.prompt for fact in facts for front in fronts],
-        spans=[
-            {"subject": (len(front) + fact.span[0], len(front) + fact.span[1])} for fact in facts for front in fronts
-        ],
-        context=lm.context,
-    )
-    ids = [row.ids[: row.spans["subject"][-1] + 1] for row in rows]
-    tokens, starts = np.concatenate(ids), np.concatenate([[0], np.cumsum([len(r) for r in ids])])
-    plan = lm.plan(tokens, starts)
-    out = {site: torch.zeros(len(ids), lm.width(site), dtype=lm.dtype, device=lm.device) for site in sites}
-    for k in range(plan.n_packs):
-        layout = lay_out(plan, k, tokens, starts)
-        places = torch.from_numpy(layout.at[layout.starts[1:] - 1]).to(lm.device)
-
-        def select(h: Tensor, places: Tensor = places) -> Tensor:
-            return h.flatten(0, 1)[places.to(h.device)]
-
-        for site, found in capture(lm, lm.pack_inputs(layout), sites, select).items():
-            out[site][torch.from_numpy(plan.pack(k)).to(lm.device)] = found.to(lm.device)
-    return {site: values.unflatten(0, (len(facts), len(fronts))) for site, values in out.items()}
 
 
 def carry_back(

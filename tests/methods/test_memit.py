@@ -1,4 +1,4 @@
-"""MEMIT against closed forms, Woodbury against the direct solve, and both against the network; the fine-tuning baseline."""
+"""MEMIT against closed forms, Woodbury against the direct solve, both against the network; fine-tuning."""
 
 import numpy as np
 import pytest
@@ -56,6 +56,7 @@ def test_woodbury_is_the_direct_solve(seed, facts, weight):
     assert right.shape[1] == min(facts, 3)
 
 
+@pytest.mark.filterwarnings("ignore:.*have no effect")
 def test_one_fact_at_one_block_is_the_closed_form():
     """(λC + kkᵀ)⁻¹k = (λC)⁻¹k / (1 + kᵀ(λC)⁻¹k) (Sherman–Morrison)."""
     lm = fresh("llama")
@@ -167,6 +168,7 @@ def test_bad_input_is_refused_and_the_weights_are_untouched():
     assert rp.ledger_of(lm).applied == ()
 
 
+@pytest.mark.filterwarnings("ignore:.*have no effect")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_fine_tuning_is_that_of_the_networks_own_gradients_within_its_bound(family):
     lm = fresh(family)

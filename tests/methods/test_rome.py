@@ -16,7 +16,7 @@ from reprobe.model.sites import Site
 
 TEXT = Corpus.load(["the cat is on the mat and a dog is in the other hat", "and on the theory of the rest is an end"])
 FACT = rp.Fact.of(subject="the other cat", prompt="it is that {} is on the", new="mat", true="roof")
-QUICK = rome.Settings(search=Search(steps=6), prefixes=3, ridge=0.1)
+QUICK = rome.Settings(search=Search(steps=3), prefixes=3, ridge=0.1)
 EDITABLE = [f for f in tiny.DECODERS if f != "mixtral"]
 
 
@@ -33,9 +33,9 @@ def layer_of(lm):
 
 
 def double(family, *, bos=True):
-    """In float64, but for BLOOM, which computes its attention in float32 and then gets NaN for pads."""
-    if family == "bloom":
-        return rp.LanguageModel(tiny_net(family), tiny_tokenizer(bos=bos), name="tiny-bloom")
+    """In float64, but for families whose stock code cannot: float32 inside attention (pads give NaN), fused experts."""
+    if family in ("bloom", "gemma2", "qwen3_moe", "deepseek_v3"):
+        return rp.LanguageModel(tiny_net(family), tiny_tokenizer(bos=bos), name=f"tiny-{family}")
     return rp.LanguageModel(tiny_net(family).double(), tiny_tokenizer(bos=bos), name=f"tiny-{family}")
 
 
@@ -76,19 +76,29 @@ def test_after_the_edit_the_layer_maps_the_captured_key_to_the_value_exactly(fam
     assert abs(cosine) == pytest.approx(1.0, abs=close)
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 edits have no effect")
 @pytest.mark.parametrize("family", EDITABLE)
-def test_the_search_raises_the_probability_and_the_edit_does_what_the_search_promised(family):
-    """Without prefixes k* is the bare prompt's key, so the edited model gives exactly the probability of the search."""
+def test_the_search_raises_the_probability_and_the_edit_says_what_the_edited_network_does(family):
     lm = double(family)
     layer = layer_of(lm)
-    settings = rome.Settings(search=Search(steps=12, rate=0.3, clamp=9.0), prefixes=0, ridge=0.1)
-    before = np.exp(lm.logprobs(FACT.prompt, [" mat"], mean=True)[0][0])
-    edit = rome.edit(lm, FACT, layer=layer, moment=TEXT, settings=settings)
+    fact = rp.Fact.of(subject="the other cat", prompt="it is that {}", new="mat")
+    settings = rome.Settings(search=Search(steps=9, clamp=99.0, kl=0.0, decay=0.0), prefixes=0, ridge=0.1)
+
+    def stock():
+        ids = lm.encode(fact.prompt + " mat").input_ids
+        n = len(lm.encode(fact.prompt).row(0))
+        with torch.no_grad():
+            logp = lm.net(input_ids=ids).logits[0].log_softmax(-1)
+        return float(logp[n - 1 : -1].gather(1, ids[0, n:, None]).mean().exp())
+
+    before = stock()
+    edit = rome.edit(lm, fact, layer=layer, moment=TEXT, settings=settings)
+    assert stock() == before, "the model is as it was"
+    with rp.edited(lm, edit):
+        after = stock()
     (effect,) = edit.effects
-    assert effect.before == pytest.approx(before)
-    assert effect.after > 2 * effect.before
-    assert effect.after == pytest.approx(edit.provenance["search"]["probability"], rel=1e-4)
-    assert np.exp(lm.logprobs(FACT.prompt, [" mat"], mean=True)[0][0]) == before, "the model is as it was"
+    assert (effect.before, effect.after) == pytest.approx((before, after), rel=1e-4)
+    assert edit.provenance["search"]["probability"] > 1.3 * before
 
 
 def plain_search(lm, fact, layer, prefixes, settings):
@@ -133,7 +143,7 @@ def plain_search(lm, fact, layer, prefixes, settings):
         kl = (now.exp() * (now - first)).sum()
         loss = nll + settings.kl * kl + settings.decay * (delta.square().sum() + 1e-30).sqrt() / start.square().sum()
         losses.append(float(loss.detach()))
-        if losses[-1] < settings.stop or step == settings.steps - 1:
+        if float(nll.detach()) < settings.stop or step == settings.steps - 1:
             break
         adam.zero_grad()
         loss.backward()
