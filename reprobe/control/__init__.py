@@ -1,6 +1,6 @@
 """Control: directions put back into a model as interventions (operator × site × scope), and edits of its weights."""
 
-from reprobe.control.edited_model import edits_in, export_edited, load_edited
+from reprobe.control.edited_model import edits_in, export_edited, load_edited, save_edits
 from reprobe.control.edits import Effect, WeightEdit
 from reprobe.control.ledger import EditLedger, apply_edits, edited, ledger_of
 from reprobe.control.operators import Ablate, Add, Affine, Operator
@@ -22,5 +22,6 @@ __all__ = [
     "export_edited",
     "ledger_of",
     "load_edited",
+    "save_edits",
     "steer",
 ]
