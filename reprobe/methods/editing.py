@@ -281,13 +281,14 @@ def at_subjects(
 
         for site, found in capture(lm, lm.pack_inputs(layout), sites, select).items():
             out[site][torch.from_numpy(plan.pack(k)).to(lm.device)] = found.to(lm.device)
-    return {site: values.unflatten(0, (len(facts), len(fronts))) for site, values in out.items()}
+    return {site: values.reshape(len(facts), len(fronts), -1) for site, values in out.items()}
 
 
 def probabilities(lm: LanguageModel, facts: Sequence[Fact]) -> Float[np.ndarray, " facts"]:
     """Probability of each fact's new object after its prompt: exp(mean log-probability of its tokens)."""
     found = lm.logprobs([f.prompt for f in facts], [[continuation(f.prompt, f.wanted)] for f in facts], mean=True)
-    return np.exp(np.concatenate(found))
+    out: np.ndarray = np.exp(np.concatenate(found))
+    return out
 
 
 def effects(before: Float[np.ndarray, " facts"], after: Float[np.ndarray, " facts"]) -> tuple[Effect, ...]:

@@ -14,6 +14,7 @@ arXiv:2410.02355): the change acts only on directions that ordinary keys hardly 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -254,7 +255,7 @@ def carry_back(
         goal = lm.architecture.after_projection(lm.net, layer, start.to(raw.dtype)).float() + step.float()
     size = step.float().square().sum(1).clamp(min=1e-12)
     move = torch.zeros_like(start, requires_grad=True)
-    solver = torch.optim.LBFGS([move], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
+    solver: Any = torch.optim.LBFGS([move], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
 
     def distance() -> Tensor:
         got = lm.architecture.after_projection(lm.net, layer, (start + unit * move).to(raw.dtype)).float()
