@@ -167,7 +167,7 @@ def edit_revert(
     _refuse_existing(to, False)
     lm = load_edited(model, dtype=dtype, device=device)
     ledger = ledger_of(lm)
-    ledger.revert(lm, edit or None)
+    ledger.revert(edit or None)
     export_edited(lm, to)
     _say(f"{to}: {len(ledger.applied)} edits left")
 

@@ -63,12 +63,11 @@ def load_edited(folder: str | Path, **options: Any) -> LanguageModel:
             f"loaded in another dtype: exported was {record['base']['dtype']}); its edits cannot be taken out"
         )
     ledger = ledger_of(lm, keep_originals=len(originals) > 0 or not edits)
-    ledger.restored(
+    ledger.restore(
         ModelIdentity.from_json(record["base"]),
         edits,
         {name: original.to(lm.device) for name, original in originals.items()},
     )
-    ledger.noted(lm)
     return lm
 
 
@@ -112,7 +111,7 @@ def _write_record(lm: LanguageModel, place: Path, originals: bool) -> None:
     from safetensors.torch import save_file
 
     ledger = ledger_of(lm)
-    base = ledger.base(lm)
+    base = ledger.base
     place.mkdir()
     names = [f"{i:04d}.safetensors" for i in range(len(ledger.applied))]
     for name, edit in zip(names, ledger.applied, strict=True):

@@ -11,6 +11,7 @@ refused whose base is another model, or which was made after edits that the netw
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,22 @@ from reprobe.errors import IdentityMismatch, UsageError
 from reprobe.model.identity import ModelIdentity, digest_weights
 from reprobe.model.language_model import LanguageModel
 
-_LEDGERS: "weakref.WeakKeyDictionary[nn.Module, EditLedger]" = weakref.WeakKeyDictionary()
+
+@dataclass
+class _State:
+    """What is known of one network. Held weakly by the network, so it must not hold it."""
+
+    keep_originals: bool = True
+    applied: tuple[WeightEdit, ...] = ()
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    base: ModelIdentity | None = None
+    weights: str = ""  # the digest that the last change left
 
 
+_STATES: "weakref.WeakKeyDictionary[nn.Module, _State]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
 class EditLedger:
     """The edits in one network, in the order in which they were applied. Made by `ledger_of`.
 
@@ -31,54 +45,59 @@ class EditLedger:
     subtracted, which leaves rounding errors.
     """
 
-    def __init__(self, keep_originals: bool = True) -> None:
-        self.keep_originals = keep_originals
-        self.applied: tuple[WeightEdit, ...] = ()
-        self._originals: dict[str, Tensor] = {}
-        self._base: ModelIdentity | None = None
-        self._weights = ""  # the digest that the last change left
+    lm: LanguageModel
+    _state: _State = field(repr=False)
 
-    def base(self, lm: LanguageModel) -> ModelIdentity:
+    @property
+    def keep_originals(self) -> bool:
+        return self._state.keep_originals
+
+    @property
+    def applied(self) -> tuple[WeightEdit, ...]:
+        return self._state.applied
+
+    @property
+    def base(self) -> ModelIdentity:
         """The identity of the model without the ledger's edits.
 
         Without originals it stays what it was also where subtracted edits left rounding errors. Raises
         `IdentityMismatch` if the weights were changed meanwhile by something else.
         """
-        if self._base is not None and digest_weights(lm.net) == self._weights:
-            return self._base
+        if self._state.base is not None and digest_weights(self.lm.net) == self._state.weights:
+            return self._state.base
         if self.applied:
             raise IdentityMismatch(
-                f"the weights of {lm.name} were changed outside the ledger since the last of its "
+                f"the weights of {self.lm.name} were changed outside the ledger since the last of its "
                 f"{len(self.applied)} edits: what these edits are edits of is no longer known. Load the model again"
             )
-        return lm.identity
+        return self.lm.identity
 
     @property
     def digests(self) -> tuple[str, ...]:
         return tuple(edit.digest for edit in self.applied)
 
-    def apply(self, lm: LanguageModel, edits: Iterable[WeightEdit], *, allow_mismatch: bool = False) -> None:
+    def apply(self, edits: Iterable[WeightEdit], *, allow_mismatch: bool = False) -> None:
         """Put edits into the network, all or none.
 
         Raises `IdentityMismatch` for an edit of another model, or one that was made after edits which are not in the
         network (unless `allow_mismatch`), `UsageError` for one that is in it already or does not fit.
         """
         new = tuple(edits)
-        base = self.base(lm)
+        base = self.base
         held = set(self.digests)
         for edit in new:
             edit.base.require_same(base, f"the edit of {edit.parameter}", allow_mismatch=allow_mismatch)
             if missing := [d for d in edit.after if d not in held and not allow_mismatch]:
                 raise IdentityMismatch(
-                    f"the edit of {edit.parameter} was made after {len(missing)} edits that {lm.name} does not hold "
-                    f"({', '.join(d[:12] for d in missing)}): apply these first, or pass allow_mismatch=True"
+                    f"the edit of {edit.parameter} was made after {len(missing)} edits that {self.lm.name} does not "
+                    f"hold ({', '.join(d[:12] for d in missing)}): apply these first, or pass allow_mismatch=True"
                 )
             if edit.digest in held:
-                raise UsageError(f"{lm.name} holds the edit {edit.digest[:12]} of {edit.parameter} already")
+                raise UsageError(f"{self.lm.name} holds the edit {edit.digest[:12]} of {edit.parameter} already")
             held.add(edit.digest)
-        self._change(lm, base, add=new, remove=())
+        self._change(base, add=new, remove=())
 
-    def revert(self, lm: LanguageModel, edits: Iterable[WeightEdit | str] | None = None) -> None:
+    def revert(self, edits: Iterable[WeightEdit | str] | None = None) -> None:
         """Take edits out again (values, digests or their first letters; None: all), in any order.
 
         Raises `UsageError` for one that is not in the network.
@@ -86,7 +105,7 @@ class EditLedger:
         if not self.applied and edits is None:
             return
         gone = self.applied if edits is None else tuple(self.find(edit) for edit in edits)
-        self._change(lm, self.base(lm), add=(), remove=gone)
+        self._change(self.base, add=(), remove=gone)
 
     def find(self, edit: WeightEdit | str) -> WeightEdit:
         """The one applied edit that is meant. Raises `UsageError`."""
@@ -99,41 +118,37 @@ class EditLedger:
             )
         return found[0]
 
-    def restored(self, base: ModelIdentity, applied: Sequence[WeightEdit], originals: dict[str, Tensor]) -> None:
-        """Take over what another process recorded of the weights that were loaded. For `edited_model` only."""
-        self._base, self.applied, self._originals = base, tuple(applied), originals
-
-    def noted(self, lm: LanguageModel) -> None:
-        """Remember the weights as they are now."""
-        self._weights = digest_weights(lm.net)
+    def restore(self, base: ModelIdentity, applied: Sequence[WeightEdit], originals: dict[str, Tensor]) -> None:
+        """Take over what another process recorded of the weights that were loaded. For `load_edited` only."""
+        state = self._state
+        state.base, state.applied, state.originals = base, tuple(applied), originals
+        state.weights = digest_weights(self.lm.net)
 
     @property
     def originals(self) -> dict[str, Tensor]:
         """The kept originals of the matrices that are edited now, as the network stores them."""
-        return dict(self._originals)
+        return dict(self._state.originals)
 
-    def _change(
-        self, lm: LanguageModel, base: ModelIdentity, *, add: Sequence[WeightEdit], remove: Sequence[WeightEdit]
-    ) -> None:
+    def _change(self, base: ModelIdentity, *, add: Sequence[WeightEdit], remove: Sequence[WeightEdit]) -> None:
         gone = {edit.digest for edit in remove}
         kept = (*(e for e in self.applied if e.digest not in gone), *add)
-        matrices = [Matrix.of(lm, n) for n in dict.fromkeys(e.parameter for e in (*add, *remove))]
+        matrices = [Matrix.of(self.lm, n) for n in dict.fromkeys(e.parameter for e in (*add, *remove))]
         # Everything that can be refused is computed before anything is written.
         new = [(m, self._values(m, [e for e in kept if e.parameter == m.name], add, remove)) for m in matrices]
         if self.keep_originals:
             for m in matrices:
-                self._originals.setdefault(m.name, m.weight.detach().clone())
-        self._base = base
+                self._state.originals.setdefault(m.name, m.weight.detach().clone())
+        self._state.base = base
         for matrix, values in new:
             if values is None:
                 with torch.no_grad():
-                    matrix.weight.copy_(self._originals[matrix.name])
+                    matrix.weight.copy_(self._state.originals[matrix.name])
             else:
                 matrix.put(values)
-        self.applied = kept
+        self._state.applied = kept
         edited = {e.parameter for e in kept}
-        self._originals = {n: original for n, original in self._originals.items() if n in edited}
-        self.noted(lm)
+        self._state.originals = {n: original for n, original in self._state.originals.items() if n in edited}
+        self._state.weights = digest_weights(self.lm.net)
 
     def _values(
         self, matrix: Matrix, edits: Sequence[WeightEdit], add: Sequence[WeightEdit], remove: Sequence[WeightEdit]
@@ -147,18 +162,18 @@ class EditLedger:
             return values
         if not edits:
             return None
-        original = self._originals.get(matrix.name, matrix.weight)
+        original = self._state.originals.get(matrix.name, matrix.weight)
         return Matrix(matrix.name, original, matrix.inputs_first).values + matrix.change(edits)
 
 
 def ledger_of(lm: LanguageModel, *, keep_originals: bool | None = None) -> EditLedger:
     """The one ledger of a network. `keep_originals` (default: yes) can only be changed while it holds no edit."""
-    ledger = _LEDGERS.setdefault(lm.net, EditLedger())
-    if keep_originals is not None and keep_originals != ledger.keep_originals:
-        if ledger.applied:
+    state = _STATES.setdefault(lm.net, _State())
+    if keep_originals is not None and keep_originals != state.keep_originals:
+        if state.applied:
             raise UsageError("keep_originals is settled before the first edit: revert all edits first")
-        ledger.keep_originals = keep_originals
-    return ledger
+        state.keep_originals = keep_originals
+    return EditLedger(lm, state)
 
 
 def apply_edits(
@@ -166,7 +181,7 @@ def apply_edits(
 ) -> EditLedger:
     """Put edits into a network, to stay; the ledger takes them out. Errors are those of `EditLedger.apply`."""
     ledger = ledger_of(lm)
-    ledger.apply(lm, [edits] if isinstance(edits, WeightEdit) else edits, allow_mismatch=allow_mismatch)
+    ledger.apply([edits] if isinstance(edits, WeightEdit) else edits, allow_mismatch=allow_mismatch)
     return ledger
 
 
@@ -181,7 +196,7 @@ def edited(
         yield ledger
     finally:
         held = set(ledger.digests)
-        ledger.revert(lm, [edit for edit in items if edit.digest in held])
+        ledger.revert([edit for edit in items if edit.digest in held])
 
 
 @contextlib.contextmanager
@@ -189,9 +204,9 @@ def unedited(lm: LanguageModel) -> Iterator[None]:
     """The base inside the context: all edits out, and after any exit in again, in their order."""
     ledger = ledger_of(lm)
     held = ledger.applied
-    ledger.revert(lm)
+    ledger.revert()
     try:
         yield
     finally:
         if held:
-            ledger.apply(lm, held)
+            ledger.apply(held)

@@ -103,7 +103,7 @@ def sample_prefixes(lm: LanguageModel, *, n: int = 20, seed: int = 0) -> tuple[s
 
     Sampled once for the same model (its base, where it is edited), `n` and `seed`, and kept in the user's cache.
     """
-    key = digest([_PREFIXES, ledger_of(lm).base(lm).weights, str(lm.dtype), digest_tokenizer(lm.tokenizer), n, seed])
+    key = digest([_PREFIXES, ledger_of(lm).base.weights, str(lm.dtype), digest_tokenizer(lm.tokenizer), n, seed])
     file = cache_folder() / "prefixes" / f"{key}.json"
 
     def make(scratch: Any) -> None:

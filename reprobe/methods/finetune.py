@@ -75,7 +75,7 @@ def edit(lm: LanguageModel, fact: Fact, *, layer: int | None = None, settings: S
         matrix.name,
         left,
         right,
-        base=ledger.base(lm),
+        base=ledger.base,
         after=ledger.digests,
         facts=(fact,),
         provenance={"method": "finetune", "layer": where, "settings": editing.settings_json(how)},

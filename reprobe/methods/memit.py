@@ -105,7 +105,7 @@ def edit(
                     Matrix.projection(lm, layer).name,
                     left,
                     right,
-                    base=ledger.base(lm),
+                    base=ledger.base,
                     after=ledger.digests,
                     facts=tuple(wanted),
                     provenance={
@@ -117,12 +117,12 @@ def edit(
                     },
                 )
             )
-            ledger.apply(lm, made[-1:])
+            ledger.apply(made[-1:])
             progress("write", i + 1, len(where))
         after = editing.probabilities(lm, wanted)
     finally:
         held = set(ledger.digests)
-        ledger.revert(lm, [e for e in made if e.digest in held])
+        ledger.revert([e for e in made if e.digest in held])
     found = editing.effects(before, after)
     done = [e.measured(found) for e in made]
     editing.warn_without_effect(done)

@@ -5,6 +5,7 @@ Enters: a language model, blocks, and a text: given by the user, or sampled from
 tokens and the way of computing it. Does not know edits; of an edited model they are the base's.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,8 @@ class SecondMoment:
     def solve(self, k: Float[np.ndarray, "..."], ridge: float) -> Float[np.ndarray, "..."]:
         """(C + ridge)⁻¹ k, for one key (width,) or several as columns (width, n). The decomposition is kept.
 
-        Raises `UsageError` if the matrix is singular, as it is without a ridge from fewer tokens than `width`.
+        Raises `UsageError` if the matrix is singular, as it is without a ridge from fewer tokens than `width`; with
+        one, a warning says that the ridge decides what the directions cost that no token used.
         """
         if ridge < 0:
             raise UsageError(f"ridge={ridge}: a share of the mean eigenvalue, 0 or more")
@@ -160,6 +162,13 @@ class SecondMoment:
             try:
                 if self.singular and ridge == 0:
                     raise np.linalg.LinAlgError
+                if self.singular:
+                    warnings.warn(
+                        f"the second moment at {self.site} is singular ({self.n} tokens, width {self.width}): in "
+                        f"directions that no token used, ridge={ridge:g} decides. Take more text",
+                        UserWarning,
+                        stacklevel=3,
+                    )
                 self._factors[ridge] = scipy.linalg.cho_factor(self.regularised(ridge), lower=True)
             except np.linalg.LinAlgError:
                 raise UsageError(
@@ -187,7 +196,7 @@ def second_moments(
     if lm.architecture.kind != "decoder":
         raise UnsupportedOperation(f"{lm.name} is an encoder ({lm.architecture.family}): it cannot be edited")
     source = text or Sample()
-    base = ledger_of(lm).base(lm)
+    base = ledger_of(lm).base
     sites = {layer: lm.parts.require(Site("mlp.neurons", layer)) for layer in layers}
     of_text = source.digest(lm)
     files = {

@@ -91,10 +91,10 @@ def edit(
     how = settings or Settings()
     where = editing.default_layers(lm).rome if layer is None else layer
     editing.require_editable(lm, [where])
-    found = moment if isinstance(moment, SecondMoment) else None
-    if found is None:
-        text = None if isinstance(moment, SecondMoment) else moment
-        found = second_moments(lm, [where], text, progress=progress)[where]
+    if isinstance(moment, SecondMoment):
+        found = moment
+    else:
+        found = second_moments(lm, [where], moment, progress=progress)[where]
     before = editing.probabilities(lm, [what])
     association = associate(lm, what, where, how)
     matrix = Matrix.projection(lm, where)
@@ -104,7 +104,7 @@ def edit(
         matrix.name,
         left,
         right,
-        base=ledger.base(lm),
+        base=ledger.base,
         after=ledger.digests,
         facts=(what,),
         provenance={

@@ -73,14 +73,14 @@ def sequential(
     for i, fact in enumerate(facts):
         made = make(lm, fact)
         edits = (made,) if isinstance(made, WeightEdit) else tuple(made)
-        ledger.apply(lm, edits)
+        ledger.apply(edits)
         applied.append(edits)
         progress("edit", i + 1, len(facts))
         if (i + 1) % guard.every and i + 1 < len(facts):
             continue
         checked.append(Checked(i + 1, lm.perplexity(guard.texts)))
         if not checked[-1].perplexity <= allowed:  # NaN is a collapse, too
-            ledger.revert(lm, [edit for edits in applied[good:] for edit in edits])
+            ledger.revert([edit for edits in applied[good:] for edit in edits])
             return Run(
                 tuple(applied[:good]),
                 tuple(checked),

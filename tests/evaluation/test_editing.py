@@ -42,7 +42,7 @@ def random_edit(lm, seed=0, size=1.0):
     outputs, inputs = matrix.values.shape
     ledger = rp.ledger_of(lm)
     left, right = size * rng.normal(size=(outputs, 1)), rng.normal(size=(inputs, 1))
-    return rp.WeightEdit(matrix.name, left, right, ledger.base(lm), after=ledger.digests)
+    return rp.WeightEdit(matrix.name, left, right, ledger.base, after=ledger.digests)
 
 
 def probability(lm, prompt, object_):
@@ -229,7 +229,7 @@ def test_edits_one_after_another_stay_until_the_guard_is_passed_and_the_last_one
     assert "after 4 of 6 facts" in run.stopped
     assert "last 2 were reverted" in run.stopped
     assert lm.perplexity(TEXTS) == pytest.approx(plain, rel=0.1)
-    rp.ledger_of(lm).revert(lm)
+    rp.ledger_of(lm).revert()
     assert lm.perplexity(TEXTS) == plain
 
 

@@ -16,6 +16,8 @@ from reprobe.methods.editing import Search
 from reprobe.methods.moments import Corpus, SecondMoment, second_moments
 from reprobe.model.sites import Site
 
+#: The text of these tests has fewer tokens than some families have neurons.
+pytestmark = pytest.mark.filterwarnings("ignore:the second moment")
 TEXT = Corpus.load(["the cat is on the mat and a dog is in the other hat", "and on the theory of the rest is an end"])
 FACTS = [
     rp.Fact.of(subject="the other cat", prompt="it is that {} is on the", new="mat", true="roof"),

@@ -14,6 +14,8 @@ from reprobe.methods.editing import Search
 from reprobe.methods.moments import Corpus, SecondMoment, second_moments
 from reprobe.model.sites import Site
 
+#: The text of these tests has fewer tokens than some families have neurons.
+pytestmark = pytest.mark.filterwarnings("ignore:the second moment")
 TEXT = Corpus.load(["the cat is on the mat and a dog is in the other hat", "and on the theory of the rest is an end"])
 FACT = rp.Fact.of(subject="the other cat", prompt="it is that {} is on the", new="mat", true="roof")
 QUICK = rome.Settings(search=Search(steps=3), prefixes=3, ridge=0.1)
@@ -194,8 +196,8 @@ def test_an_edit_records_the_unedited_model_and_the_edits_before_it():
     assert (first.base, first.after) == (plain, ())
     assert (second.base, second.after) == (plain, (first.digest,))
     rp.apply_edits(lm, second)
-    rp.ledger_of(lm).revert(lm, [first])
-    rp.ledger_of(lm).revert(lm)
+    rp.ledger_of(lm).revert([first])
+    rp.ledger_of(lm).revert()
     assert lm.identity == plain
 
 
