@@ -17,7 +17,7 @@ from reprobe.methods.moments import Corpus, SecondMoment, second_moments
 from reprobe.model.sites import Site
 
 #: The text of these tests has fewer tokens than some families have neurons.
-pytestmark = pytest.mark.filterwarnings("ignore:the second moment")
+pytestmark = pytest.mark.filterwarnings("ignore:the second moment", "ignore:.*have no effect")
 TEXT = Corpus.load(["the cat is on the mat and a dog is in the other hat", "and on the theory of the rest is an end"])
 FACTS = [
     rp.Fact.of(subject="the other cat", prompt="it is that {} is on the", new="mat", true="roof"),
@@ -31,6 +31,7 @@ EDITABLE = [f for f in tiny.DECODERS if f != "mixtral"]
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPROBE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(editing, "sample_prefixes", lambda lm, *, n=20, seed=0: ("an other theory. ", "is it. ")[:n])
         yield
 
 
@@ -58,7 +59,6 @@ def test_woodbury_is_the_direct_solve(seed, facts, weight):
     assert right.shape[1] == min(facts, 3)
 
 
-@pytest.mark.filterwarnings("ignore:.*have no effect")
 def test_one_fact_at_one_block_is_the_closed_form():
     """(λC + kkᵀ)⁻¹k = (λC)⁻¹k / (1 + kᵀ(λC)⁻¹k) (Sherman–Morrison)."""
     lm = fresh("llama")
@@ -83,7 +83,6 @@ def test_one_fact_at_one_block_is_the_closed_form():
     assert np.linalg.norm(r) <= 0.75 * np.linalg.norm(posts[0]) * (1 + 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*have no effect")
 @pytest.mark.parametrize("family", EDITABLE)
 def test_where_ordinary_text_counts_for_nothing_the_last_block_gives_the_values(family):
     """λ → 0 and no prefixes: every fact's value is reached exactly, in one block or several. (A post-norm can reach
@@ -170,7 +169,6 @@ def test_bad_input_is_refused_and_the_weights_are_untouched():
     assert rp.ledger_of(lm).applied == ()
 
 
-@pytest.mark.filterwarnings("ignore:.*have no effect")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_fine_tuning_is_that_of_the_networks_own_gradients_within_its_bound(family):
     lm = fresh(family)

@@ -15,18 +15,37 @@ from reprobe.methods.moments import Corpus, SecondMoment, second_moments
 from reprobe.model.sites import Site
 
 #: The text of these tests has fewer tokens than some families have neurons.
-pytestmark = pytest.mark.filterwarnings("ignore:the second moment")
+pytestmark = pytest.mark.filterwarnings("ignore:the second moment", "ignore:1 of 1 edits have no effect")
 TEXT = Corpus.load(["the cat is on the mat and a dog is in the other hat", "and on the theory of the rest is an end"])
 FACT = rp.Fact.of(subject="the other cat", prompt="it is that {} is on the", new="mat", true="roof")
 QUICK = rome.Settings(search=Search(steps=3), prefixes=3, ridge=0.1)
+SAMPLE_PREFIXES = editing.sample_prefixes
 EDITABLE = [f for f in tiny.DECODERS if f != "mixtral"]
+
+
+PREFIXES = ("an other theory. ", "is it. ", "The the. ", "Rome and the rest of it. ")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory):
+    """An empty cache, and prefixes that need no sampling."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPROBE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(editing, "sample_prefixes", lambda lm, *, n=20, seed=0: PREFIXES[:n])
         yield
+
+
+def test_prefixes_are_sampled_once_end_a_sentence_and_repeat_with_their_seed(tiny_lm):
+    lm = tiny_lm("llama")
+    first = SAMPLE_PREFIXES(lm, n=6, seed=3)
+    assert len(first) == 6
+    assert all(p.endswith(". ") and "\n" not in p for p in first)
+    assert all(p.startswith(o) for p, o in zip(first, ("The", "In", "A", "It", "He", "She"), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "generate", None)
+        assert SAMPLE_PREFIXES(lm, n=6, seed=3) == first
+        with pytest.raises(TypeError):  # another seed is another sample
+            SAMPLE_PREFIXES(lm, n=6, seed=4)
 
 
 def layer_of(lm):
@@ -41,7 +60,6 @@ def double(family, *, bos=True):
     return rp.LanguageModel(tiny_net(family).double(), tiny_tokenizer(bos=bos), name=f"tiny-{family}")
 
 
-@pytest.mark.filterwarnings("ignore:1 of 1 edits have no effect")
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("family", EDITABLE)
 def test_after_the_edit_the_layer_maps_the_captured_key_to_the_value_exactly(family, bos):
@@ -78,7 +96,6 @@ def test_after_the_edit_the_layer_maps_the_captured_key_to_the_value_exactly(fam
     assert abs(cosine) == pytest.approx(1.0, abs=close)
 
 
-@pytest.mark.filterwarnings("ignore:1 of 1 edits have no effect")
 @pytest.mark.parametrize("family", EDITABLE)
 def test_the_search_raises_the_probability_and_the_edit_says_what_the_edited_network_does(family):
     lm = double(family)
@@ -207,6 +224,7 @@ def test_the_same_call_gives_the_same_edit():
     assert one.digest == two.digest
 
 
+@pytest.mark.filterwarnings("default:1 of 1 edits have no effect")
 def test_an_edit_without_effect_is_warned_of():
     lm = double("llama")
     with pytest.warns(UserWarning, match="no effect.*mat"):
