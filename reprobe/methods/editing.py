@@ -11,7 +11,7 @@ once; a step of the search runs the blocks above on the tokens from there on, al
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -156,9 +156,8 @@ def look_up(
     Raises `DataError` if a new object and the subject share a token, `PromptTooLong`.
     """
     fronts = ["", *prefixes]
-    texts = [front + fact.prompt for fact in facts for front in fronts]
+    texts, spans = _behind(fronts, facts)
     ends = [continuation(fact.prompt, fact.wanted) for fact in facts for _ in fronts]
-    spans = [{"subject": (len(front) + fact.span[0], len(front) + fact.span[1])} for fact in facts for front in fronts]
     prompts = tokenise(lm.tokenizer, texts, spans=spans, suffixes=ends, context=lm.context)
     essences = tokenise(
         lm.tokenizer,
@@ -260,14 +259,8 @@ def at_subjects(
     lm: LanguageModel, facts: Sequence[Fact], fronts: Sequence[str], sites: Sequence[Site]
 ) -> dict[Site, Float[Tensor, "facts fronts width"]]:
     """What sites hold at the subject's last token of each fact behind each front. Fronts are shared beginnings."""
-    rows = tokenise(
-        lm.tokenizer,
-        [front + fact.prompt for fact in facts for front in fronts],
-        spans=[
-            {"subject": (len(front) + fact.span[0], len(front) + fact.span[1])} for fact in facts for front in fronts
-        ],
-        context=lm.context,
-    )
+    texts, spans = _behind(fronts, facts)
+    rows = tokenise(lm.tokenizer, texts, spans=spans, context=lm.context)
     ids = [row.ids[: row.spans["subject"][-1] + 1] for row in rows]
     tokens, starts = np.concatenate(ids), np.concatenate([[0], np.cumsum([len(r) for r in ids])])
     plan = lm.plan(tokens, starts)
@@ -291,13 +284,15 @@ def probabilities(lm: LanguageModel, facts: Sequence[Fact]) -> Float[np.ndarray,
     return out
 
 
+def _behind(fronts: Sequence[str], facts: Sequence[Fact]) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
+    """Each fact's prompt behind each front, and where its subject then stands."""
+    both = [(front, fact) for fact in facts for front in fronts]
+    spans = [{"subject": (len(front) + fact.span[0], len(front) + fact.span[1])} for front, fact in both]
+    return [front + fact.prompt for front, fact in both], spans
+
+
 def effects(before: Float[np.ndarray, " facts"], after: Float[np.ndarray, " facts"]) -> tuple[Effect, ...]:
     return tuple(Effect(float(b), float(a)) for b, a in zip(before, after, strict=True))
-
-
-def settings_json(settings: Any) -> dict[str, Any]:
-    """Settings as the provenance of an edit keeps them."""
-    return asdict(settings)
 
 
 def warn_without_effect(edits: Sequence[WeightEdit]) -> None:

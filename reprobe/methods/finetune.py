@@ -4,7 +4,7 @@ Enters: a language model, a fact, a block. Leaves: a `WeightEdit` of the same ma
 it was. Adam on −log p(new object) after the bare prompt, each weight kept within ± `norm` of where it was.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def edit(lm: LanguageModel, fact: Fact, *, layer: int | None = None, settings: S
         base=ledger.base,
         after=ledger.digests,
         facts=(fact,),
-        provenance={"method": "finetune", "layer": where, "settings": editing.settings_json(how)},
+        provenance={"method": "finetune", "layer": where, "settings": asdict(how)},
     )
     with edited(lm, made):
         after = editing.probabilities(lm, [fact])

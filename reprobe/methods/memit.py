@@ -13,7 +13,7 @@ arXiv:2410.02355): the change acts only on directions that ordinary keys hardly 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def edit(
                         "method": "memit",
                         "layer": layer,
                         "part": [i + 1, len(where)],
-                        "settings": editing.settings_json(how),
+                        "settings": asdict(how),
                         "moment": {"digest": given[layer].digest, "tokens": given[layer].n},
                     },
                 )

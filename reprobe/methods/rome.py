@@ -11,7 +11,7 @@ such edits sometimes destroy a model (Gupta et al. 2024, "Rebuilding ROME", arXi
 three places; `compat="rome"` gives the published form.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -110,7 +110,7 @@ def edit(
         provenance={
             "method": "rome",
             "layer": where,
-            "settings": editing.settings_json(how),
+            "settings": asdict(how),
             "moment": {"digest": found.digest, "tokens": found.n, "text": dict(found.text)},
             "search": {
                 "loss": association.loss,
