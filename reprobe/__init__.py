@@ -3,14 +3,16 @@
 The way of the data, station by station:
 
     prompts     PromptSet: texts with labels, groups, pairs and spans
-    model       LanguageModel, Site; observe and intervene, the only hooks
+    model       LanguageModel, Site; observe and intervene, the only hooks; lm.monitor: directions as live probes
     extraction  extract: prompts → activations at sites, streamed into
                 (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
-                (LEACE: a concept erased)
+                (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
+                (compare: several readers in the same folds; LEACE: a concept erased)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
-    evaluation  dose_response, divergence: what that does
+    evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
+                multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
 
 Importing reprobe loads no model library; names are fetched when they are first used.
@@ -34,25 +36,48 @@ if TYPE_CHECKING:
         steer,
     )
     from reprobe.errors import ReprobeError
-    from reprobe.evaluation import Contrast, divergence, dose_response, log_odds
+    from reprobe.evaluation import (
+        Choices,
+        ChoiceScore,
+        Contrast,
+        Passage,
+        Readout,
+        SideEffects,
+        Tuned,
+        divergence,
+        dose_response,
+        log_odds,
+        multiple_choice,
+        side_effects,
+        tune,
+    )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
-    from reprobe.model import LanguageModel, ModelIdentity, Site, capture, intervene, observe
+    from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
+        AttentionReader,
         CCSReader,
+        ClassGrid,
         ClusterMean,
+        Comparison,
         Direction,
         KSparseReader,
         LDAReader,
         LogisticReader,
         MeanDifference,
+        MultiClassReader,
         PCAReader,
         ProbeGrid,
         RandomReader,
         RidgeReader,
         TransferGrid,
         TTPDReader,
+        compare,
         probe,
+        probe_classes,
+        probe_sequences,
+        pull,
+        push,
         transfer,
     )
     from reprobe.prompts import Fact, Position, PromptSet
@@ -64,8 +89,13 @@ _HOME = {
     "ActivationStore": "store",
     "Add": "control",
     "Affine": "control",
+    "AttentionReader": "probing",
     "CCSReader": "probing",
+    "ChoiceScore": "evaluation",
+    "Choices": "evaluation",
+    "ClassGrid": "probing",
     "ClusterMean": "probing",
+    "Comparison": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
     "Fact": "prompts",
@@ -76,22 +106,30 @@ _HOME = {
     "LogisticReader": "probing",
     "MeanDifference": "probing",
     "ModelIdentity": "model",
+    "Monitor": "model",
+    "MultiClassReader": "probing",
     "PCAReader": "probing",
+    "Passage": "evaluation",
     "Position": "prompts",
     "ProbeGrid": "probing",
     "PromptSet": "prompts",
     "RandomReader": "probing",
+    "Reading": "model",
+    "Readout": "evaluation",
     "Replay": "extraction",
     "ReprobeError": "errors",
     "RidgeReader": "probing",
     "Scope": "control",
     "Share": "extraction",
+    "SideEffects": "evaluation",
     "Site": "model",
     "TTPDReader": "probing",
     "TransferGrid": "probing",
+    "Tuned": "evaluation",
     "WeightEdit": "control",
     "apply_edits": "control",
     "capture": "model",
+    "compare": "probing",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "edited": "control",
@@ -103,11 +141,18 @@ _HOME = {
     "ledger_of": "control",
     "load_edited": "control",
     "log_odds": "evaluation",
+    "multiple_choice": "evaluation",
     "observe": "model",
     "probe": "probing",
+    "probe_classes": "probing",
+    "probe_sequences": "probing",
+    "pull": "probing",
+    "push": "probing",
     "replay": "extraction",
+    "side_effects": "evaluation",
     "steer": "control",
     "transfer": "probing",
+    "tune": "evaluation",
     "write_report": "report",
 }
 
@@ -116,8 +161,13 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ActivationStore",
     "Add",
     "Affine",
+    "AttentionReader",
     "CCSReader",
+    "ChoiceScore",
+    "Choices",
+    "ClassGrid",
     "ClusterMean",
+    "Comparison",
     "Contrast",
     "Direction",
     "Fact",
@@ -128,22 +178,30 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "LogisticReader",
     "MeanDifference",
     "ModelIdentity",
+    "Monitor",
+    "MultiClassReader",
     "PCAReader",
+    "Passage",
     "Position",
     "ProbeGrid",
     "PromptSet",
     "RandomReader",
+    "Reading",
+    "Readout",
     "Replay",
     "ReprobeError",
     "RidgeReader",
     "Scope",
     "Share",
+    "SideEffects",
     "Site",
     "TTPDReader",
     "TransferGrid",
+    "Tuned",
     "WeightEdit",
     "apply_edits",
     "capture",
+    "compare",
     "divergence",
     "dose_response",
     "edited",
@@ -155,11 +213,18 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ledger_of",
     "load_edited",
     "log_odds",
+    "multiple_choice",
     "observe",
     "probe",
+    "probe_classes",
+    "probe_sequences",
+    "pull",
+    "push",
     "replay",
+    "side_effects",
     "steer",
     "transfer",
+    "tune",
     "write_report",
 ]
 

@@ -54,6 +54,10 @@ class IdentityMismatch(UsageError):
     """An artifact made with one model, plan or data set is used with another. Lists the differing fields."""
 
 
+class SchemaMismatch(UsageError):
+    """An artifact whose format is newer or older than what this version of reprobe reads."""
+
+
 class CorruptArtifact(ReprobeError):
     """A file on disk does not hold what was written: bad checksum, malformed manifest, missing shard."""
 
@@ -88,6 +92,10 @@ class ModelLoadFailed(ReprobeError):
 
 class NotFitted(ReprobeError):
     """A reader was used before `fit`."""
+
+
+class TargetUnreachable(ReprobeError):
+    """No strength was found at which an intervention costs what was asked for. Says what was tried."""
 
 
 class SelfCheckFailed(ReprobeError):

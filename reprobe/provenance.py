@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from reprobe.errors import CorruptArtifact, SchemaMismatch
+
 
 def canonical_json(value: Any) -> str:
     """The one text of a JSON value: sorted keys, two-space indent, no NaN, trailing newline."""
@@ -83,6 +85,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def require_schema(found: Any, reads: int, what: str) -> None:
+    """Raise `SchemaMismatch` unless `what` has the schema that this version reads, `CorruptArtifact` if it has none."""
+    if type(found) is not int or found < 1:
+        raise CorruptArtifact(f"{what} has schema version {found!r}, which no version of reprobe writes")
+    if found == reads:
+        return
+    newer = found > reads
+    raise SchemaMismatch(
+        f"{what} was written by {'a newer' if newer else 'an older'} reprobe: it has schema version {found}, and this "
+        f"reprobe {importlib.metadata.version('reprobe-lm')} reads version {reads}. "
+        + ("Upgrade reprobe to read it." if newer else "Read it with the version that wrote it, or make it anew.")
+    )
 
 
 def versions() -> dict[str, str]:

@@ -409,8 +409,8 @@ def main() -> int:
                 if chosen.json is not None:
                     write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
                 if chosen.markdown is not None:
-                    write_durably(chosen.markdown, as_markdown(record).encode())
-    print(as_markdown(record))
+                    write_durably(chosen.markdown, as_markdown(record, "Extraction").encode())
+    print(as_markdown(record, "Extraction"))
     return int(failed)
 
 

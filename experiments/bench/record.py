@@ -50,8 +50,8 @@ class Work:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+def machine(device: torch.device = torch.device("cpu")) -> dict[str, Any]:  # noqa: B008 (a constant)
+    """What the numbers depend on besides the code; `device` is where the model ran."""
     try:
         told = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -63,6 +63,7 @@ def machine() -> dict[str, Any]:
         "instructions": [flag for flag in FLAGS if flag in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in LIBRARIES},
@@ -106,17 +107,18 @@ def as_json(works: Iterable[Work], about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_markdown(record: Mapping[str, Any]) -> str:
+def as_markdown(record: Mapping[str, Any], about: str) -> str:
     """The record for people: what was claimed, then the sides of each work."""
     at = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items() if version)
     out = [
-        "# Extraction: results",
+        f"# {about}: results",
         "",
         f"`{record['command']}`, {at['date']}, commit {at['commit']}.",
         "",
         f"{at['cores']} cores ({at['cpu']}; {', '.join(at['instructions']) or 'no vector instructions known'}), "
-        f"{at['memory GiB']} GiB, no GPU used, {at['torch threads']} torch threads; Python {at['python']}, {versions}.",
+        f"{at['memory GiB']} GiB, {at.get('gpu') or 'no GPU used'}, {at['torch threads']} torch threads; "
+        f"Python {at['python']}, {versions}.",
         "",
         f"Sides run in turn in one process, {record['repeats']} rounds, the fastest of each counts; the machine's load "
         f"was {record['load'][0]:.1f} before and {record['load'][1]:.1f} after. Absolute numbers vary with the "

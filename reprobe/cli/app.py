@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. Results go to s
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from reprobe.errors import ReprobeError, UsageError
 
@@ -29,6 +31,19 @@ data_app = typer.Typer(help="The project's own data sets, and files in public fo
 app.add_typer(data_app, name="data")
 import_app = typer.Typer(help="Activations that other programs computed.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
+evaluate_app = typer.Typer(help="What steering does to a model, and what else it does.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+
+
+class _Steer(TyperGroup):
+    """`reprobe steer MODEL PROMPT` beside `reprobe steer tune`: what is no subcommand is a prompt's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["prompt", *args])
+
+
+steer_app = typer.Typer(cls=_Steer)
+app.add_typer(steer_app, name="steer", short_help="Continue a prompt with and without steering; tune a strength.")
 
 Model = Annotated[str, typer.Argument(help="Bundled name, hub id, local folder, or .gguf file.")]
 Data = Annotated[str, typer.Argument(help="Bundled name, .jsonl/.json/.csv/.parquet file, or hf:NAME.")]
@@ -38,6 +53,15 @@ Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands there.")]
+Push = Annotated[float, typer.Option(help="In units of the direction's scale; negative steers away.")]
+Remove = Annotated[bool, typer.Option("--ablate", help="Remove the direction instead of adding it.")]
+ActAt = Annotated[str | None, typer.Option(help="Act here instead of where the direction was read.")]
+Scope = Annotated[str, typer.Option(help="all, prompt, generated or last")]
+Texts = Annotated[Path | None, typer.Option(help="Ordinary texts, one a line; default: sixteen of our own.")]
+ReaderName = Literal[
+    "mean-difference", "whitened", "cluster-mean", "pca", "logistic", "lda", "ccs", "k-sparse", "random"
+]
+ToTable = Annotated[Path | None, typer.Option("--to-table", help="Save the table here (.csv, .parquet, .json).")]
 Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Use directions of another model, knowingly.")]
 
 
@@ -365,28 +389,37 @@ def import_vllm(
 @verb("reprobe probe cities.reprobe --reader logistic --to truth.grid")
 def probe(
     store: Store,
-    reader: Annotated[
-        Literal["logistic", "mean-difference", "pca"], typer.Option(help="Which reader to train.")
-    ] = "logistic",
+    reader: Annotated[ReaderName, typer.Option(help="Which reader to train.")] = "logistic",
     sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")] = None,
     label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
     positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
     folds: Annotated[int, typer.Option(help="Folds of the group-safe cross-validation.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
     to: Annotated[Path | None, typer.Option(help="Save the grid with all its directions here.")] = None,
+    to_table: ToTable = None,
     direction: Annotated[Path | None, typer.Option(help="Save the best direction (.safetensors) here.")] = None,
+    permutations: Annotated[
+        int, typer.Option(help="Add p, from so many permutations: the best of all sites under exchanged labels.")
+    ] = 0,
+    selectivity: Annotated[
+        bool, typer.Option("--selectivity", help="Add the accuracy above that on control tasks.")
+    ] = False,
+    types: Annotated[str, typer.Option(help="The column whose values get random labels in control tasks.")] = "group",
+    mdl: Annotated[bool, typer.Option("--mdl", help="Add the length of the labels' online code, in bits.")] = False,
     top: Annotated[int, typer.Option(help="Lines to show.")] = 10,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one reader at every site of a store, with group-safe cross-validation."""
-    from reprobe.cli.demo import READERS
     from reprobe.probing import probe as run_probe
+    from reprobe.probing import with_controls, write_table
+    from reprobe.probing.readers import READERS
     from reprobe.progress import terminal
     from reprobe.store import ActivationStore
 
     for path in (to, direction):
         _refuse_existing(path, overwrite)
+    _refuse_table(to_table, overwrite)
     opened = ActivationStore.open(store)
     with terminal() as progress:
         grid = run_probe(
@@ -399,12 +432,25 @@ def probe(
             seed=seed,
             progress=progress,
         )
+        if permutations or selectivity or mdl:
+            grid = with_controls(
+                grid,
+                opened,
+                READERS[reader](),
+                permutations=permutations,
+                selectivity=selectivity,
+                types=types,
+                mdl=mdl,
+                progress=progress,
+            )
     if grid.note:
         _say(f"note: {grid.note}")
     if to is not None:
         grid.save(to, overwrite=overwrite)
     if direction is not None:
         grid.best().save(direction, overwrite=overwrite)
+    if to_table is not None:
+        write_table(grid.table, to_table, overwrite=overwrite)
     rows = grid.table.sort(["accuracy", "layer", "head"], descending=[True, False, False], nulls_last=True)
     _table(rows.head(top).to_dicts(), as_json)
     if not as_json:
@@ -415,14 +461,72 @@ def probe(
         )
 
 
-@verb(
-    "reprobe transfer cities.reprobe neg_cities.reprobe --reader mean-difference --sites 'resid.post@8:20' --to t.json"
-)
+@verb("reprobe compare cities.reprobe --readers mean-difference,lda,logistic --to-table readers.csv")
+def compare(
+    store: Store,
+    readers: Annotated[
+        str, typer.Option(help="Readers, separated by commas: see `reprobe probe --reader`.")
+    ] = "mean-difference,lda,logistic,pca",
+    sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")] = None,
+    label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
+    positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
+    folds: Annotated[int, typer.Option(help="Folds of the group-safe cross-validation, 3 at least.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    to: Annotated[Path | None, typer.Option(help="Save all grids and probabilities in one file here.")] = None,
+    to_table: ToTable = None,
+    out: Annotated[Path | None, typer.Option(help="Put the comparison and its HTML report in this folder.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train several readers at every site of a store, in the same folds: which reads better, and is that sure?"""
+    from reprobe.probing import compare as run_compare
+    from reprobe.probing import readers_named, write_table
+    from reprobe.progress import terminal
+    from reprobe.report import comparison_path, write_report
+    from reprobe.store import ActivationStore
+
+    named = readers_named(readers)
+    name = Path(store.rstrip("/")).stem
+    in_folder = None if out is None else comparison_path(out, name)
+    for path in (to, in_folder):
+        _refuse_existing(path, overwrite)
+    _refuse_table(to_table, overwrite)
+    opened = ActivationStore.open(store)
+    with terminal() as progress:
+        found = run_compare(
+            opened,
+            named,
+            sites=sites,
+            label=label,
+            positive=_label(opened.index, label, positive),
+            folds=folds,
+            seed=seed,
+            progress=progress,
+        )
+    if found.first.note:
+        _say(f"note: {found.first.note}")
+    for path in (to, in_folder):
+        if path is not None:
+            found.save(path, overwrite=overwrite)
+    if to_table is not None:
+        write_table(found.table, to_table, overwrite=overwrite)
+    if out is not None:
+        _say(f"the report: {write_report(out, stores={name: opened})}")
+    if as_json:
+        _show({what: getattr(found, what).to_dicts() for what in ("table", "choices", "differences")}, True)
+        return
+    shown = ["reader", "sites", "accuracy", "accuracy_low", "accuracy_high", "auroc", "recall", "ece"]
+    _say(f"held out, sites chosen on the other folds (chance {found.choices['chance'][0]:.2f}):")
+    _table(found.choices.select(shown).to_dicts(), False)
+    if len(found.differences):
+        _say("one reader less the other, on the same rows:")
+        _table(found.differences.to_dicts(), False)
+
+
+@verb("reprobe transfer cities.reprobe neg_cities.reprobe --reader lda --sites 'resid.post@8:20' --to-table t.json")
 def transfer(
     stores: Annotated[list[str], typer.Argument(help="Two stores or more, each as PATH or NAME=PATH.")],
-    reader: Annotated[
-        Literal["logistic", "mean-difference", "pca"], typer.Option(help="Which reader to train.")
-    ] = "mean-difference",
+    reader: Annotated[ReaderName, typer.Option(help="Which reader to train.")] = "mean-difference",
     sites: Annotated[str | None, typer.Option(help="Sites or patterns; default: all that every store holds.")] = None,
     label: Annotated[str, typer.Option(help="Index column to read.")] = "label",
     positive: Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")] = None,
@@ -431,7 +535,10 @@ def transfer(
     ] = False,
     folds: Annotated[int, typer.Option(help="Folds wherever train and test share groups.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
-    to: Annotated[Path | None, typer.Option(help="Save the table here (.parquet, .csv, .json).")] = None,
+    to_table: Annotated[
+        Path | None,
+        typer.Option("--to-table", "--to", help="Save the table here (.csv, .parquet; .json also says of what it is)."),
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the matrix here (.svg, .png, .pdf).")] = None,
     at: Annotated[
         str | None, typer.Option(help="The site shown and drawn; default: the best where train and test are the same.")
@@ -440,15 +547,15 @@ def transfer(
     as_json: AsJson = False,
 ) -> None:
     """Train one reader on each store, test it on each: what is read here, does it hold there?"""
-    from reprobe.cli.demo import READERS
     from reprobe.probing import transfer as run_transfer
+    from reprobe.probing.readers import READERS
     from reprobe.progress import terminal
     from reprobe.report import transfer_map
     from reprobe.report.transfer import best_on_the_diagonal
     from reprobe.store import ActivationStore
 
-    for path in (to, figure):
-        _refuse_existing(path, overwrite)
+    _refuse_existing(figure, overwrite)
+    _refuse_table(to_table, overwrite)
     named = [_named_store(text) for text in stores]
     opened = {name: ActivationStore.open(path) for name, path in named}
     if len(opened) < len(named):
@@ -468,8 +575,8 @@ def transfer(
     for name, note in grid.notes.items():
         if note:
             _say(f"note on {name}: {note}")
-    if to is not None:
-        grid.save(to, overwrite=overwrite)
+    if to_table is not None:
+        grid.save(to_table, overwrite=overwrite)
     if figure is not None:
         transfer_map(grid, at).savefig(figure)
     place = at or best_on_the_diagonal(grid)
@@ -519,15 +626,19 @@ def scan(
     _table([{k: v for k, v in row.items() if k in keep} for row in rows], False)
 
 
-@verb('reprobe steer smollm2-135m "She opened the letter and" --direction happiness.safetensors --strength 4')
+@verb(
+    'reprobe steer smollm2-135m "She opened the letter and" --direction happiness.safetensors --strength 4',
+    on=steer_app,
+    name="prompt",
+)
 def steer(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     direction: Annotated[Path, typer.Option(help="A direction (.safetensors).")],
-    strength: Annotated[float, typer.Option(help="In units of the direction's scale; negative steers away.")] = 4.0,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Remove the direction instead of adding it.")] = False,
-    site: Annotated[str | None, typer.Option(help="Act here instead of where the direction was read.")] = None,
-    tokens: Annotated[str, typer.Option(help="all, prompt, generated or last")] = "all",
+    strength: Push = 4.0,
+    ablate: Remove = False,
+    site: ActAt = None,
+    tokens: Scope = "all",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
     dtype: Dtype = None,
     device: Device = None,
@@ -535,31 +646,224 @@ def steer(
     allow_mismatch: Mismatch = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt with and without steering, and say how far apart the two models are."""
-    import reprobe as rp
-    from reprobe.evaluation import divergence
+    """Continue a prompt with and without steering, and say how far apart the two models are.
 
-    vector = rp.Direction.load(direction)
+    `reprobe steer tune` finds the strength of a wanted price.
+    """
+    import reprobe as rp
+
+    item = _intervention(direction, strength, ablate=ablate, site=site, tokens=tokens)
     lm = _load(model, dtype=dtype, device=device, revision=revision)
-    item: Any = (
-        rp.Ablate(vector, site=site, tokens=tokens) if ablate else rp.Add(vector, strength, site=site, tokens=tokens)
-    )
     plain = lm.generate(prompt, max_new_tokens=max_new_tokens)[0]
     with rp.steer(lm, item, allow_mismatch=allow_mismatch):
         steered = lm.generate(prompt, max_new_tokens=max_new_tokens)[0]
-    kl = divergence(lm, [prompt + plain], item)
+    # What was generated counts as generated, so that every scope has its price.
+    kl = rp.divergence(lm, [rp.Passage(prompt, plain) if plain else prompt], item)
     _show({"unsteered": plain, "steered": steered, "KL on the unsteered text, nats per token": round(kl, 4)}, as_json)
+
+
+@verb("reprobe push truth.safetensors hf:OWNER/truth --private")
+def push(
+    file: Annotated[Path, typer.Argument(help="A direction or a grid (.safetensors).")],
+    target: Annotated[str, typer.Argument(help="A folder, or hf:OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made, for its owner only.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Share a direction or a grid: its file and a model card, in a folder or on the hub."""
+    from reprobe.probing import load
+    from reprobe.probing import push as run_push
+
+    typer.echo(run_push(load(file), target, overwrite=overwrite, private=private))
+
+
+@verb("reprobe pull hf:OWNER/truth --to truth.safetensors")
+def pull(
+    source: Annotated[str, typer.Argument(help="A folder that `reprobe push` wrote, or hf:OWNER/NAME.")],
+    to: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fetch a direction or a grid that was pushed, and check that it is as it was written."""
+    from reprobe.probing import pull as run_pull
+
+    _refuse_existing(to, overwrite)
+    typer.echo(run_pull(source, revision=revision).save(to, overwrite=overwrite))
+
+
+@verb("reprobe steer tune smollm2-135m --direction happiness.safetensors --target-kl 0.1", on=steer_app, name="tune")
+def steer_tune(
+    model: Model,
+    direction: Annotated[Path, typer.Option(help="A direction (.safetensors).")],
+    target_kl: Annotated[float, typer.Option(help="KL from the unsteered model, in nats per token.")],
+    away: Annotated[bool, typer.Option("--away", help="Steer away: look among negative strengths.")] = False,
+    site: ActAt = None,
+    tokens: Scope = "all",
+    texts: Texts = None,
+    to_table: ToTable = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    allow_mismatch: Mismatch = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the strength at which adding a direction costs a given KL on ordinary text (± 5 %, 8 evaluations).
+
+    Exit 1 if no strength reaches it.
+    """
+    import reprobe as rp
+    from reprobe.probing import write_table
+    from reprobe.progress import terminal
+
+    _refuse_existing(to_table, overwrite)
+    vector, given = rp.Direction.load(direction), _texts(texts)
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    with terminal() as progress:
+        found = rp.tune(
+            lm,
+            lambda strength: rp.Add(vector, strength, site=site, tokens=tokens),
+            target_kl,
+            texts=given,
+            start=-1.0 if away else 1.0,
+            allow_mismatch=allow_mismatch,
+            progress=progress,
+        )
+    told = {"strength": found.strength, "kl": found.kl, "kl_low": found.kl_low, "kl_high": found.kl_high}
+    if to_table is not None:
+        write_table(found.tried, to_table, overwrite=overwrite, about={"target_kl": target_kl, **told})
+    _show(told | {"target_kl": target_kl, "evaluations": found.tried.height}, as_json)
+
+
+@verb(
+    "reprobe evaluate truthfulqa smollm2-135m --data misconceptions --direction truth.safetensors --strength 4",
+    on=evaluate_app,
+    name="truthfulqa",
+)
+def evaluate_truthfulqa(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(help="misconceptions (ours), or TruthfulQA's file; default: that in the folder REPROBE_DATA."),
+    ] = None,
+    direction: Annotated[Path | None, typer.Option(help="Steer with this direction, and compare.")] = None,
+    strength: Push = 4.0,
+    ablate: Remove = False,
+    site: ActAt = None,
+    tokens: Scope = "generated",
+    primer: Annotated[
+        Path | None, typer.Option(help="Text before each question, e.g. the benchmark's; default: six of our own.")
+    ] = None,
+    questions: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    to_table: ToTable = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    allow_mismatch: Mismatch = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Multiple choice, MC1, MC2 and MC3, with intervals over questions; with --direction, unsteered against steered.
+
+    --to-table saves a line per question.
+    """
+    import reprobe as rp
+    from reprobe.evaluation import PRIMER, compare
+    from reprobe.probing import write_table
+    from reprobe.progress import terminal
+
+    _refuse_existing(to_table, overwrite)
+    before = PRIMER if primer is None else _read_text(primer)
+    prompts = rp.PromptSet.load(data or _truthfulqa())
+    if questions is not None:
+        first = prompts.frame["group"].unique(maintain_order=True).head(questions)
+        prompts = prompts.where(group=first.to_list())
+    item = None
+    if direction is not None:
+        item = _intervention(direction, strength, ablate=ablate, site=site, tokens=tokens)
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    with terminal() as progress:
+        plain = rp.multiple_choice(lm, prompts, primer=before, progress=progress)
+        result, table = plain.summary(seed=seed), plain.table
+        if item is not None:
+            with rp.steer(lm, item, allow_mismatch=allow_mismatch):
+                steered = rp.multiple_choice(lm, prompts, primer=before, progress=progress)
+            result = compare(plain, steered, seed=seed)
+            own = steered.table.select(rp.evaluation.METRICS).rename(lambda metric: f"{metric}_steered")
+            table = plain.table.hstack(own)
+    if to_table is not None:
+        about = {"model": lm.identity.to_json(), "data": prompts.digest, "primer": before, "metrics": result.to_dicts()}
+        write_table(table, to_table, overwrite=overwrite, about=about)
+    _table(result.to_dicts(), as_json)
+
+
+@verb(
+    "reprobe evaluate side-effects smollm2-135m --direction happiness.safetensors --strength 4",
+    on=evaluate_app,
+    name="side-effects",
+)
+def evaluate_side_effects(
+    model: Model,
+    direction: Annotated[Path, typer.Option(help="A direction (.safetensors).")],
+    strength: Push = 4.0,
+    ablate: Remove = False,
+    site: ActAt = None,
+    tokens: Scope = "all",
+    texts: Texts = None,
+    data: Annotated[
+        str | None, typer.Option(help="Unrelated knowledge: facts, misconceptions, a file like them, or none.")
+    ] = "facts",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each text's prompt; 0: none.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    to_table: ToTable = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    allow_mismatch: Mismatch = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """What steering costs: ordinary text, variety of what is written, unrelated knowledge, with intervals."""
+    import reprobe as rp
+    from reprobe.probing import write_table
+    from reprobe.progress import terminal
+
+    _refuse_existing(to_table, overwrite)
+    item = _intervention(direction, strength, ablate=ablate, site=site, tokens=tokens)
+    unrelated = None if data == "none" else data
+    given = _texts(texts)
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    with terminal() as progress:
+        found = rp.side_effects(
+            lm,
+            item,
+            texts=given,
+            unrelated=unrelated,
+            max_new_tokens=max_new_tokens,
+            allow_mismatch=allow_mismatch,
+            seed=seed,
+            progress=progress,
+        )
+    if to_table is not None:
+        about = {"model": lm.identity.to_json(), "generations": found.generations.to_dicts()}
+        write_table(found.table, to_table, overwrite=overwrite, about=about)
+    _table(found.table.to_dicts(), as_json)
 
 
 @verb("reprobe report reprobe-demo")
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder with results, as `reprobe demo` makes it.")],
     to: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")] = None,
+    store: Annotated[
+        list[str] | None, typer.Option(help="A store that lies elsewhere, whose rows are to be drawn; may be repeated.")
+    ] = None,
 ) -> None:
     """Draw the self-contained HTML report of a folder of results."""
     from reprobe.report import write_report
+    from reprobe.store import ActivationStore
 
-    typer.echo(write_report(folder, to))
+    stores = {name: ActivationStore.open(path) for name, path in map(_named_store, store or ())}
+    typer.echo(write_report(folder, to, stores=stores))
 
 
 @verb("reprobe data list", on=data_app, name="list")
@@ -630,6 +934,47 @@ def _load(model: str, *, dtype: str | None, device: str | None, revision: str | 
         return LanguageModel.load(model, dtype=dtype, device=device, revision=revision, progress=progress)
 
 
+def _intervention(direction: Path, strength: float, *, ablate: bool, site: str | None, tokens: str) -> Any:
+    import reprobe as rp
+
+    vector = rp.Direction.load(direction)
+    if ablate:
+        return rp.Ablate(vector, site=site, tokens=tokens)
+    return rp.Add(vector, strength, site=site, tokens=tokens)
+
+
+def _texts(path: Path | None) -> Any:
+    """The texts of a file, one a line; the library's own where there is no file."""
+    from reprobe.evaluation import NEUTRAL, Passage
+
+    if path is None:
+        return NEUTRAL
+    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"{path} holds no text")
+    return [Passage.of(line) for line in lines]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} cannot be read as text: {e}") from e
+
+
+def _truthfulqa() -> str:
+    """TruthfulQA's multiple-choice file in the folder that REPROBE_DATA names."""
+    folder = os.environ.get("REPROBE_DATA")
+    path = Path(folder or ".") / "truthfulqa" / "mc_task.json"
+    if folder is None or not path.is_file():
+        why = "REPROBE_DATA is not set" if folder is None else f"there is no {path}"
+        raise UsageError(
+            f"TruthfulQA does not come with reprobe, and {why}: name its mc_task.json or TruthfulQA.csv with --data, "
+            "or take our own questions with --data misconceptions"
+        )
+    return str(path)
+
+
 def _sample(text: str) -> int | None:
     if text == "all":
         return None
@@ -674,6 +1019,13 @@ def _refuse_existing(path: Path | None, overwrite: bool) -> None:
 
     if path is not None and path.exists() and not overwrite:
         raise ArtifactExists(f"{path} exists; choose another name or pass --overwrite")
+
+
+def _refuse_table(path: Path | None, overwrite: bool) -> None:
+    from reprobe.probing import require_new_table
+
+    if path is not None:
+        require_new_table(path, overwrite=overwrite)
 
 
 def _say(message: str) -> None:

@@ -15,7 +15,7 @@ import polars as pl
 import reprobe as rp
 from reprobe.errors import ArtifactExists
 from reprobe.methods import repe
-from reprobe.probing import Reader
+from reprobe.probing import readers
 from reprobe.progress import Progress, silent
 from reprobe.provenance import versions
 from reprobe.report import results
@@ -53,12 +53,8 @@ NEUTRAL = (
 )
 
 
-#: Readers by the names under which their grids are saved.
-READERS: Mapping[str, Callable[[], Reader]] = {
-    "logistic": rp.LogisticReader,
-    "mean-difference": rp.MeanDifference,
-    "pca": rp.PCAReader,
-}
+#: The readers that are tried, by the names under which their grids are saved.
+READERS = ("logistic", "mean-difference", "pca")
 
 
 def run_demo(
@@ -90,11 +86,11 @@ def run_demo(
             store = rp.extract(
                 lm, name, sites=SITES, to=results.store_path(out, name), overwrite=overwrite, progress=progress
             )
-        for reader, make in READERS.items():
+        for reader in READERS:
             with step(f"probe {name}", reader):
                 # Of two labels the greater is positive: 1 in cities; happiness has to be named.
                 positive = "happiness" if name == "emotions" else None
-                grid = rp.probe(store, make(), positive=positive, progress=progress)
+                grid = rp.probe(store, readers.READERS[reader](), positive=positive, progress=progress)
                 (out / "probes").mkdir(exist_ok=True)
                 grid.save(results.probe_path(out, f"{name}-{reader}"), overwrite=overwrite)
                 grids[name, reader] = grid
@@ -111,7 +107,7 @@ def run_demo(
             lm,
             lambda strength: [rp.Add(mood, strength)],
             STRENGTHS,
-            contrast=MOOD,
+            scorer=MOOD,
             neutral=NEUTRAL,
             story=STORY,
             progress=progress,

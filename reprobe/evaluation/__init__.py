@@ -1,5 +1,31 @@
 """Evaluation: the effect and the side effects of interventions."""
 
-from reprobe.evaluation.effect import Contrast, divergence, dose_response, log_odds
+from reprobe.evaluation.choices import METRICS, PRIMER, Choices, ChoiceScore, compare, multiple_choice
+from reprobe.evaluation.effect import Contrast, Readout, divergence, dose_response, log_odds
+from reprobe.evaluation.generation import distinct, entropy, fluency
+from reprobe.evaluation.passages import NEUTRAL, Passage
+from reprobe.evaluation.side_effects import SideEffects, side_effects
+from reprobe.evaluation.strength import Tuned, tune
 
-__all__ = ["Contrast", "divergence", "dose_response", "log_odds"]
+__all__ = [
+    "METRICS",
+    "NEUTRAL",
+    "PRIMER",
+    "ChoiceScore",
+    "Choices",
+    "Contrast",
+    "Passage",
+    "Readout",
+    "SideEffects",
+    "Tuned",
+    "compare",
+    "distinct",
+    "divergence",
+    "dose_response",
+    "entropy",
+    "fluency",
+    "log_odds",
+    "multiple_choice",
+    "side_effects",
+    "tune",
+]

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from reprobe.control.edits import WeightEdit
 from reprobe.control.ledger import edited
 from reprobe.errors import DataError, UsageError
+from reprobe.evaluation.generation import fluency
 from reprobe.model.language_model import LanguageModel
 from reprobe.probing.intervals import ClusterBootstrap, share_interval
 from reprobe.progress import Progress, silent
@@ -57,13 +58,15 @@ class EditScores:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores without and with edits, and the perplexity on ordinary text where that was asked for (with edits one at a
-    time: the mean over facts)."""
+    """Scores without and with edits. Where that was asked for: the perplexity on ordinary text, and the `fluency`
+    (bits) of a text that the model writes about each subject; with edits one at a time, the means over facts."""
 
     before: EditScores
     after: EditScores
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    fluency_before: float | None = None
+    fluency_after: float | None = None
 
     @property
     def table(self) -> pl.DataFrame:
@@ -162,30 +165,23 @@ def evaluate(
     make: Callable[[Fact], WeightEdit | Iterable[WeightEdit]],
     *,
     texts: Sequence[str] = (),
+    write: int = 0,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Evaluation:
     """Facts edited one at a time, each on the model as it is: make the edits, apply, score that fact, revert.
 
-    `texts` are ordinary text for the perplexity (none: not measured).
+    `texts` are ordinary text for the perplexity, `write` the tokens of the texts for the fluency (none, 0: not
+    measured).
     """
-    before = score_facts(lm, facts)
-    plain = lm.perplexity(texts) if texts else None
-    after: list[pl.DataFrame] = []
-    perplexities: list[float] = []
+    before = _State.of(lm, facts, texts, write, seed)
+    after: list[_State] = []
     for i, fact in enumerate(facts):
         made = make(fact)
         with edited(lm, made):
-            after.append(score_facts(lm, [fact]))
-            if texts:
-                perplexities.append(lm.perplexity(texts))
+            after.append(_State.of(lm, [fact], texts, write, seed))
         progress("evaluate", i + 1, len(facts))
-    return Evaluation(
-        summarise(before, seed=seed),
-        summarise(pl.concat(after), seed=seed),
-        plain,
-        float(np.mean(perplexities)) if texts else None,
-    )
+    return _evaluation(before, _State.joined(after), seed)
 
 
 def evaluate_together(
@@ -194,24 +190,55 @@ def evaluate_together(
     edits: WeightEdit | Iterable[WeightEdit],
     *,
     texts: Sequence[str] = (),
+    write: int = 0,
     seed: int = 0,
 ) -> Evaluation:
-    """Scores of facts without and with edits that are applied all at once, as MEMIT's are."""
-    before, plain = summarise(score_facts(lm, facts), seed=seed), lm.perplexity(texts) if texts else None
+    """Scores of facts without and with edits that are applied all at once, as MEMIT's are; else as `evaluate`."""
+    before = _State.of(lm, facts, texts, write, seed)
     with edited(lm, edits):
-        after, now = summarise(score_facts(lm, facts), seed=seed), lm.perplexity(texts) if texts else None
-    return Evaluation(before, after, plain, now)
+        after = _State.of(lm, facts, texts, write, seed)
+    return _evaluation(before, after, seed)
 
 
-def generation_entropy(texts: Sequence[str]) -> float:
-    """How varied generated texts are: the mean over texts of (⅔ H₂ + 4⁄3 H₃) / 2, in bits, H_n the entropy of a text's
-    n-grams of words. Repetition lowers it. (The papers' "fluency" is 100 times this.) Texts of fewer than three words
-    do not count; `UsageError` if there is no other."""
-    words = [text.split() for text in texts]
-    found = [(2 / 3 * _entropy(w, 2) + 4 / 3 * _entropy(w, 3)) / 2 for w in words if len(w) >= 3]
-    if not found:
-        raise UsageError("generation entropy needs a text of three words or more")
-    return float(np.mean(found))
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What is measured of a model in one state."""
+
+    lines: pl.DataFrame
+    perplexity: float | None
+    fluency: float | None
+
+    @classmethod
+    def of(cls, lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[str], write: int, seed: int) -> "_State":
+        written = generate_about(lm, facts, max_new_tokens=write, seed=seed) if write else []
+        return cls(
+            score_facts(lm, facts),
+            lm.perplexity(texts) if texts else None,
+            float(np.mean([fluency(text) for text in written])) if written else None,
+        )
+
+    @classmethod
+    def joined(cls, states: Sequence["_State"]) -> "_State":
+        def mean(values: Iterable[float | None]) -> float | None:
+            known = [v for v in values if v is not None]
+            return float(np.mean(known)) if known else None
+
+        return cls(
+            pl.concat([s.lines for s in states]),
+            mean(s.perplexity for s in states),
+            mean(s.fluency for s in states),
+        )
+
+
+def _evaluation(before: _State, after: _State, seed: int) -> Evaluation:
+    return Evaluation(
+        summarise(before.lines, seed=seed),
+        summarise(after.lines, seed=seed),
+        before.perplexity,
+        after.perplexity,
+        before.fluency,
+        after.fluency,
+    )
 
 
 def consistency(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -232,15 +259,6 @@ def generate_about(lm: LanguageModel, facts: Sequence[Fact], *, max_new_tokens: 
     prompts = [f.generation_prompts[0] if f.generation_prompts else f.prompt for f in facts]
     texts = lm.generate(prompts, max_new_tokens=max_new_tokens, do_sample=True, top_k=50, seed=seed)
     return [a + b for a, b in zip(prompts, texts, strict=True)]
-
-
-def _entropy(words: Sequence[str], n: int) -> float:
-    grams: dict[tuple[str, ...], int] = {}
-    for i in range(len(words) - n + 1):
-        gram = tuple(words[i : i + n])
-        grams[gram] = grams.get(gram, 0) + 1
-    p = np.array(list(grams.values())) / sum(grams.values())
-    return float(-(p * np.log2(p)).sum())
 
 
 def _codes(groups: pl.Series) -> np.ndarray:

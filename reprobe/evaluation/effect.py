@@ -6,16 +6,38 @@ strength is measured in the same model, with and without the intervention. Does 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 import polars as pl
-import torch
+from jaxtyping import Float
 from scipy.special import logsumexp
 
 from reprobe.control import Operator, steer
 from reprobe.errors import UsageError
-from reprobe.model.language_model import LanguageModel
+from reprobe.evaluation.means import Mean, mean_of
+from reprobe.evaluation.passages import NEUTRAL, Text, divergences, last_states, measured, runs
+from reprobe.model.language_model import Continued, LanguageModel
+from reprobe.probing.direction import Direction
 from reprobe.progress import Progress, silent
+
+#: One thing that `steer` takes, or several.
+Interventions = Operator | Sequence[Operator]
+
+
+def several(interventions: Interventions) -> list[Operator]:
+    """Interventions as a list for `steer`."""
+    return list(interventions) if isinstance(interventions, Sequence) else [interventions]
+
+
+class Scorer(Protocol):
+    """What `dose_response` measures: a function of the model as it is at the moment, steered or not.
+
+    One number per prompt, in the same order at every call. Its column in the table is its attribute `name`, or else
+    `effect`.
+    """
+
+    def __call__(self, lm: LanguageModel, /) -> Float[np.ndarray, " prompts"]: ...
 
 
 @dataclass(frozen=True)
@@ -25,9 +47,13 @@ class Contrast:
     Continuations carry their leading blank. Each prompt's log-odds are log Σp(positive) − log Σp(negative), in nats.
     """
 
+    name: ClassVar[str] = "log_odds"
     prompts: tuple[str, ...]
     positive: tuple[str, ...]
     negative: tuple[str, ...]
+
+    def __call__(self, lm: LanguageModel) -> Float[np.ndarray, " prompts"]:
+        return log_odds(lm, self)
 
     def __post_init__(self) -> None:
         if not (self.prompts and self.positive and self.negative):
@@ -45,54 +71,125 @@ def log_odds(lm: LanguageModel, contrast: Contrast) -> np.ndarray:
     return odds
 
 
-def divergence(lm: LanguageModel, texts: Sequence[str], *interventions: Operator) -> float:
+@dataclass(frozen=True)
+class Readout:
+    """A direction's own reading of texts at their last token, (h·v̂ − offset) / scale, as something to score.
+
+    Use a direction fitted on other data than the one that steers: a direction reads at once what it adds itself.
+    Where a text is a `Passage`, its continuation counts as generated; a string is all prompt.
+    """
+
+    name: ClassVar[str] = "readout"
+    direction: Direction
+    texts: tuple[Text, ...]
+    allow_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.direction.site is None:
+            raise UsageError("the direction has no site of its own to be read at: direction.at('resid.post@…')")
+
+    def __call__(self, lm: LanguageModel) -> Float[np.ndarray, " texts"]:
+        d, site = self.direction, self.direction.site
+        assert site is not None
+        if d.identity is not None:
+            d.identity.require_same(lm.identity, f"the direction at {site}", allow_mismatch=self.allow_mismatch)
+        read: np.ndarray = d.score(last_states(lm, self.texts, site).double().cpu().numpy()) / d.scale
+        return read
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """Texts as the model runs them without further interventions, computed once, for steered runs to be compared
+    with."""
+
+    lm: LanguageModel
+    texts: tuple[Text, ...]
+    runs: tuple[Continued, ...]
+
+    @classmethod
+    def of(cls, lm: LanguageModel, texts: Sequence[Text]) -> "Baseline":
+        return cls(lm, tuple(texts), tuple(runs(lm, texts)))
+
+    def steered(self, interventions: Interventions, *, allow_mismatch: bool = False) -> tuple[Continued, ...]:
+        """The same texts with interventions."""
+        with steer(self.lm, *several(interventions), allow_mismatch=allow_mismatch):
+            return tuple(runs(self.lm, self.texts))
+
+    def divergence(self, interventions: Interventions, *, allow_mismatch: bool = False) -> Mean:
+        """Mean KL(unsteered ‖ steered), nats per token, with an interval over the texts."""
+        return self.between(self.steered(interventions, allow_mismatch=allow_mismatch))
+
+    def between(self, steered: Sequence[Continued], *, seed: int = 0) -> Mean:
+        """Mean KL of runs of the same texts from these."""
+        each = [
+            divergences(self.lm, measured(text, plain), measured(text, other))
+            for text, plain, other in zip(self.texts, self.runs, steered, strict=True)
+        ]
+        return mean_of(np.array([e.mean() for e in each]), weights=np.array([len(e) for e in each], float), seed=seed)
+
+
+def divergence(lm: LanguageModel, texts: Sequence[Text], *interventions: Operator) -> float:
     """Mean KL(unsteered ‖ steered) of the next-token distributions, in nats per token of `texts`.
 
-    The price of an intervention on text it is not meant for. 0 without interventions.
+    The price of an intervention on text it is not meant for. 0 without interventions. A string counts as prompt, all
+    of it; of a `Passage` only the continuation is measured, which counts as generated.
     """
-    total, count = 0.0, 0
-    for text in texts:
-        plain = lm.logits(text, at="all")[0]
-        with steer(lm, *interventions):
-            steered = lm.logits(text, at="all")[0]
-        p, q = torch.log_softmax(plain.double(), -1), torch.log_softmax(steered.double(), -1)
-        total += float((p.exp() * (p - q)).sum())
-        count += len(p)
-    return total / count
+    return Baseline.of(lm, texts).divergence(interventions).mean
 
 
 def dose_response(
     lm: LanguageModel,
-    interventions: Callable[[float], Sequence[Operator]],
+    interventions: Callable[[float], Interventions],
     strengths: Sequence[float],
     *,
-    contrast: Contrast,
-    neutral: Sequence[str],
-    story: str,
+    scorer: Scorer,
+    neutral: Sequence[Text] = NEUTRAL,
+    story: str | None = None,
     max_new_tokens: int = 40,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """Effect, side effect and sample text at each strength.
+    """Effect and side effect at each strength, with 95 % intervals over the prompts (null for a single one).
 
-    `interventions(strength)` makes the interventions. Columns: `strength`; `log_odds`, the mean over the contrast's
-    prompts, with `log_odds_sd`, the standard deviation over them of the change against strength 0; `kl`, nats per
-    token on the `neutral` texts; `text`, the greedy continuation of `story`.
+    `interventions(strength)` makes the interventions. `scorer` is a `Contrast` (log-odds of words), a `Readout` (a
+    held-out direction), a `ChoiceScore` (multiple choice), or any function of the model. Columns: `strength`; NAME,
+    the mean of the scorer's numbers, with NAME`_low`, NAME`_high` (NAME: the scorer's `name`, or `effect`); `change`,
+    the mean change against the unsteered model, with `change_low`, `change_high`, and NAME`_sd`, its standard
+    deviation over the prompts; `kl`, nats per token on the `neutral` texts, with `kl_low`, `kl_high`; with a `story`,
+    `text`, its greedy continuation.
     """
-    base = log_odds(lm, contrast)
+    name = str(getattr(scorer, "name", "effect"))
+    base = _scored(scorer, lm, name)
+    baseline = Baseline.of(lm, neutral)
     rows = []
     for i, strength in enumerate(strengths):
-        items = list(interventions(strength))
+        items = several(interventions(strength))
         with steer(lm, *items):
-            odds = log_odds(lm, contrast)
-            text = lm.generate(story, max_new_tokens=max_new_tokens)[0]
-        rows.append(
-            {
-                "strength": float(strength),
-                "log_odds": float(odds.mean()),
-                "log_odds_sd": float((odds - base).std()),
-                "kl": divergence(lm, neutral, *items),
-                "text": text,
-            }
-        )
+            scores = _scored(scorer, lm, name)
+            text = None if story is None else lm.generate(story, max_new_tokens=max_new_tokens)[0]
+        if len(scores) != len(base):
+            raise UsageError(
+                f"the scorer {name} gave {len(base)} numbers without steering and {len(scores)} at strength "
+                f"{strength:g}: it must score the same prompts every time"
+            )
+        row: dict[str, float | str | None] = {"strength": float(strength)}
+        for key, found in (
+            (name, mean_of(scores)),
+            ("change", mean_of(scores - base)),
+            ("kl", baseline.divergence(items)),
+        ):
+            row |= {key: found.mean, f"{key}_low": found.low, f"{key}_high": found.high}
+        row[f"{name}_sd"] = float((scores - base).std())
+        rows.append(row if text is None else row | {"text": text})
         progress("steer", i + 1, len(strengths))
-    return pl.DataFrame(rows)
+    bounds = [f"{key}_{side}" for key in (name, "change", "kl") for side in ("low", "high")]
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys(bounds, pl.Float64))
+
+
+def _scored(scorer: Scorer, lm: LanguageModel, name: str) -> Float[np.ndarray, " prompts"]:
+    scores = np.asarray(scorer(lm), np.float64)
+    if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
+        raise UsageError(
+            f"the scorer {name} gave {scores.size} numbers in the shape {scores.shape}, {np.isfinite(scores).sum()} of "
+            "them finite: it must give one finite number per prompt"
+        )
+    return scores

@@ -352,7 +352,7 @@ def _require_sites(store: ActivationStore, lm: LanguageModel) -> None:
 def _columns(store: ActivationStore, site: Site) -> slice:
     if site.unit is None:
         return slice(None)
-    width = store.unit_width(site.part)
+    width = store.width(site)
     return slice(site.unit * width, (site.unit + 1) * width)
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, UsageError
+from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, SchemaMismatch, UsageError
 from reprobe.extraction.calibration import token_budget
 from reprobe.extraction.share import Share
 from reprobe.extraction.transfer import on_host
@@ -365,7 +365,11 @@ def _recorded_budget(to: str | Path) -> int | None:
     """The token budget of the store at `to`, if there is one: going on with it needs the same."""
     try:
         budget = ActivationStore.open(to).manifest.plan.get("batch_tokens")
-    except (ArtifactMissing, CorruptArtifact):  # what is wrong there is told when it is opened for writing
+    except (
+        ArtifactMissing,
+        CorruptArtifact,
+        SchemaMismatch,
+    ):  # told when it is opened for writing
         return None
     return budget if isinstance(budget, int) and budget > 0 else None
 

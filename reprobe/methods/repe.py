@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from reprobe.errors import UsageError
 from reprobe.model.hooks import capture
 from reprobe.model.language_model import LanguageModel
+from reprobe.model.monitor import checked
 from reprobe.model.sites import Site
 from reprobe.probing.direction import Direction
 
@@ -31,14 +31,10 @@ class Scan:
 def scan(lm: LanguageModel, text: str, directions: Mapping[Site, Direction], *, allow_mismatch: bool = False) -> Scan:
     """Read every token of `text` at every direction's site.
 
-    A score is (h·v̂ − offset) / scale. Raises `IdentityMismatch` for directions of another model.
+    A score is (h·v̂ − offset) / scale. Raises `IdentityMismatch` for directions of another model, `UsageError` for one
+    that stands under another site than its own or does not fit its site, `UnknownSite`.
     """
-    if not directions:
-        raise UsageError("a scan needs at least one direction")
-    here = lm.identity
-    for site, direction in directions.items():
-        if direction.identity is not None:
-            direction.identity.require_same(here, f"the direction at {site}", allow_mismatch=allow_mismatch)
+    checked(lm, directions, "a scan", allow_mismatch=allow_mismatch)
     sites = tuple(sorted(directions, key=lambda s: (-1 if s.layer is None else s.layer, s)))
     batch = lm.encode(text)
     seen = capture(lm, lm.inputs(batch), sites)

@@ -3,6 +3,18 @@
 from reprobe.model.hooks import capture, intervene, observe
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.language_model import LanguageModel
+from reprobe.model.monitor import Monitor, Reading
 from reprobe.model.sites import Parts, Site, expand
 
-__all__ = ["LanguageModel", "ModelIdentity", "Parts", "Site", "capture", "expand", "intervene", "observe"]
+__all__ = [
+    "LanguageModel",
+    "ModelIdentity",
+    "Monitor",
+    "Parts",
+    "Reading",
+    "Site",
+    "capture",
+    "expand",
+    "intervene",
+    "observe",
+]

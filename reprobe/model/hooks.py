@@ -1,4 +1,4 @@
-"""The only hooks in the house: reading activations (`observe`, `capture`) and changing them (`intervene`).
+"""The only hooks in the house: reading activations (`observe`, `follow`, `capture`) and changing them (`intervene`).
 
 Enters: a language model, sites, and objects that say what to do there. Leaves: tensors, and a network without a
 trace of us after any exit. Does not know what an intervention means, which prompts run or where activations go.
@@ -12,11 +12,11 @@ sees, however the contexts are nested.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedOperation
@@ -36,11 +36,16 @@ class Prompts:
 
     The first `width` columns are the prompts, any further ones given continuations, which count as generated. `real`
     marks real tokens (columns beyond it are real: they come from generation), `spans[name]` those of a named span.
+    `ids` are their tokens, if known. A generated row is at its end with one of the tokens `ends`, and is then filled
+    up; `filler` fills a row that ended in another way (None where all rows end together).
     """
 
     real: Bool[Tensor, "rows columns"]
     width: int
     spans: Mapping[str, Bool[Tensor, "rows width"]]
+    ids: Int[Tensor, "rows columns"] | None = None
+    ends: frozenset[int] = frozenset()
+    filler: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,22 @@ class Tokens:
     last: Bool[Tensor, "rows columns"]
     trivial: bool
     spans: Mapping[str, Bool[Tensor, "rows columns"]] | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass that begins: which tokens it holds.
+
+    `ids` are its own tokens (None if it was given vectors), the first of them in column `start`; `prompts` describes
+    all columns so far. `fresh` marks the first pass of other prompts.
+    """
+
+    prompts: Prompts
+    fresh: bool
+    start: int
+    rows: int
+    columns: int
+    ids: Int[Tensor, "rows columns"] | None
 
 
 class Intervention(Protocol):
@@ -78,6 +99,8 @@ class Intervention(Protocol):
 
 #: Takes a site and its value (rows, columns, width); the tensor is only valid during the call.
 Observer = Callable[[Site, Tensor], None]
+#: Is told of each pass before its first site.
+Follower = Callable[[Pass], None]
 
 
 class _Stop(Exception):
@@ -93,8 +116,10 @@ class Board:
         self._locate = locate
         self._interventions: list[Intervention] = []
         self._observers: list[tuple[Site, Observer]] = []
+        self._followers: list[Follower] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._prompts: Prompts | Tokens | None = None
+        self._fresh = True  # no pass of the present prompts has run yet
         self._tokens: Tokens | None = None
         self._pre: dict[int, Tensor] = {}  # resid.pre of blocks whose resid.mid is being written
         self._prompt_columns: int | None = None
@@ -105,33 +130,42 @@ class Board:
         """Whether any intervention is active."""
         return bool(self._interventions)
 
+    @property
+    def followed(self) -> bool:
+        """Whether anybody follows the passes."""
+        return bool(self._followers)
+
     # -- contexts ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def entered(
-        self, interventions: Sequence[Intervention] = (), observers: Sequence[tuple[Site, Observer]] = ()
+        self,
+        interventions: Sequence[Intervention] = (),
+        observers: Sequence[tuple[Site, Observer]] = (),
+        followers: Sequence[Follower] = (),
     ) -> Iterator[None]:
-        before = list(self._interventions), list(self._observers)
         try:
-            self._interventions = [*before[0], *interventions]
-            self._observers = [*before[1], *observers]
+            self._interventions = [*self._interventions, *interventions]
+            self._observers = [*self._observers, *observers]
+            self._followers = [*self._followers, *followers]
             self._install()
             yield
         finally:
             # By identity, not by position: contexts may be left in another order than they were entered.
             self._interventions = _without(self._interventions, interventions)
             self._observers = _without(self._observers, observers)
+            self._followers = _without(self._followers, followers)
             self._install()
 
     @contextlib.contextmanager
     def told(self, prompts: Prompts | Tokens) -> Iterator[None]:
         """Say which tokens run inside: `Prompts` with what is generated from them, or the `Tokens` of each pass."""
         before = self._prompts
-        self._prompts = prompts
+        self._prompts, self._fresh = prompts, True
         try:
             yield
         finally:
-            self._prompts = before
+            self._prompts, self._fresh = before, True
 
     # -- hooks ------------------------------------------------------------------------------------------------
 
@@ -246,36 +280,53 @@ class Board:
         return self._tokens
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward pass of the blocks: note its shape, and for interventions which tokens it holds."""
+        """Before a forward pass of the blocks: note its shape, and for interventions and followers its tokens."""
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("hidden_states"), *args)
-        ids = next(value for value in given if isinstance(value, Tensor))
-        rows, now = self._shape = int(ids.shape[0]), int(ids.shape[1])
-        if not self._interventions:
+        first = next(value for value in given if isinstance(value, Tensor))
+        rows, now = self._shape = int(first.shape[0]), int(first.shape[1])
+        if not (self._interventions or self._followers):
             return
         if isinstance(self._prompts, Tokens):
+            if self._followers:
+                raise UnsupportedOperation(
+                    "lm.logprobs computes beginnings that texts share once, so its rows are not the prompts and cannot "
+                    "be monitored; use lm.logits(prompts) or lm.generate"
+                )
             self._tokens = self._prompts
             return
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        if self._prompts is not None:
-            self._tokens = _told_tokens(self._prompts, rows, past, now)
-            return
+        told = self._prompts is not None
+        prompts = self._direct(args, kwargs, first, past) if self._prompts is None else self._prompts
+        if self._followers:
+            ids = None if first.is_floating_point() else first
+            fresh = self._fresh or (past == 0 and not told)
+            for follower in self._followers:
+                follower(Pass(prompts, fresh, past, rows, now, ids))
+        self._fresh = False
+        if self._interventions:
+            tokens = _told_tokens(prompts, rows, past, now)
+            self._tokens = tokens if told else replace(tokens, spans=None)
+
+    def _direct(self, args: tuple[Any, ...], kwargs: dict[str, Any], first: Tensor, past: int) -> Prompts:
+        """The prompts of a pass that nobody told of: what the first pass of its sequence held."""
+        rows, now = self._shape
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if kwargs.get("use_cache") is False and any(i.by_role for i in self._interventions):
+        if kwargs.get("use_cache") is False and (self._followers or any(i.by_role for i in self._interventions)):
             raise UnsupportedOperation(
                 "the network was called directly and without a cache, so prompt and generated tokens cannot be told "
-                "apart, and an active intervention depends on that; use lm.generate(…, use_cache=False) or lm.logits"
+                "apart, and an active intervention or monitor depends on that; use lm.generate(…, use_cache=False) or "
+                "lm.logits"
             )
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise UnsupportedOperation(
                 "the network was called directly with a prepared attention mask, so it is not known which tokens "
-                "are pads; use lm.generate, lm.logits or lm.logprobs while steering, or pass the 2-D mask"
+                "are pads; use lm.generate or lm.logits while steering or monitoring, or pass the 2-D mask"
             )
         if past == 0 or self._prompt_columns is None:  # the first pass of a sequence that we see is its prompt
             self._prompt_columns = past + now
-        real = torch.ones(rows, past + now, dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
-        tokens = _told_tokens(Prompts(real, self._prompt_columns, {}), rows, past, now)
-        self._tokens = Tokens(tokens.real, tokens.generated, tokens.last, tokens.trivial, None)
+        real = torch.ones(rows, past + now, dtype=torch.bool, device=first.device) if mask is None else mask.bool()
+        return Prompts(real, self._prompt_columns, {})
 
 
 def _told_tokens(prompts: Prompts, rows: int, past: int, now: int) -> Tokens:
@@ -387,6 +438,17 @@ def observe(lm: "LanguageModel", sites: Iterable[Site | str] | Site | str) -> It
 
     with board_of(lm).entered(observers=[(site, keep) for site in lm.sites(sites)]):
         yield seen
+
+
+@contextlib.contextmanager
+def follow(lm: "LanguageModel", sites: Mapping[Site, Observer], follower: Follower) -> Iterator[None]:
+    """Show every pass inside the context: `follower` learns which tokens it holds, then each site's observer its value.
+
+    For those who compute from activations as they pass, and need pads and generated tokens told apart. Where that is
+    not known, or where rows are no prompts (`lm.logprobs`), passes are refused with `UnsupportedOperation`.
+    """
+    with board_of(lm).entered(observers=list(sites.items()), followers=[follower]):
+        yield
 
 
 @contextlib.contextmanager

@@ -32,8 +32,9 @@ from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
 from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
-from reprobe.model.hooks import Prompts, Tokens, board_of, observe
+from reprobe.model.hooks import Prompts, Tokens, board_of, follow, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
+from reprobe.model.monitor import DirectionLike, Monitor, checked
 from reprobe.model.packs import BUDGET, Layout, Packing, Plan, lay_out, plan_packs
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
 from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
@@ -41,6 +42,10 @@ from reprobe.progress import Progress, silent
 
 #: Logits in memory at a time while scoring; a vocabulary of 262,144 has 256 rows of them.
 _LOGITS_AT_ONCE = 2**26
+
+#: Settings of transformers' `generate` with which row i of a pass need not go on with row i of the pass before, and
+#: the value that has no such effect.
+_REORDERING = {"num_beams": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}
 
 #: One prompt: plain text, or chat messages.
 Prompt = str | Messages
@@ -71,6 +76,17 @@ class Encoded:
     def row(self, i: int) -> Int[Tensor, " tokens"]:
         """Token ids of prompt i without padding."""
         return self.input_ids[i][self.real[i]]
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A continuation as a model ran it: its token ids, and the states at one site from the prompt's last token on.
+
+    At `final`, `states[i]` is what the token `tokens[i]` is predicted from.
+    """
+
+    tokens: Int[np.ndarray, " tokens"]
+    states: Float[Tensor, "tokens+1 width"]
 
 
 class LanguageModel:
@@ -230,12 +246,15 @@ class LanguageModel:
 
     def _pad(self, rows: Sequence[TokenisedText], padding: Padding) -> Encoded:
         width = max(len(r.ids) for r in rows)
+        return self._lay(rows, [width - len(r.ids) if padding == "left" else 0 for r in rows], width)
+
+    def _lay(self, rows: Sequence[TokenisedText], starts: Sequence[int], width: int) -> Encoded:
+        """Rows of `width` columns, each text from its start on, and pads around it."""
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         real = np.zeros((len(rows), width), dtype=bool)
         names = {name for r in rows for name in r.spans}
         spans = {name: np.zeros((len(rows), width), dtype=bool) for name in names}
-        for i, r in enumerate(rows):
-            start = width - len(r.ids) if padding == "left" else 0
+        for i, (r, start) in enumerate(zip(rows, starts, strict=True)):
             ids[i, start : start + len(r.ids)] = r.ids
             real[i, start : start + len(r.ids)] = True
             for name, tokens in r.spans.items():
@@ -296,9 +315,28 @@ class LanguageModel:
         return inputs
 
     @contextlib.contextmanager
-    def _told(self, batch: Encoded) -> Iterator[None]:
-        with board_of(self).told(Prompts(batch.real, int(batch.real.shape[1]), batch.spans)):
+    def _told(self, batch: Encoded, ends: frozenset[int] = frozenset(), filler: int | None = None) -> Iterator[None]:
+        told = Prompts(batch.real, int(batch.real.shape[1]), batch.spans, batch.input_ids, ends, filler)
+        with board_of(self).told(told):
             yield
+
+    @contextlib.contextmanager
+    def monitor(
+        self,
+        directions: DirectionLike | Iterable[DirectionLike] | Mapping[Site, DirectionLike],
+        *,
+        allow_mismatch: bool = False,
+    ) -> Iterator[Monitor]:
+        """Score every token at the directions' sites, in whatever the model does inside the context.
+
+        A score is (h·v̂ − offset) / scale, as a live probe reads it: of the activation that the rest of the network
+        sees, after any steering. Activations are not kept. What was read is in the yielded `Monitor`. Raises
+        `UnknownSite`, `IdentityMismatch` for directions of another model (unless `allow_mismatch`), `UsageError` for
+        one of another width, and inside, `UnsupportedOperation` for `lm.logprobs` and for beams.
+        """
+        monitor = Monitor(self, checked(self, directions, "a monitor", allow_mismatch=allow_mismatch))
+        with follow(self, monitor.observers, monitor.begin):
+            yield monitor
 
     # -- numbers out ------------------------------------------------------------------------------------------
 
@@ -373,21 +411,7 @@ class LanguageModel:
         if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
-        if any(not c for _, c in flat):
-            raise UsageError("an empty continuation has no log-probability")
-        rows = tokenise(
-            self.tokenizer,
-            [batch[i] for i, _ in flat],
-            suffixes=[c for _, c in flat],
-            spans=None,
-            context=self.context,
-            truncate=None,
-        )
-        if min(r.suffix for r in rows) < 1:
-            raise UsageError(
-                "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
-                "a beginning-of-text token"
-            )
+        rows = self._continue([(batch[i], c) for i, c in flat])
         scores = (each.mean() if mean else each.sum() for each in self._scores(rows, batch_tokens))
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
 
@@ -474,8 +498,24 @@ class LanguageModel:
         if not settings["do_sample"]:
             # A checkpoint's sampling settings mean nothing to greedy decoding, and transformers warns of them.
             settings = {"temperature": None, "top_p": None, "top_k": None} | settings
+        config = settings.get("generation_config") or self.net.generation_config
+
+        def chosen(name: str) -> Any:
+            return settings.get(name, getattr(config, name, None))
+
+        other = [name for name, usual in _REORDERING.items() if chosen(name) not in (None, usual)]
+        if other and board_of(self).followed:
+            raise UnsupportedOperation(
+                f"{other[0]} reorders or discards rows between passes, so what is read while monitoring could not be "
+                "given to a text; sample with num_return_sequences instead, or monitor lm.logits of the finished texts"
+            )
+        one_by_one = chosen("stop_strings") or chosen("stopping_criteria")
         devices = [self.device] if self.device.type == "cuda" else []
-        with self._told(batch), torch.random.fork_rng(devices, enabled=seed is not None), _quiet_transformers():
+        with (
+            self._told(batch, _ids(chosen("eos_token_id")), self.pad_id if one_by_one else None),
+            torch.random.fork_rng(devices, enabled=seed is not None),
+            _quiet_transformers(),
+        ):
             if seed is not None:
                 torch.manual_seed(seed)
             tokens = self.net.generate(
@@ -484,6 +524,63 @@ class LanguageModel:
         new = tokens[:, batch.input_ids.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
+
+    @torch.no_grad()
+    def continued(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: str | Sequence[str],
+        *,
+        site: Site | str = "final",
+        batch_tokens: int | None = None,
+    ) -> list[Continued]:
+        """States at one site along given continuations, one continuation per prompt.
+
+        Tokens and their roles are those of `logprobs`: for interventions the continuation's count as generated.
+        `batch_tokens` bounds the tokens of one forward pass. Raises `UnknownSite`, `PromptTooLong`.
+        """
+        self._need_decoder("continued")
+        batch = _batch(prompts)
+        given = [continuations] if isinstance(continuations, str) else list(continuations)
+        if len(given) != len(batch):
+            raise UsageError(f"{len(batch)} prompts need as many continuations, got {len(given)}")
+        (where,) = self.sites(site)
+        rows = self._continue(list(zip(batch, given, strict=True)))
+        starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
+        plan = self.plan(np.concatenate([r.ids for r in rows]), starts, packing="padded", budget=batch_tokens)
+        found: dict[int, Tensor] = {}
+        with observe(self, where) as seen:
+            for k in range(plan.n_packs):
+                numbers = plan.pack(k)
+                texts = [rows[i] for i in numbers]
+                # Pads on both sides, so that all continuations begin at one column.
+                width = max(r.suffix for r in texts)
+                columns = width + max(len(r.ids) - r.suffix for r in texts)
+                padded = self._lay(texts, [width - r.suffix for r in texts], columns)
+                with board_of(self).told(Prompts(padded.real, width, {})):
+                    self.architecture.trunk(self.net)(**self.inputs(padded), **self.no_cache)
+                for states, i, r in zip(seen[where], numbers, texts, strict=True):
+                    found[int(i)] = states[width - 1 : width + len(r.ids) - r.suffix].clone()
+        return [Continued(row.ids[row.suffix :], found[i]) for i, row in enumerate(rows)]
+
+    def _continue(self, pairs: Sequence[tuple[Prompt, str]]) -> list[TokenisedText]:
+        """Prompts, tokenised together with a continuation each."""
+        if any(not continuation for _, continuation in pairs):
+            raise UsageError("an empty continuation has no log-probability")
+        rows = tokenise(
+            self.tokenizer,
+            [prompt for prompt, _ in pairs],
+            suffixes=[continuation for _, continuation in pairs],
+            spans=None,
+            context=self.context,
+            truncate=None,
+        )
+        if min(r.suffix for r in rows) < 1:
+            raise UsageError(
+                "the first token of a continuation has nothing before it: give a prompt, or a tokenizer that adds "
+                "a beginning-of-text token"
+            )
+        return rows
 
     def _need_decoder(self, what: str) -> None:
         if self.architecture.kind != "decoder":
@@ -573,6 +670,11 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _ids(told: int | Sequence[int] | None) -> frozenset[int]:
+    """Token ids from a setting that is one, several or none."""
+    return frozenset() if told is None else frozenset([told] if isinstance(told, int) else map(int, told))
 
 
 def _roles(row: TokenisedText) -> np.ndarray:

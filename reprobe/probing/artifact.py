@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from reprobe.errors import ArtifactExists, ArtifactMissing, CorruptArtifact, UsageError
-from reprobe.provenance import canonical_json, write_durably
+from reprobe.provenance import canonical_json, require_schema, write_durably
 
-#: Version of the header's meaning. A file of a newer schema is refused.
+#: Version of the header's meaning. A file of another one is refused.
 SCHEMA = 1
 _KEY = "reprobe"
 
@@ -63,10 +63,26 @@ def read(path: Path, kind: str) -> Artifact:
     """The content of a file written as `kind`.
 
     Raises `ArtifactMissing`, `CorruptArtifact` (not safetensors, not from reprobe, or changed since it was
-    written), `UsageError` (another kind of artifact, or written by a newer version).
+    written), `SchemaMismatch` (of a newer or older version), `UsageError` (another kind of artifact).
     """
+    envelope, arrays = _open(path, kind)
+    checksum, header = envelope.pop("sha256"), envelope["header"]
+    if envelope["kind"] != kind:
+        raise UsageError(f"{path} holds a {envelope['kind']}, not a {kind}")
+    if not isinstance(header, dict) or checksum != _checksum(envelope, arrays):
+        raise CorruptArtifact(f"{path}: the content does not match its checksum; it was changed after writing")
+    return Artifact(header, arrays)
+
+
+def kind_of(path: Path) -> str:
+    """The kind that a file says it is of; raises as `read` does. Whether the content is sound shows `read`."""
+    return str(_open(path, "artifact")[0]["kind"])
+
+
+def _open(path: Path, what: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header's envelope, of our schema and with all its fields, and the arrays."""
     if not path.is_file():
-        raise ArtifactMissing(f"{path}: no such {kind}" + (" (it is a folder)" if path.is_dir() else ""))
+        raise ArtifactMissing(f"{path}: no such {what}" + (" (it is a folder)" if path.is_dir() else ""))
     try:
         with safe_open(path, framework="numpy") as f:
             text = (f.metadata() or {}).get(_KEY)
@@ -79,18 +95,13 @@ def read(path: Path, kind: str) -> Artifact:
         raise CorruptArtifact(f"{path} is a safetensors file, but reprobe did not write it")
     try:
         envelope = json.loads(text)
-        checksum = envelope.pop("sha256")
-        found, schema, header = (envelope[k] for k in ("kind", "schema", "header"))
-        newer = schema > SCHEMA
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        schema = envelope["schema"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CorruptArtifact(f"{path}: malformed header ({error!r})") from error
-    if newer:
-        raise UsageError(f"{path} was written by a newer reprobe (schema {schema}, this one reads {SCHEMA}): upgrade")
-    if found != kind:
-        raise UsageError(f"{path} holds a {found}, not a {kind}")
-    if not isinstance(header, dict) or checksum != _checksum(envelope, arrays):
-        raise CorruptArtifact(f"{path}: the content does not match its checksum; it was changed after writing")
-    return Artifact(header, arrays)
+    require_schema(schema, SCHEMA, str(path))  # first: of another schema, nothing else is known
+    if lacking := {"kind", "header", "sha256"} - set(envelope):
+        raise CorruptArtifact(f"{path}: malformed header (no {', '.join(sorted(lacking))})")
+    return envelope, arrays
 
 
 def _checksum(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

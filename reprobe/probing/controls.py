@@ -62,6 +62,8 @@ def selectivity(
     control tasks are drawn with the share of positive rows; a draw that gives all types one label is drawn again.
     """
     names, which = np.unique(np.asarray(types), return_inverse=True)
+    if len(names) < 2:
+        raise UsageError(f"all rows are of one type ({names[0]!r}): a control task needs types to label at random")
     seen = np.zeros((len(names), int(folds.max()) + 1), dtype=bool)
     seen[which, folds] = True
     recurring = float((seen.sum(axis=1) > 1)[which].mean())

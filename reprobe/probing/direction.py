@@ -10,10 +10,10 @@ h·vector over the training rows. `step = scale · vector` is the displacement o
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, read, to_bytes, write
 from reprobe.provenance import digest_bytes
+
+if TYPE_CHECKING:
+    from reprobe.store import ActivationStore
 
 Label = bool | int | float | str
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -138,7 +141,10 @@ class Direction:
         device and in their graph.
         """
         if h.shape[-1:] != (self.width,):
-            raise UsageError(f"{self!r} reads rows of width {self.width}, not an array of shape {tuple(h.shape)}")
+            raise UsageError(
+                f"{self!r} reads rows of width {self.width}, not an array of shape {tuple(h.shape)}: are they of "
+                f"{self.site or 'its site'}?"
+            )
         if isinstance(h, torch.Tensor):
             rows = h if h.dtype == torch.float64 else h.float()
             return rows @ torch.tensor(self.vector, dtype=rows.dtype, device=rows.device)
@@ -148,6 +154,24 @@ class Direction:
     def score(self, h: Array) -> Array:
         """h·vector − offset: (…, width) → (…). Above 0 is the positive class; precision as in `project`."""
         return self.project(h) - self.offset
+
+    def score_rows(
+        self, store: "ActivationStore", rows: Any = None, *, allow_mismatch: bool = False
+    ) -> Float[np.ndarray, " rows"]:
+        """Scores of a store's rows at this direction's own site, in float64; `rows` as in `store.read`.
+
+        An array does not say where it was read; a store does. Reads in batches. Raises `UnknownSite` if the store
+        lacks the site, `IdentityMismatch` if it is of another model (unless `allow_mismatch`), `UsageError` if the
+        direction has no site, and what `store.iter` does.
+        """
+        if self.site is None:
+            raise UsageError(
+                "the direction has no site of its own: say where it is read with direction.at('resid.post@…')"
+            )
+        if (mine := self.identity) is not None:
+            mine.require_same(store.identity, f"the direction at {self.site}", allow_mismatch=allow_mismatch)
+        found = [self.score(batch.values.double().numpy()) for batch in store.iter(self.site, rows=rows)]
+        return np.concatenate(found) if found else np.empty(0)
 
     def cosine(self, other: "Direction") -> float:
         """The cosine between two directions of equal width; their sites may differ."""
@@ -166,28 +190,8 @@ class Direction:
         """
         if not isinstance(other, Direction):
             return NotImplemented
-        if self.site != other.site or self.width != other.width:
-            raise UsageError(f"directions add up at one site only, not {self!r} and {other!r}")
-        mine, theirs = self.identity, other.identity
-        if (mine is None) != (theirs is None):
-            raise IdentityMismatch(f"one of {self!r} and {other!r} does not say of which model it is")
-        if mine is not None and theirs is not None:
-            mine.require_same(theirs, "the first direction of a sum")
-        step = self.step + other.step
-        norm = float(np.linalg.norm(step))
-        if norm <= 1e-12 * (self.scale + other.scale):
-            raise UsageError(f"the steps of {self!r} and {other!r} cancel: nothing is left to point anywhere")
-        return Direction(
-            self.site,
-            step / norm,
-            offset=(self.scale * self.offset + other.scale * other.offset) / norm,
-            scale=norm,
-            sign="the sum of the terms' steps",
-            reader="sum",
-            classes=self.classes if self.classes == other.classes else None,
-            provenance={"terms": [self.to_json(), other.to_json()]}
-            | ({} if mine is None else {"identity": mine.to_json()}),
-        )
+        _require_one_site(self, other)
+        return _combined((self, other), (1.0, 1.0), self.site, reader="sum", sign="the sum of the terms' steps")
 
     def __sub__(self, other: "Direction") -> "Direction":
         return self + (-other) if isinstance(other, Direction) else NotImplemented
@@ -208,6 +212,66 @@ class Direction:
         """The direction to the other class: score and vector change sign, held-out metrics stay true."""
         classes = None if self.classes is None else (self.classes[1], self.classes[0])
         return dataclasses.replace(self, vector=-self.vector, offset=-self.offset, classes=classes)
+
+    def orthogonalise(self, *against: "Direction") -> "Direction":
+        """What is left of this direction at a right angle to all of `against` (Gram–Schmidt), at the same site.
+
+        The vector is v − Pv, normalised, with P the projection onto the span of theirs (float64; the cosine with each
+        is below 1e-12). Pv = Σ cᵢ wᵢ, and what is subtracted from the vector is subtracted from the function: with
+        n = ‖v − Pv‖, score = (score of this − Σ cᵢ · score of the i-th) / n. So the offset keeps its meaning: a row
+        on all boundaries stays on the new one. The scale is n times this one's, so that strength 1 adds what is left
+        of the step; it is no measured standard deviation. If some of `against` depend on each other, the c of least
+        norm are taken. Raises `UsageError` if the sites differ or nothing is left (n < 1e-9), `IdentityMismatch` if
+        the models differ.
+        """
+        if not against:
+            raise UsageError("orthogonalise against what? give one direction or several")
+        _require_one_site(self, *against)
+        W = np.stack([d.vector for d in against])
+        U, sizes, Vt = np.linalg.svd(W, full_matrices=False)
+        kept = sizes > 1e-12 * sizes[0] * max(W.shape)
+        span = Vt[kept]
+        left = self.vector - span.T @ (span @ self.vector)
+        n = float(np.linalg.norm(left))
+        if n < 1e-9:
+            raise UsageError(f"{self!r} lies in the span of what it should be at a right angle to: nothing is left")
+        left = left / n
+        left -= span.T @ (span @ left)  # once more: of a small remainder, rounding is a large part
+        c = U[:, kept] @ ((span @ self.vector) / sizes[kept])
+        weights = (1.0, *(-float(c_i) * self.scale / d.scale for c_i, d in zip(c, against, strict=True)))
+        return _combined(
+            (self, *against),
+            weights,
+            self.site,
+            reader="orthogonalise",
+            sign=self.sign,
+            classes=self.classes,
+            step=self.scale * n * left / np.linalg.norm(left),
+        )
+
+    @classmethod
+    def mean(cls, directions: "Iterable[Direction]", *, site: Site | str | None = None) -> "Direction":
+        """The direction whose step is the mean of the steps, and whose scale · score is the mean of the terms'.
+
+        Terms of the same two classes are first turned to the same positive one, that of the first term. They may be of
+        several sites of equal width, such as a stream's blocks; then `site` says of which site the mean is (it was
+        measured at none). Terms count by their scales: give them one scale, `dataclasses.replace(d, scale=1)`, to
+        count alike. Raises `UsageError` if there are none, if widths or classes differ or the steps cancel,
+        `IdentityMismatch` if the models differ.
+        """
+        terms = tuple(directions)
+        if not terms:
+            raise UsageError("a mean needs at least one direction")
+        _require_one_model(*terms)
+        sites = {d.site for d in terms}
+        if site is None and len(sites) > 1:
+            names = ", ".join(dict.fromkeys(str(d.site) for d in terms))
+            raise UsageError(f"directions of several sites ({names}): say of which their mean is with site=")
+        first = terms[0]
+        where = first.site if site is None else Site.parse(site) if isinstance(site, str) else site
+        aligned = tuple(_turned_to(first, d) for d in terms)
+        sign = "the mean of the terms' steps" + ("" if first.classes is None else ", turned to one positive class")
+        return _combined(aligned, (1 / len(terms),) * len(terms), where, reader="mean", sign=sign)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the vector, as plain JSON."""
@@ -250,6 +314,72 @@ class Direction:
         if set(artifact.arrays) != {"vector"}:
             raise CorruptArtifact(f"{path}: a direction holds one array named 'vector'")
         return cls.from_json(artifact.header, artifact.arrays["vector"])
+
+
+def _require_one_model(*directions: Direction) -> None:
+    """Raise `UsageError` unless all are equally wide, `IdentityMismatch` unless all are of one model, or of none."""
+    first, mine = directions[0], directions[0].identity
+    for other in directions[1:]:
+        if other.width != first.width:
+            raise UsageError(f"directions of different widths: {first!r} and {other!r}")
+        theirs = other.identity
+        if (mine is None) != (theirs is None):
+            raise IdentityMismatch(f"one of {first!r} and {other!r} does not say of which model it is")
+        if mine is not None and theirs is not None:
+            mine.require_same(theirs, f"{first!r}")
+
+
+def _require_one_site(*directions: Direction) -> None:
+    """Raise `UsageError` unless all are of one site, and as `_require_one_model` does."""
+    first = directions[0]
+    for other in directions[1:]:
+        if other.site != first.site or other.width != first.width:
+            raise UsageError(f"directions add up at one site only, not {first!r} and {other!r}")
+    _require_one_model(*directions)
+
+
+def _turned_to(first: Direction, other: Direction) -> Direction:
+    """`other` with the classes of `first`, turned round if need be."""
+    if other.classes == first.classes:
+        return other
+    if first.classes is None or other.classes is None or set(first.classes) != set(other.classes):
+        raise UsageError(
+            f"{first!r} tells {first.classes} apart and {other!r} {other.classes}: a mean is over the same two classes"
+        )
+    return -other
+
+
+def _combined(
+    terms: Sequence[Direction],
+    weights: Sequence[float],
+    site: Site | None,
+    *,
+    reader: str,
+    sign: str,
+    classes: tuple[Label, Label] | None = None,
+    step: Float[np.ndarray, " width"] | None = None,
+) -> Direction:
+    """The direction of Σ wᵢ · stepᵢ (or `step`, if it is known better), with the offset that goes with it.
+
+    `classes` are by default those of the terms, if they agree. Raises `UsageError` if the steps cancel.
+    """
+    if step is None:
+        step = np.sum([w * d.step for w, d in zip(weights, terms, strict=True)], axis=0)
+    norm = float(np.linalg.norm(step))
+    if norm <= 1e-12 * sum(abs(w) * d.scale for w, d in zip(weights, terms, strict=True)):
+        raise UsageError(f"the steps of {' and '.join(map(repr, terms))} cancel: nothing is left to point anywhere")
+    agreed = terms[0].classes if all(d.classes == terms[0].classes for d in terms) else None
+    mine = terms[0].identity
+    return Direction(
+        site,
+        step / norm,
+        offset=sum(w * d.scale * d.offset for w, d in zip(weights, terms, strict=True)) / norm,
+        scale=norm,
+        sign=sign,
+        reader=reader,
+        classes=classes or agreed,
+        provenance={"terms": [d.to_json() for d in terms]} | ({} if mine is None else {"identity": mine.to_json()}),
+    )
 
 
 def _plain(value: Any, what: str) -> Any:

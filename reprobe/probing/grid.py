@@ -5,7 +5,7 @@ whole, and every scale, mean and threshold is fitted on training rows alone. Doe
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from joblib import Parallel, delayed
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -23,13 +23,16 @@ from reprobe.model.sites import Parts, Site, expand
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
-from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected
-from reprobe.probing.reader import Reader, TrainingRows, as_array
-from reprobe.probing.rows import ProbeRows, select_rows
+from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected, site_columns, store_provenance
+from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of
+from reprobe.probing.rows import ClassRows, ProbeRows, require_pairs, select_rows
+from reprobe.probing.streaming import can_stream, stream
 from reprobe.progress import Progress, silent
-from reprobe.provenance import versions
 
 __all__ = ["ProbeGrid", "Selected", "Source", "probe"]
+
+#: Numbers of the sites that a `BatchReader` is given at once.
+_BATCH = 1 << 24
 
 
 class Source(Protocol):
@@ -43,8 +46,11 @@ class Source(Protocol):
     def index(self) -> pl.DataFrame: ...
     @property
     def manifest(self) -> Any: ...
-    def unit_width(self, part: str) -> int: ...
+    def width(self, site: Site) -> int: ...
     def read(self, site: Site, rows: Any = None) -> torch.Tensor: ...
+    def iter(
+        self, sites: Iterable[str | Site], *, batch_rows: int = ..., shuffle: None = ..., rows: Any = ...
+    ) -> Iterator[Any]: ...
 
 
 def probe(
@@ -58,6 +64,7 @@ def probe(
     folds: int = 5,
     seed: int = 0,
     n_jobs: int = -1,
+    memory: int = 4 << 30,
     progress: Progress = silent,
 ) -> ProbeGrid:
     """Cross-validate `reader` at every site, and fit one direction per site on all rows.
@@ -67,52 +74,57 @@ def probe(
     rows without a label are left out, `where` keeps some of the others. `folds` hold whole groups, drawn by
     `seed`, which also draws the bootstrap. `n_jobs` threads (−1: one per processor). `reader` itself is
     not fitted. A site takes folds + 1 fits for its results, and folds · (folds − 1) / 2 more for the nested
-    choice of a site, `ProbeGrid.selected`.
+    choice of a site, `ProbeGrid.selected`; a `BatchReader` does them for many sites at once.
+
+    Where the rows of a site do not fit into `memory` (bytes), readers made of moments and the logistic reader are
+    fitted in batches instead, to the same result: see `streaming`.
 
     Raises `UnknownSite` for a site that is not stored; `UnknownData` for a missing column; `UsageError` for
-    labels that are not two, too few groups, NaN in the activations, or a site at which the reader finds no
-    direction.
+    labels that are not two, too few groups, NaN in the activations, a site at which the reader finds no
+    direction, or one that does not fit into memory and a reader that needs it whole.
     """
     if not isinstance(reader, Reader):
-        raise UsageError(f"probe takes a reader, such as MeanDifference(), not {reader!r}")
-    rows = select_rows(store.index, label=label, positive=positive, where=where)
-    if reader.uses_pairs and rows.pairs is not None and (rows.pairs < 0).any():
-        alone = rows.prompts[int(np.argmax(rows.pairs < 0))]
         raise UsageError(
-            f"{int((rows.pairs < 0).sum())} rows have no pair, e.g. prompt {alone!r}, and "
-            f"{type(reader).__name__} reads pairs: "
-            'leave them out with where=pl.col("pair").is_not_null()'
+            f"probe takes a reader of two classes, such as MeanDifference(), not {reader!r}; for more classes there is "
+            "probe_classes, for the tokens of a sequence probe_sequences"
         )
+    rows = select_rows(store.index, label=label, positive=positive, where=where)
+    if reader.uses_pairs and rows.pairs is not None:
+        require_pairs(rows, type(reader).__name__)
     chosen = wanted_sites(store, sites)
     fold = group_folds(rows.groups, rows.positive, folds, seed)
     bootstrap = ClusterBootstrap.draw(rows.groups, seed)
+    left_out = _left_out(folds)
+    kept = np.stack([~np.isin(fold, list(out)) for out in left_out])
     found: list[_Found] = []
     progress("probe", 0, len(chosen))
     # One BLAS thread for each of ours: the problems are small, and BLAS threads waiting for one another cost
     # more than they bring (ten times the time, measured with two).
     with threadpool_limits(1, user_api="blas"):
         run = Parallel(n_jobs=n_jobs, backend="threading", return_as="generator")
-        tasks = (
-            delayed(_probe_site)(reader, site, X, rows, fold, bootstrap) for site, X in site_rows(store, chosen, rows)
-        )
+        if _too_large(store, reader, chosen, rows, memory):
+            streamed = stream(store, reader, chosen, rows, fold, left_out, memory=memory)
+            tasks = (delayed(_judge)(one.scores, one.direction, rows, fold, bootstrap) for one in streamed)
+        elif isinstance(reader, BatchReader):
+            fitted = _fit_together(reader, site_rows(store, chosen, rows), rows, kept)
+            tasks = (delayed(_judge)(scores, direction, rows, fold, bootstrap) for scores, direction in fitted)
+        else:
+            tasks = (
+                delayed(_fit_and_judge)(reader, site, X, rows, kept, fold, bootstrap)
+                for site, X in site_rows(store, chosen, rows)
+            )
         for one in run(tasks):
             found.append(one)
             progress("probe", len(found), len(chosen))
     oof = np.stack([f.oof for f in found], axis=1)
     table = _table(chosen, found, oof, rows, bootstrap)
-    provenance = {
-        "identity": store.manifest.identity.to_json(),
-        "prompts": store.manifest.prompts,
-        "plan": dict(store.manifest.plan),
-        "store": store.manifest.digest,
-        "dtype": store.manifest.dtype,
+    provenance = store_provenance(store.manifest) | {
         "rows": rows.digest,
         "label": label,
         "folds": folds,
         "seed": seed,
         "sites_searched": len(chosen),
         "note": rows.note,
-        "versions": versions(),
     }
     metrics = [c for c in COLUMNS if c not in ("site", "part", "layer", "head", "width")]
     directions = {
@@ -155,43 +167,116 @@ class _Found:
     direction: Direction
 
 
-def _probe_site(
+def _pairs_of_folds(folds: int) -> list[tuple[int, int]]:
+    # The inner folds are the outer ones, so a reader fitted without folds j and k serves both: tested on
+    # j it judges the site for fold k, tested on k for fold j. That halves the price of nesting.
+    return list(combinations(range(folds), 2)) if folds > 2 else []
+
+
+def _left_out(folds: int) -> list[frozenset[int]]:
+    """The folds that each fit at a site leaves out: one, two, none."""
+    return [*(frozenset({k}) for k in range(folds)), *map(frozenset, _pairs_of_folds(folds)), frozenset()]
+
+
+def _too_large(store: Source, reader: Reader, sites: tuple[Site, ...], rows: ProbeRows, memory: int) -> bool:
+    """Whether a site's rows, as read, in float64 and once more as a reader works on them, are more than `memory`."""
+    widest = max({site.whole for site in sites}, key=store.width)
+    size = 3 * 8 * len(rows) * store.width(widest)
+    if size > memory and not can_stream(reader):
+        raise UsageError(
+            f"{len(rows):,} rows of {widest} take {size / 2**30:.1f} GiB to fit, more than memory={memory}, and "
+            f"{type(reader).__name__} needs them all at once: allow more memory, keep fewer rows with where=, or use a "
+            "reader that is fitted in batches, such as MeanDifference, LDAReader or LogisticReader"
+        )
+    return size > memory
+
+
+def _fit_and_judge(
     reader: Reader,
     site: Site,
     X: Float[np.ndarray, "n width"],
     rows: ProbeRows,
+    kept: Bool[np.ndarray, "fits n"],
     fold: Integer[np.ndarray, " n"],
     bootstrap: ClusterBootstrap,
 ) -> _Found:
-    def fit(kept: np.ndarray) -> Reader:
+    found = []
+    for training in kept:
         # Pairs keep their numbers in the store; a fold's own are counted from 0.
         pairs = (
-            None if rows.pairs is None or not reader.uses_pairs else np.unique(rows.pairs[kept], return_inverse=True)[1]
+            None
+            if rows.pairs is None or not reader.uses_pairs
+            else np.unique(rows.pairs[training], return_inverse=True)[1]
         )
-        fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], pairs))
-        return fitted
+        chosen = TrainingRows(X[training], rows.positive[training], pairs, groups=rows.groups[training])
+        try:
+            found.append(clone(reader).fit_rows(chosen).direction_)
+        except UsageError as error:
+            raise _no_direction(reader, site, error) from error
+    scores = X @ np.stack([d.vector for d in found]).T - np.array([d.offset for d in found])
+    return _judge(scores, found[-1], rows, fold, bootstrap)
 
+
+def _fit_together(
+    reader: BatchReader,
+    reads: Iterable[tuple[Site, Float[np.ndarray, "n width"]]],
+    rows: ProbeRows,
+    kept: Bool[np.ndarray, "fits n"],
+) -> Iterator[tuple[Float[np.ndarray, "n fits"], Direction]]:
+    """The scores of all rows by each fit of a site, and the last fit's direction; a batch of sites at a time."""
+    for batch in _batches(reads):
+        planes: Iterator[Sequence[Plane]] | None = None
+        for site, X in batch:
+            try:
+                if planes is None:
+                    planes = reader.fit_batch(np.stack([X for _, X in batch]), rows.positive, rows.groups, kept)
+                found = next(planes)
+            except UsageError as error:
+                raise _no_direction(reader, site, error) from error
+            lengths = np.array([np.linalg.norm(p.normal) for p in found])
+            normals = np.stack([p.normal for p in found]) / lengths[:, None]
+            direction = direction_of(found[-1], float(np.std(X @ normals[-1])), reader, (False, True))
+            yield X @ normals.T - np.array([p.level for p in found]) / lengths, direction
+
+
+def _batches(
+    reads: Iterable[tuple[Site, Float[np.ndarray, "n width"]]],
+) -> Iterator[list[tuple[Site, Float[np.ndarray, "n width"]]]]:
+    """Neighbouring sites of one width, `_BATCH` numbers at a time."""
+    for _, same in groupby(reads, key=lambda read: read[1].shape[1]):
+        batch: list[tuple[Site, Float[np.ndarray, "n width"]]] = []
+        for site, X in same:
+            batch.append((site, X))
+            if len(batch) * X.size >= _BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _no_direction(reader: Reader, site: Site, error: UsageError) -> UsageError:
+    return UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)")
+
+
+def _judge(
+    scores: Float[np.ndarray, "n fits"],
+    direction: Direction,
+    rows: ProbeRows,
+    fold: Integer[np.ndarray, " n"],
+    bootstrap: ClusterBootstrap,
+) -> _Found:
+    """What a site's fits, of `_left_out`, say of it."""
     folds = int(fold.max()) + 1
-    oof = np.empty(len(X), dtype=np.float32)
-    right = np.zeros(folds)
-    try:
-        for k in range(folds):
-            held_out = fold == k
-            oof[held_out] = fit(~held_out).direction_.score(X[held_out])
-        # The inner folds are the outer ones, so a reader fitted without folds j and k serves both: tested on
-        # j it judges the site for fold k, tested on k for fold j. That halves the price of nesting.
-        for j, k in combinations(range(folds), 2) if folds > 2 else ():
-            inner = fit((fold != j) & (fold != k))
-            for tested, judged in ((j, k), (k, j)):
-                held_out = fold == tested
-                right[judged] += ((inner.direction_.score(X[held_out]) > 0) == rows.positive[held_out]).sum()
-        direction = fit(np.ones(len(X), dtype=bool)).direction_
-    except UsageError as error:
-        raise UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)") from error
     # From here on float32, as saved, so that a loaded grid gives the very same numbers.
+    oof = scores[np.arange(len(scores)), fold].astype(np.float32)
+    right = np.zeros(folds)
+    for (j, k), inner in zip(_pairs_of_folds(folds), scores.T[folds:], strict=False):
+        correct = (inner > 0) == rows.positive
+        right[k] += correct[fold == j].sum()
+        right[j] += correct[fold == k].sum()
     return _Found(
         oof=oof,
-        inner=right / (len(X) - np.bincount(fold)) if folds > 2 else np.empty(0),
+        inner=right / (len(scores) - np.bincount(fold)) if folds > 2 else np.empty(0),
         auroc=fold_auroc(oof, rows.positive, fold),
         auroc_bounds=bootstrap.auroc(oof, rows.positive, fold),
         direction=direction,
@@ -210,7 +295,7 @@ def wanted_sites(store: Source, sites: str | Site | Iterable[str | Site] | None)
 
 
 def site_rows(
-    store: Source, sites: tuple[Site, ...], rows: ProbeRows
+    store: Source, sites: tuple[Site, ...], rows: ProbeRows | ClassRows
 ) -> Iterator[tuple[Site, Float[np.ndarray, "n width"]]]:
     """The rows of each site as float64. Neighbouring heads (or neurons) of one block are read at once."""
     for whole, units in groupby(sites, key=lambda s: s.whole):
@@ -223,7 +308,7 @@ def site_rows(
             if site.unit is None:
                 yield site, values
             else:
-                width = store.unit_width(site.part)
+                width = store.width(site)
                 yield site, np.ascontiguousarray(values[:, site.unit * width : (site.unit + 1) * width])
 
 
@@ -237,12 +322,7 @@ def _table(
     correct = (oof > 0) == rows.positive[:, None]
     low, high = bootstrap.accuracy(correct)
     auroc_low, auroc_high = np.array([f.auroc_bounds for f in found]).T
-    values = {
-        "site": [str(s) for s in sites],
-        "part": [s.part for s in sites],
-        "layer": [s.layer for s in sites],
-        "head": [s.unit if s.part == "attn.heads" else None for s in sites],
-        "width": [f.direction.width for f in found],
+    values = site_columns(sites, [f.direction.width for f in found]) | {
         "n": [len(rows)] * len(sites),
         "n_groups": [rows.n_groups] * len(sites),
         "chance": [rows.chance] * len(sites),

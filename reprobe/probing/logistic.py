@@ -1,99 +1,389 @@
-"""Penalised logistic regression, solved to a certified gradient.
+"""Penalised logistic regression, many problems at once, each solved to a certified gradient.
 
-Enters: standardised rows and two classes. Leaves: weights, intercept, and the gradient at the solution. Does not know
-readers. A reference for it is scikit-learn's `newton-cholesky` at a small tolerance.
+Enters: rows of one or more sites, as tensors on any device; per problem its labels, its rows as weights (folds,
+bootstraps) and its penalty. Leaves: weights and intercepts in the units of the rows, with the gradient at each
+solution. Does not know readers or folds. A reference for it is scikit-learn's `StandardScaler` and
+`LogisticRegression(solver="newton-cholesky")` at a small tolerance, on the rows that have a weight.
 
-Newton's method with two savings that leave the optimum as it is, since only the gradient decides where it ends: the
-Hessian is formed in float32, and used again as long as the gradient keeps falling fast.
+Every problem standardises features by its own rows. That need not change the features: with z = (x − m) / u, a
+penalty on the weights of z is the penalty u²·v² on the weights v = w / u of x, and m moves the free intercept. So all
+problems of a site share one matrix, and what is computed from it.
+
+Only the float64 gradient decides where a problem ends, so steps may be rough:
+- narrow sites, Newton's: the Hessian of each problem by Cholesky, all in one batch, used again while the gradient falls
+  fast;
+- wide sites, L-BFGS for all problems at once in float32 (`lbfgs`), in rounds about points known in float64,
+  preconditioned by the eigenvectors of the site's Gram matrix (of rows or of features, whichever are fewer), which are
+  computed once for all labels, folds and penalties.
+On a processor, sites are shared out over threads.
+
+Where to end: the loss is strongly convex in the standardised weights, by 1/C, so ‖w − w*‖ ≤ C·‖gradient‖. That bound,
+relative to ‖w‖, is what every fit is driven below, and carries.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
-import scipy.linalg
-from jaxtyping import Bool, Float
-from scipy.special import expit
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+from torch.nn.functional import pad, softplus
 
-#: Gradient at which the solver stops.
-TOLERANCE = 1e-10
+from reprobe.probing.lbfgs import Around, Preconditioner, descend
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+#: A problem ends when its weights are as near as this to the optimum, relative to their length …
+NEAR = 1e-6
+#: … or when the largest component of the gradient is below this: optimal weights may be 0.
+FLAT = 1e-10
+#: Sites up to this wide are solved by Cholesky factors. Measured: from about here L-BFGS is faster.
+NARROW = 256
 #: The Hessian is formed anew when a step leaves more than this share of the gradient.
 _STALE = 0.2
-_MAX_STEPS = 500
+_MAX_STEPS = 200
+_MAX_ROUNDS = 12
+#: A round of L-BFGS ends when this share of the gradient is left: about what float32 can see.
+_GAIN = 1e-4
+_EPS = float(np.finfo(np.float64).eps)
+#: Numbers in the largest arrays of a chunk: on a processor few enough for its caches.
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
+_CHUNK_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Log-odds are `Z @ weights + intercept`. `gradient` is the largest component of the gradient of the mean
-    penalised loss: 0 at the exact optimum."""
+class Fits:
+    """Log-odds at site s, problem p are `x @ weights[s, p] + intercept[s, p]`, x in the units of the rows.
 
-    weights: Float[np.ndarray, " width"]
-    intercept: float
-    gradient: float
-
-
-def solve(Z: Float[np.ndarray, "rows width"], positive: Bool[np.ndarray, " rows"], C: float) -> Solution:
-    """Minimise Σ log(1 + exp(−y (Z w + b))) + ‖w‖² / (2C) over w and b, y = ±1; `b` is not penalised.
-
-    Stops when the gradient is below `TOLERANCE` or no longer falls; the caller judges `gradient`.
+    `gradient` is the largest component of the gradient of the mean penalised loss, by the standardised weights and
+    the intercept: 0 at the exact optimum. `error` bounds ‖w − w*‖ / ‖w‖, standardised. `largest` is the largest
+    standardised weight.
     """
-    n, width = Z.shape
-    A = np.concatenate([Z, np.ones((n, 1))], axis=1)
-    rough = A.astype(np.float32)
-    penalty = np.append(np.full(width, 1 / C), 0.0)
-    y = positive.astype(np.float64)
-    theta, margins = np.zeros(width + 1), np.zeros(n)
-    loss, last, factor = n * np.log(2.0), np.inf, None
-    best = (np.inf, theta)
+
+    weights: Float[Tensor, "sites problems width"]
+    intercept: Float[Tensor, "sites problems"]
+    gradient: Float[Tensor, "sites problems"]
+    error: Float[Tensor, "sites problems"]
+    largest: Float[Tensor, "sites problems"]
+
+
+def solve_many(
+    X: Float[Tensor, "sites rows width"],
+    positive: Bool[Tensor, "*problems rows"],
+    C: float | Float[Tensor, "*sites problems"],
+    weights: Float[Tensor, "problems rows"] | None = None,
+) -> Fits:
+    """Minimise Σᵢ ωᵢ log(1 + exp(−yᵢ (zᵢ·w + b))) + ‖w‖² / (2C) over w and b, y = ±1; `b` is not penalised.
+
+    z are the features standardised by the mean and standard deviation of the problem's own rows, weighted by ω
+    (`weights`, ≥ 0; default: all rows count once); a feature that is constant in them gets the weight 0.
+    `positive` is the same for all problems, or one line for each; `C` one number, or one for each problem, or for each
+    site and problem. Computed on the device of X; in float64.
+
+    A problem ends when its error is below `NEAR`, its gradient below `FLAT`, or neither falls any more; the caller
+    judges.
+    """
+    sites, n, width = X.shape
+    y = positive.reshape(-1, n).to(X.device, torch.float64)
+    ones = torch.ones(1, n, dtype=torch.float64, device=X.device)
+    omega = ones if weights is None else weights.to(X.device, torch.float64)
+    penalty = torch.as_tensor(C, dtype=torch.float64, device=X.device)
+    problems = max(len(y), len(omega), penalty.shape[-1] if penalty.ndim else 1)
+    y, omega = y.expand(problems, n).T, omega.expand(problems, n).T
+    penalty = penalty.expand(sites, problems)
+
+    def solve(at: slice) -> list[Tensor]:
+        shared = _Shared.of(X[at])
+        lines = len(shared.mean)
+        per_problem = lines * (n + width if width > NARROW else n + width**2)
+        found = [
+            _solve_chunk(shared, y[:, part], omega[:, part], penalty[at, part])
+            for part in _chunks(problems, 4 * _room(X) // per_problem)
+        ]
+        return [torch.cat(one, dim=1) for one in zip(*found, strict=True)]
+
+    parts = _shared_out(solve, _chunks(sites, 1 if width > NARROW else _room(X) // (n * (width + 1))), X.device)
+    return Fits(*(torch.cat(one) for one in zip(*parts, strict=True)))
+
+
+def _shared_out(
+    solve: Callable[[slice], list[Tensor]], chunks: list[slice], device: torch.device
+) -> list[list[Tensor]]:
+    """Every chunk solved; on a processor, by as many threads of Python as torch would use, each with one of torch's.
+
+    The arrays are small: torch's own threads would wait for one another at every operation.
+    """
+    threads = min(torch.get_num_threads(), len(chunks))
+    if device.type != "cpu" or threads == 1:
+        return [solve(at) for at in chunks]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(solve, chunks))
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The same numbers, copied only where torch cannot read them in place."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _room(X: Tensor) -> int:
+    return _CHUNK.get(X.device.type, _CHUNK_ELSEWHERE)
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(a, min(a + size, n)) for a in range(0, n, size)]
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all problems of some sites share: `A`, their rows centred and scaled over all rows, with a column of ones.
+    The scaling is for the numbers only; where the optimum lies is decided by each problem's own."""
+
+    A: Float[Tensor, "sites rows width+1"]
+    mean: Float[Tensor, "sites width"]
+    scale: Float[Tensor, "sites width"]
+
+    @classmethod
+    def of(cls, X: Float[Tensor, "sites rows width"]) -> "_Shared":
+        A = pad(X.double(), (0, 1), value=1.0)
+        x = A[..., :-1]
+        mean = x.mean(1)
+        x -= mean[:, None]
+        scale = x.square().mean(1).sqrt()
+        scale = torch.where(constant_features(scale.square(), mean, x.shape[1]), 1.0, scale)
+        x /= scale[:, None]
+        return cls(A, mean, scale)
+
+
+def constant_features(variance: Array, mean: Array, n: Any) -> Array:
+    """Which features vary by no more than rounding: scikit-learn's rule, so that both call the same ones constant."""
+    return cast(Array, variance <= n * _EPS * variance + (n * mean * _EPS) ** 2)
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A problem's own units: z = (x − m) / u for the columns x of `_Shared.A`; `constant` features have no z."""
+
+    m: Float[Tensor, "sites width problems"]
+    u: Float[Tensor, "sites width problems"]
+    constant: Bool[Tensor, "sites width problems"]
+
+    @classmethod
+    def of(cls, shared: _Shared, omega: Float[Tensor, "rows problems"]) -> "_Own":
+        x, total = shared.A[..., :-1], omega.sum(0)
+        m = x.mT @ omega / total
+        variance = x.square().mT @ omega / total - m.square()
+        # The difference of two nearly equal numbers has few digits left: there, sum squares about the mean.
+        for s, p in (variance < 1e-6 * (1 + m.square())).any(1).nonzero().tolist():
+            variance[s, :, p] = (x[s] - m[s, :, p]).square().mT @ omega[:, p] / total[p]
+        mean, scale = shared.mean[..., None], shared.scale[..., None]
+        constant = constant_features(variance * scale.square(), mean + scale * m, total)
+        # What is constant here need not be so in all rows, whose mean then is in the rounding of x and m.
+        rounding = (x.shape[1] * _EPS) ** 2 * (1 + m.square() + (mean / scale).square())
+        constant = constant | (variance <= rounding)
+        return cls(m, torch.where(constant, 1 / scale, variance.sqrt()), constant)
+
+    def __getitem__(self, kept: Any) -> "_Own":
+        return _Own(self.m[..., kept], self.u[..., kept], self.constant[..., kept])
+
+    def gradient(self, g: Float[Tensor, "sites width+1 problems"]) -> Float[Tensor, "sites width+1 problems"]:
+        """A gradient by the columns of A turned into one by w and b."""
+        by_w = ((g[:, :-1] - self.m * g[:, -1:]) / self.u).masked_fill(self.constant, 0.0)
+        return torch.cat([by_w, g[:, -1:]], 1)
+
+    def weights(self, theta: Float[Tensor, "sites width+1 problems"]) -> Float[Tensor, "sites width problems"]:
+        """w, of θ."""
+        return (theta[:, :-1] * self.u).masked_fill(self.constant, 0.0)
+
+
+def _solve_chunk(
+    shared: _Shared,
+    y: Float[Tensor, "rows problems"],
+    omega: Float[Tensor, "rows problems"],
+    C: Float[Tensor, "sites problems"],
+) -> tuple[Tensor, ...]:
+    """The arrays of `Fits`."""
+    own = _Own.of(shared, omega)
+    # A constant feature is a second intercept; a wall of a penalty keeps it at 0.
+    ridge = torch.where(own.constant, 1e8 * omega.sum(0), own.u.square() / C[:, None])
+    task = _Task(shared.A, y.contiguous(), omega.contiguous(), pad(ridge, (0, 0, 0, 1)), C, own)
+    theta = torch.zeros_like(task.ridge)
+    if shared.mean.shape[1] <= NARROW:
+        theta, gradient, error = _newton(task, theta)
+    else:
+        theta, gradient, error = _rounds(task, theta)
+        # What did not end there goes on, one at a time, from where it is.
+        for p in ((error > NEAR) & (gradient > FLAT)).any(0).nonzero()[:, 0].tolist():
+            one = slice(p, p + 1)
+            theta[..., one], gradient[..., one], error[..., one] = _newton(task[one], theta[..., one])
+    v = theta[:, :-1].masked_fill(own.constant, 0.0)
+    weights = (v / shared.scale[..., None]).mT
+    intercept = theta[:, -1] - (weights @ shared.mean[..., None])[..., 0]
+    return weights, intercept, gradient, error, (v * own.u).abs().amax(1)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Problems over the same A: Σ ω·log-loss(A θ, y) + Σ ridge·θ² / 2. The last dimension counts problems."""
+
+    A: Float[Tensor, "sites rows width+1"]
+    y: Float[Tensor, "rows problems"]
+    omega: Float[Tensor, "rows problems"]
+    ridge: Float[Tensor, "sites width+1 problems"]
+    C: Float[Tensor, "sites problems"]
+    own: _Own
+
+    def __getitem__(self, kept: Any) -> "_Task":
+        return _Task(
+            self.A, self.y[:, kept], self.omega[:, kept], self.ridge[..., kept], self.C[:, kept], self.own[kept]
+        )
+
+    def loss(self, theta: Tensor, margins: Tensor) -> Float[Tensor, "sites problems"]:
+        fit = self.omega * (softplus(margins, threshold=40.0) - self.y * margins)
+        return fit.sum(1) + (self.ridge * theta.square()).sum(1) / 2
+
+    def gradient(self, theta: Tensor, p: Tensor) -> Float[Tensor, "sites width+1 problems"]:
+        return self.A.mT @ (self.omega * (p - self.y)) + self.ridge * theta
+
+
+class _Best:
+    """The best θ of each problem so far, and how good it is."""
+
+    def __init__(self, theta: Tensor) -> None:
+        self.theta = theta.clone()
+        self.gradient = torch.full_like(theta[:, 0], torch.inf)
+        self.error = self.gradient.clone()
+
+    def keep(self, task: _Task, number: Tensor, theta: Tensor, gradient: Tensor) -> Bool[Tensor, "sites problems"]:
+        """Judge θ of the problems of these numbers; which of them have not ended."""
+        own = task.own.gradient(gradient)
+        size = own.abs().amax(1) / task.omega.sum(0)
+        error = torch.nan_to_num(task.C * own.norm(dim=1) / task.own.weights(theta).norm(dim=1), torch.inf)
+        better = size < self.gradient[:, number]
+        self.theta[..., number] = torch.where(better[:, None], theta, self.theta[..., number])
+        self.gradient[:, number] = torch.where(better, size, self.gradient[:, number])
+        self.error[:, number] = torch.where(better, error, self.error[:, number])
+        return (error > NEAR) & (size > FLAT)
+
+
+def _newton(task: _Task, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best θ found, its gradient and error, of each problem; `theta` is where to start."""
+    best, steps = _Best(theta), _Cholesky(task.A)
+    number = torch.arange(theta.shape[-1], device=theta.device)
+    margins = task.A @ theta
+    loss = task.loss(theta, margins)
+    stuck = torch.zeros_like(loss, dtype=torch.bool)
     for _ in range(_MAX_STEPS):
-        p = expit(margins)
-        gradient = A.T @ (p - y) + penalty * theta
-        size = float(np.abs(gradient).max()) / n
-        if size < best[0]:
-            best = (size, theta)
-        if size <= TOLERANCE:
+        p = torch.sigmoid(margins)
+        gradient = task.gradient(theta, p)
+        running = best.keep(task, number, theta, gradient) & ~stuck
+        kept = running.any(0).nonzero()[:, 0]
+        if not len(kept):
             break
-        fresh = factor is None or size > _STALE * last
-        if fresh:
-            factor = _factor(A, rough, p * (1 - p), penalty)
-        last = size
-        step = -scipy.linalg.cho_solve(factor, gradient, check_finite=False)
-        slope, length = float(gradient @ step), 1.0
-        along = A @ step
+        if len(kept) < len(number):
+            number, task = number[kept], task[kept]
+            theta, margins, loss, gradient = theta[..., kept], margins[..., kept], loss[:, kept], gradient[..., kept]
+            p, stuck, running = p[..., kept], stuck[:, kept], running[:, kept]
+            steps.keep(kept)
+        size = torch.where(running, best.gradient[:, number], 0.0)
+        step = steps.step(task, gradient, task.omega * p * (1 - p), size)
+        along, slope = task.A @ step, (gradient * step).sum(1)
+        length = running.to(loss.dtype)
         while True:
-            tried = theta + length * step
-            reached = margins + length * along
-            value = float(np.logaddexp(0, reached).sum() - y @ reached + penalty @ (tried * tried) / 2)
+            tried, reached = theta + length[:, None] * step, margins + length[:, None] * along
+            value = task.loss(tried, reached)
             # Near the optimum the loss is flat to its last digits: a step that changes nothing else is a good one.
-            if value <= loss + 1e-4 * length * slope + 1e-13 * n:
+            flat = 1e-13 * task.omega.sum(0)
+            far = (length > 0) & ~(value <= loss + 1e-4 * length * slope + flat)
+            if not far.any():
                 break
-            length /= 2
-            if length < 1e-8:
-                break
-        if length < 1e-8:
-            if fresh:
-                break
-            last = 0.0  # the old Hessian misled: form it here, next time round
-            continue
+            length = torch.where(far, length / 2, length)
+            length = torch.where(length < 1e-8, 0.0, length)
+        lost = running & (length == 0)
+        if lost.any():
+            if steps.fresh:
+                stuck = stuck | lost
+            steps.forget()
         theta, margins, loss = tried, reached, value
-    size, theta = best
-    return Solution(theta[:-1], float(theta[-1]), size)
+    return best.theta, best.gradient, best.error
 
 
-def _factor(
-    A: Float[np.ndarray, "rows width+1"],
-    rough: Float[np.ndarray, "rows width+1"],
-    spread: Float[np.ndarray, " rows"],
-    penalty: Float[np.ndarray, " width+1"],
-) -> tuple[np.ndarray, bool]:
-    """Cholesky factor of the Hessian; where rounding makes it indefinite, in full precision, then with its diagonal
-    raised, which shortens the step and leaves the optimum where it is."""
-    for rows, raised in ((rough, 1e-12), (A, 1e-12), (A, 1e-6), (A, 1.0)):
-        scaled = rows * np.sqrt(spread, dtype=np.float64).astype(rows.dtype)[:, None]
-        hessian = (scaled.T @ scaled).astype(np.float64)
-        hessian.flat[:: len(penalty) + 1] += penalty + raised * len(A)
-        try:
-            factor: tuple[np.ndarray, bool] = scipy.linalg.cho_factor(hessian, overwrite_a=True, check_finite=False)
-        except scipy.linalg.LinAlgError:
-            continue
-        return factor
-    raise FloatingPointError("a positive definite matrix has no Cholesky factor: the rows are not finite")
+class _Cholesky:
+    """Steps by the factor of each problem's Hessian."""
+
+    def __init__(self, A: Float[Tensor, "sites rows width+1"]) -> None:
+        self._A = A
+        #: Whether the last step rests on the Hessian at its own place: if it leads nowhere, so will another.
+        self.fresh = False
+        self._factor: Float[Tensor, "sites problems width+1 width+1"] | None = None
+        self._last: Tensor | None = None
+
+    def step(self, task: _Task, gradient: Tensor, spread: Tensor, size: Tensor) -> Tensor:
+        self.fresh = self._factor is None or self._last is None or bool((size > _STALE * self._last).any())
+        if self._factor is None or self.fresh:
+            hessians = [(self._A * spread[..., p, None]).mT @ self._A for p in range(spread.shape[-1])]
+            self._factor = self._factored(torch.stack(hessians, dim=1), task)
+        self._last = size
+        return -torch.cholesky_solve(gradient.mT[..., None], self._factor)[..., 0].mT
+
+    @staticmethod
+    def _factored(hessian: Tensor, task: _Task) -> Tensor:
+        """The factor; where rounding makes a Hessian indefinite, with its diagonal raised, which shortens the step and
+        leaves the optimum where it is."""
+        diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+        diagonal += task.ridge.mT
+        for raised in (1e-13, 1e-9, 1e-5, 1.0):
+            diagonal += raised * (diagonal + task.omega.sum(0)[:, None])
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            if not failed.any():
+                return cast(Tensor, factor)
+        raise FloatingPointError("a positive definite matrix has no Cholesky factor: the rows are not finite")
+
+    def keep(self, kept: Integer[Tensor, " kept"]) -> None:
+        """Go on with these problems only."""
+        if self._factor is not None and self._last is not None:
+            self._factor, self._last = self._factor[:, kept], self._last[:, kept]
+
+    def forget(self) -> None:
+        """The last step led nowhere."""
+        self._factor = None
+
+
+def _rounds(task: _Task, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_newton`, of one site, by rounds of L-BFGS."""
+    best, condition, A = _Best(theta), Preconditioner(task.A[0]), task.A[0].float()
+    number = torch.arange(theta.shape[-1], device=theta.device)
+    for _ in range(_MAX_ROUNDS):
+        margins = task.A @ theta
+        p = torch.sigmoid(margins)
+        gradient = task.gradient(theta, p)
+        kept = best.keep(task, number, theta, gradient)[0].nonzero()[:, 0]
+        if not len(kept):
+            break
+        number, task, theta = number[kept], task[kept], theta[..., kept]
+        margins, p, gradient = margins[..., kept], p[..., kept], gradient[..., kept]
+        enough = NEAR / 3 * task.own.weights(theta).norm(dim=1) / task.C
+        about = Around(
+            gradient=_lines(gradient),
+            p=_lines(p),
+            q=_lines(torch.sigmoid(-margins)),
+            omega=_lines(task.omega[None]),
+            ridge=_lines(task.ridge),
+            free=_lines(pad(~task.own.constant, (0, 0, 0, 1), value=True)),
+            C=_lines(task.C[:, None]),
+            goal=torch.maximum(_GAIN * gradient.norm(dim=1), enough)[0].float(),
+        )
+        theta = theta + descend(A, about, condition).T.double()
+    return best.theta, best.gradient, best.error
+
+
+def _lines(array: Float[Tensor, "1 any problems"]) -> Float[Tensor, "problems any"]:
+    return array[0].T.float().contiguous()

@@ -139,17 +139,33 @@ def weighted_calibration_error(
     probabilities: Float[np.ndarray, " rows"], positive: Bool[np.ndarray, " rows"], bins: int = BINS
 ) -> Weighted:
     """`calibration_error` as a function of row weights."""
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise UsageError("a calibration error is of probabilities, between 0 and 1; these are not (see `calibration`)")
-    which = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
-    residual = np.zeros((bins, len(probabilities)))
-    residual[which, np.arange(len(probabilities))] = probabilities - positive
+    residual = bin_residuals(probabilities, positive, bins)
 
     def error(weights: Num[np.ndarray, "rows draws"]) -> Float[np.ndarray, " draws"]:
         w = weights.astype(np.float64)
         return _mean_of_ratios([(np.abs(residual @ w).sum(axis=0), w.sum(axis=0))])
 
     return error
+
+
+def bin_residuals(
+    probabilities: Float[np.ndarray, " rows"], positive: Bool[np.ndarray, " rows"], bins: int = BINS
+) -> Float[np.ndarray, "bins rows"]:
+    """Probability minus class of each row, in the line of its bin: an ECE is Σ over bins of |mean over rows|.
+
+    Raises `UsageError` unless the probabilities are between 0 and 1.
+    """
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise UsageError("a calibration error is of probabilities, between 0 and 1; these are not (see `calibration`)")
+    residual = np.zeros((bins, len(probabilities)))
+    residual[bin_of(probabilities, bins), np.arange(len(probabilities))] = probabilities - positive
+    return residual
+
+
+def bin_of(probabilities: Float[np.ndarray, " rows"], bins: int = BINS) -> Integer[np.ndarray, " rows"]:
+    """The bin of each probability, 0 … bins−1, all of one width; 1 is in the last."""
+    which: np.ndarray = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
+    return which
 
 
 def _sides(positive: Bool[np.ndarray, " rows"], inside: Bool[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:

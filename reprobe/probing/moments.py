@@ -8,10 +8,11 @@ the update of Chan, Golub & LeVeque (1979). The textbook Σxxᵀ − nμμᵀ lo
 large beside its spread, which residual streams have.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from functools import cached_property, reduce
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from reprobe.errors import UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.direction import Label
 from reprobe.probing.reader import as_array, require_finite
-from reprobe.probing.rows import ProbeRows
+from reprobe.probing.rows import ClassRows, NumberRows, ProbeRows
 
 Scatter = Literal["full", "diagonal"]
 
@@ -237,26 +238,47 @@ class ClassMoments:
 
 
 @dataclass(frozen=True, eq=False)
-class FoldMoments:
-    """The class moments of each fold."""
+class PairMoments:
+    """The moments of pair differences, the second class's side less the first's, and of all rows in the pairs.
 
-    folds: tuple[ClassMoments, ...]
+    A side with several rows enters by its mean.
+    """
+
+    classes: tuple[Label, Label]
+    difference: Moments
+    rows: Moments
+
+    def __add__(self, other: "PairMoments") -> "PairMoments":
+        return PairMoments(self.classes, self.difference + other.difference, self.rows + other.rows)
+
+    def __sub__(self, part: "PairMoments") -> "PairMoments":
+        return PairMoments(self.classes, self.difference - part.difference, self.rows - part.rows)
+
+
+AnyMoments = TypeVar("AnyMoments", ClassMoments, JointMoments, PairMoments)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldMoments(Generic[AnyMoments]):
+    """The moments of each fold."""
+
+    folds: tuple[AnyMoments, ...]
 
     @cached_property
-    def total(self) -> ClassMoments:
+    def total(self) -> AnyMoments:
         """Of the rows of all folds."""
-        return sum(self.folds[1:], start=self.folds[0])
+        return reduce(operator.add, self.folds)
 
-    def without(self, fold: int) -> ClassMoments:
+    def without(self, fold: int) -> AnyMoments:
         """Of the rows outside one fold: those that a reader judged on it is fitted on."""
         return self.total - self.folds[fold]
 
 
-class SiteMoments(NamedTuple):
+class SiteMoments(NamedTuple, Generic[AnyMoments]):
     """What one site of a store gave."""
 
     site: Site
-    moments: FoldMoments
+    moments: FoldMoments[AnyMoments]
 
 
 class Batches(Protocol):
@@ -266,24 +288,25 @@ class Batches(Protocol):
         self, sites: Iterable[str | Site], *, batch_rows: int = ..., shuffle: None = ..., rows: Any = ...
     ) -> Iterator[Any]: ...
     def read(self, site: Site, rows: Any = None) -> torch.Tensor: ...
+    def width(self, site: Site) -> int: ...
 
 
 def read_moments(
     store: Batches,
     sites: Sequence[Site],
-    rows: ProbeRows,
+    rows: ProbeRows | ClassRows,
     *,
     fold: Integer[np.ndarray, " n"] | None = None,
     scatter: Scatter = "full",
     batch_rows: int = 1024,
     memory: int = 2 << 30,
-) -> Iterator[SiteMoments]:
+) -> Iterator[SiteMoments[ClassMoments]]:
     """The moments of each site, per fold and class, each site read once from beginning to end.
 
     `fold` is the fold of each of `rows` (None: one fold of all), `memory` in bytes bounds the sums that are held at
-    once: 8 · width² · folds · 2 for each site (8 · width · folds · 2 for the diagonal). As many sites are read side
-    by side as fit; beside them are in memory what `store.iter` says, and one batch of a site in float64, twice.
-    Takes as long per row as two products with a (width, width) matrix in float64.
+    once: 8 · width² · folds · classes for each site (8 · width · folds · classes for the diagonal). As many sites are
+    read side by side as fit; beside them are in memory what `store.iter` says, and one batch of a site in float64,
+    twice. Takes as long per row as two products with a (width, width) matrix in float64.
 
     Raises `UsageError` for NaN and infinity (with the rows' numbers), and if a single site does not fit.
     """
@@ -291,42 +314,87 @@ def read_moments(
     n_folds = int(folds.max()) + 1
     order = np.argsort(rows.rows, kind="stable")
     wanted = rows.rows[order]
-    cells = (2 * folds + rows.positive)[order]
-    widths = {site: int(store.read(site, wanted[:1]).shape[1]) for site in sites}
-    for pack in _packs(widths, scatter, 2 * n_folds, memory):
-        sums = {site: [MomentsAccumulator(widths[site], scatter) for _ in range(2 * n_folds)] for site in pack}
-        done = 0
-        for batch in store.iter(list(pack), batch_rows=batch_rows, rows=wanted):
-            cell = cells[done : done + len(batch.rows)]
-            done += len(cell)
-            for site, values in batch.values.items():
-                X = np.asarray(as_array(values), dtype=np.float64)
-                bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
-                if bad.size:
-                    shown = ", ".join(map(str, batch.rows[bad[:8]])) + (", …" if bad.size > 8 else "")
-                    raise UsageError(
-                        f"{site}: NaN or infinity in {bad.size} of rows {batch.rows[0]}–{batch.rows[-1]}: {shown}"
-                    )
-                for c in np.unique(cell):
-                    sums[site][c].add(X[cell == c])
+    n_classes = len(rows.classes)
+    n_cells = n_classes * n_folds
+    cells = (n_classes * folds + rows.codes)[order]
+    widths = {site: store.width(site) for site in sites}
+    sizes = {site: 8 * n_cells * (width * width if scatter == "full" else width) for site, width in widths.items()}
+    for pack in packs(sizes, memory):
+        sums = {site: [MomentsAccumulator(widths[site], scatter) for _ in range(n_cells)] for site in pack}
+        for site, place, X in finite_batches(store, pack, wanted, batch_rows):
+            for c in np.unique(cells[place]):
+                sums[site][c].add(X[cells[place] == c])
         for site in pack:
             found = [s.result() for s in sums.pop(site)]
-            yield SiteMoments(
-                site,
-                FoldMoments(tuple(ClassMoments(rows.classes, tuple(found[2 * k : 2 * k + 2])) for k in range(n_folds))),
-            )
+            by_fold = (tuple(found[n_classes * k : n_classes * (k + 1)]) for k in range(n_folds))
+            yield SiteMoments(site, FoldMoments(tuple(ClassMoments(rows.classes, of) for of in by_fold)))
 
 
-def _packs(widths: dict[Site, int], scatter: Scatter, cells: int, memory: int) -> Iterator[list[Site]]:
-    """Sites in their order, as many together as have room for their sums."""
+def read_joint_moments(
+    store: Batches,
+    sites: Sequence[Site],
+    rows: NumberRows,
+    *,
+    fold: Integer[np.ndarray, " n"] | None = None,
+    batch_rows: int = 1024,
+    memory: int = 2 << 30,
+) -> Iterator[SiteMoments[JointMoments]]:
+    """The joint moments of each site's rows and their numbers, per fold: what `RidgeReader.fit_moments` takes.
+
+    Each site is read once; arguments, memory (8 · width² · folds for each site) and errors as in `read_moments`.
+    """
+    folds = np.zeros(len(rows), dtype=np.int64) if fold is None else np.asarray(fold)
+    n_folds = int(folds.max()) + 1
+    order = np.argsort(rows.rows, kind="stable")
+    wanted, folds, targets = rows.rows[order], folds[order], rows.values[order, None]
+    widths = {site: store.width(site) for site in sites}
+    for pack in packs({site: 8 * n_folds * (width + 1) ** 2 for site, width in widths.items()}, memory):
+        sums = {site: [MomentsAccumulator(widths[site] + 1) for _ in range(n_folds)] for site in pack}
+        for site, place, X in finite_batches(store, pack, wanted, batch_rows):
+            both = np.concatenate([X, targets[place]], axis=1)
+            for k in np.unique(folds[place]):
+                sums[site][k].add(both[folds[place] == k])
+        for site in pack:
+            found = tuple(JointMoments(s.result(), widths[site]) for s in sums.pop(site))
+            yield SiteMoments(site, FoldMoments(found))
+
+
+class SiteBatch(NamedTuple):
+    """Some rows of a site in float64, and their place among the rows wanted."""
+
+    site: Site
+    place: slice
+    X: Float[np.ndarray, "batch width"]
+
+
+def finite_batches(
+    store: Batches, sites: Sequence[Site], wanted: Integer[np.ndarray, " n"], batch_rows: int
+) -> Iterator[SiteBatch]:
+    """The wanted rows, batch by batch, of each site in turn; `UsageError` for NaN and infinity."""
+    done = 0
+    for batch in store.iter(list(sites), batch_rows=batch_rows, rows=wanted):
+        place = slice(done, done + len(batch.rows))
+        for site, values in batch.values.items():
+            X = np.asarray(as_array(values), dtype=np.float64)
+            bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
+            if bad.size:
+                shown = ", ".join(map(str, batch.rows[bad[:8]])) + (", …" if bad.size > 8 else "")
+                raise UsageError(
+                    f"{site}: NaN or infinity in {bad.size} of rows {batch.rows.min()}–{batch.rows.max()}: {shown}"
+                )
+            yield SiteBatch(site, place, X)
+        done = place.stop
+
+
+def packs(sizes: Mapping[Site, int], memory: int) -> Iterator[list[Site]]:
+    """Sites in their order, as many together as have room for their sums, which take `sizes` bytes."""
     pack: list[Site] = []
     left = memory
-    for site, width in widths.items():
-        size = 8 * cells * (width * width if scatter == "full" else width)
+    for site, size in sizes.items():
         if size > memory:
             raise UsageError(
-                f"{site}: the moments of {cells} folds and classes at width {width} take {size / 2**30:.2f} GiB, more "
-                f"than memory={memory}: allow more, use fewer folds, or scatter='diagonal'"
+                f"{site}: the moments of all folds and classes take {size / 2**30:.2f} GiB, more than memory={memory}: "
+                "allow more, or use fewer folds (or, in `read_moments`, scatter='diagonal')"
             )
         if size > left:
             yield pack

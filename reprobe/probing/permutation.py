@@ -120,6 +120,27 @@ class Permutations:
     seed: int
     rows: str
 
+    @classmethod
+    def of_all(cls, parts: Sequence["Permutations"]) -> "Permutations":
+        """The result for all probes of several tests that drew the same labels: the search is over all of them.
+
+        So probes need not be in memory together. Raises `UsageError` for tests of other rows, seeds or numbers.
+        """
+        first = parts[0]
+        same = [(one.rule, one.seed, one.rows, len(one.maxima)) for one in parts]
+        if len(set(same)) > 1:
+            raise UsageError(
+                "permutation tests go together if their rows, folds, seed and number of permutations agree"
+            )
+        return cls(
+            observed=np.concatenate([one.observed for one in parts]),
+            maxima=np.max([one.maxima for one in parts], axis=0),
+            single=np.concatenate([one.single for one in parts]),
+            rule=first.rule,
+            seed=first.seed,
+            rows=first.rows,
+        )
+
     @property
     def adjusted(self) -> Float[np.ndarray, " probes"]:
         at_least = len(self.maxima) - np.searchsorted(np.sort(self.maxima), self.observed - _TIE, side="left")

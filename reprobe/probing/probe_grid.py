@@ -4,7 +4,7 @@ Enters: results of `probe`. Leaves: the best direction, an estimate that the sea
 figure. Does not know stores or readers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, read, write
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
+from reprobe.provenance import versions
 
 KIND = "probe grid"
 #: The table's columns, in order.
@@ -38,7 +39,38 @@ COLUMNS: dict[str, Any] = {
     "auroc_low": pl.Float64,
     "auroc_high": pl.Float64,
 }
+#: Columns that a table has besides where they were asked for (see `controlled`).
+OPTIONAL: dict[str, Any] = {
+    "p": pl.Float64,
+    "control": pl.Float64,
+    "selectivity": pl.Float64,
+    "bits": pl.Float64,
+    "compression": pl.Float64,
+}
 _ARRAYS = ("oof", "inner", "positive", "groups", "fold", "rows")
+
+
+def site_columns(sites: Sequence[Site], widths: Sequence[int]) -> dict[str, list[Any]]:
+    """The columns that say which site a line of a table is about."""
+    return {
+        "site": [str(s) for s in sites],
+        "part": [s.part for s in sites],
+        "layer": [s.layer for s in sites],
+        "head": [s.unit if s.part == "attn.heads" else None for s in sites],
+        "width": list(widths),
+    }
+
+
+def store_provenance(manifest: Any) -> dict[str, Any]:
+    """What a result says of the store it was read from."""
+    return {
+        "identity": manifest.identity.to_json(),
+        "prompts": manifest.prompts,
+        "plan": dict(manifest.plan),
+        "store": manifest.digest,
+        "dtype": manifest.dtype,
+        "versions": versions(),
+    }
 
 
 @dataclass(frozen=True)
@@ -63,7 +95,8 @@ class ProbeGrid:
     """Results of one reader at many sites.
 
     `table` has one line per site: accuracy of all held-out predictions, the mean of the folds' AUROCs, each
-    with its 95 % interval over groups (see `intervals`), and `chance`, the share of the larger class.
+    with its 95 % interval over groups (see `intervals`), and `chance`, the share of the larger class. Where
+    they were asked for, the columns of `OPTIONAL` follow; `controlled` says what they are.
     `directions` are fitted on all rows. `oof[i, j]` is the held-out score of row i at site j; above 0
     predicts `classes[1]`. `inner[k, j]` is the accuracy at site j by cross-validation among the rows outside
     fold k. `positive`, `groups`, `fold` and `rows` (number in the store) are those of each row. `note` says
@@ -115,18 +148,11 @@ class ProbeGrid:
         groups and takes readers and choices as they are. Raises `UsageError` for a grid of two folds, which
         leave no rows to choose with.
         """
-        if not len(self.inner):
-            raise UsageError("two folds leave no rows to choose a site with: probe with folds=3 or more")
-        scores, sites = np.empty(len(self.fold), dtype=np.float32), []
-        for k, accuracies in enumerate(self.inner):
-            here = self.fold == k
-            j = self._first_best(accuracies)
-            scores[here] = self.oof[here, j]
-            sites.append(self.sites[j])
+        scores, columns = self.nested
         right = (scores > 0) == self.positive
         low, high = ClusterBootstrap.draw(self.groups, self.seed).accuracy(right[:, None])[:, 0]
         return Selected(
-            sites=tuple(sites),
+            sites=tuple(self.sites[j] for j in columns),
             accuracy=float(right.mean()),
             accuracy_low=float(low),
             accuracy_high=float(high),
@@ -135,6 +161,15 @@ class ProbeGrid:
             n=len(self.rows),
             n_groups=int(self.groups.max()) + 1,
         )
+
+    @cached_property
+    def nested(self) -> tuple[Float[np.ndarray, " n"], tuple[int, ...]]:
+        """What `selected` rests on: each row's held-out score at the site chosen for its fold, and the column of
+        that site for every fold. Raises `UsageError` for a grid of two folds."""
+        if not len(self.inner):
+            raise UsageError("two folds leave no rows to choose a site with: probe with folds=3 or more")
+        columns = tuple(self._first_best(accuracies) for accuracies in self.inner)
+        return self.oof[np.arange(len(self.fold)), np.array(columns)[self.fold]], columns
 
     def _first_best(self, values: Float[np.ndarray, " sites"]) -> int:
         """Column with the greatest value; of equals, the first by layer, head and order."""
@@ -145,9 +180,8 @@ class ProbeGrid:
 
         return min(range(len(values)), key=rank)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write one safetensors file, whole or not at all; `ArtifactExists` unless `overwrite`."""
-        path = Path(path)
+    def artifact(self) -> Artifact:
+        """The grid as a JSON header and arrays, from which `from_artifact` makes an equal one."""
         shared = {"provenance", "classes"}
         header = {
             "table": self.table.to_dict(as_series=False),
@@ -158,15 +192,11 @@ class ProbeGrid:
             "provenance": dict(self.provenance),
         }
         arrays = {name: np.asarray(getattr(self, name)) for name in _ARRAYS}
-        arrays |= {f"vector.{j}": d.vector for j, d in enumerate(self.directions.values())}
-        write(path, KIND, Artifact(header, arrays), overwrite=overwrite)
-        return path
+        return Artifact(header, arrays | {f"vector.{j}": d.vector for j, d in enumerate(self.directions.values())})
 
     @classmethod
-    def load(cls, path: str | Path) -> "ProbeGrid":
-        """What `save` wrote. Raises `ArtifactMissing`, `CorruptArtifact`, or `UsageError`."""
-        path = Path(path)
-        artifact = read(path, KIND)
+    def from_artifact(cls, artifact: Artifact, where: Path) -> "ProbeGrid":
+        """The grid of a header and arrays found in `where`. Raises `CorruptArtifact` if they are not those of one."""
         header, arrays = artifact.header, artifact.arrays
         try:
             shared = {"provenance": header["provenance"], "classes": header["classes"]}
@@ -176,7 +206,7 @@ class ProbeGrid:
             ]
             negative, positive = header["classes"]
             return cls(
-                table=pl.DataFrame(header["table"], schema=COLUMNS),
+                table=pl.DataFrame(header["table"], schema=_schema(header["table"])),
                 directions={d.site: d for d in found if d.site is not None},
                 classes=(negative, positive),
                 note=header["note"],
@@ -185,7 +215,19 @@ class ProbeGrid:
                 **{name: arrays[name] for name in _ARRAYS},
             )
         except (KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as error:
-            raise CorruptArtifact(f"{path} is not a probe grid: {error!r}") from error
+            raise CorruptArtifact(f"{where} is not a probe grid: {error!r}") from error
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write one safetensors file, whole or not at all; `ArtifactExists` unless `overwrite`."""
+        path = Path(path)
+        write(path, KIND, self.artifact(), overwrite=overwrite)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ProbeGrid":
+        """What `save` wrote. Raises `ArtifactMissing`, `CorruptArtifact`, or `UsageError`."""
+        path = Path(path)
+        return cls.from_artifact(read(path, KIND), path)
 
     def plot(self) -> Any:
         """A matplotlib `Figure`: accuracy over blocks with its interval and chance, and over block × head."""
@@ -193,19 +235,24 @@ class ProbeGrid:
 
         heads = self.table.filter(pl.col("head").is_not_null())
         curves = self.table.filter(pl.col("head").is_null())
-        panels = [draw for draw, data in ((_draw_curves, curves), (_draw_heads, heads)) if len(data)]
+        panels = [draw for draw, data in ((draw_curves, curves), (_draw_heads, heads)) if len(data)]
         figure = Figure(figsize=(6.4 * len(panels), 4.0), layout="constrained")
         for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            draw(figure, axes, curves if draw is _draw_curves else heads)
+            draw(axes, curves if draw is draw_curves else heads)
         return figure
 
 
-def _draw_curves(figure: Any, axes: Any, table: pl.DataFrame) -> None:
+def _schema(columns: Iterable[str]) -> dict[str, Any]:
+    return COLUMNS | {name: kind for name, kind in OPTIONAL.items() if name in columns}
+
+
+def draw_curves(axes: Any, table: pl.DataFrame, *, by: str = "part") -> None:
+    """Accuracy over blocks with its interval, a line per value of the column `by`, and chance."""
     last = int(table["layer"].max() or 0)  # type: ignore[arg-type]
     # What has no block stands where the data pass it: before the first block, or after the last.
     at = pl.coalesce("layer", pl.when(pl.col("part") == "embed").then(-1).otherwise(last + 1))
-    for (part,), lines in table.with_columns(at=at).sort("at").group_by("part", maintain_order=True):
-        (line,) = axes.plot(lines["at"], lines["accuracy"], marker="o", markersize=3, label=part)
+    for (name,), lines in table.with_columns(at=at).sort("at").group_by(by, maintain_order=True):
+        (line,) = axes.plot(lines["at"], lines["accuracy"], marker="o", markersize=3, label=name)
         axes.fill_between(
             lines["at"],
             lines["accuracy_low"],
@@ -219,10 +266,10 @@ def _draw_curves(figure: Any, axes: Any, table: pl.DataFrame) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_heads(figure: Any, axes: Any, table: pl.DataFrame) -> None:
+def _draw_heads(axes: Any, table: pl.DataFrame) -> None:
     layers, heads = table["layer"].to_numpy(), table["head"].to_numpy()
     values = np.full((layers.max() + 1, heads.max() + 1), np.nan)
     values[layers, heads] = table["accuracy"].to_numpy()
     image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis")
-    figure.colorbar(image, ax=axes, label=f"held-out accuracy (majority class: {table['chance'][0]:.2f})")
+    axes.figure.colorbar(image, ax=axes, label=f"held-out accuracy (majority class: {table['chance'][0]:.2f})")
     axes.set(xlabel="head", ylabel="block")

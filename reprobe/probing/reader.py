@@ -6,6 +6,7 @@ fits by implementing `_fit_plane`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -27,13 +28,14 @@ class ReaderNotFitted(NotFitted, NotFittedError):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What a reader fits on: rows, which of them are of the positive class, and the pair of each (None: not
-    given). `side` is a second division of the rows, for readers that need one: see their `fit`."""
+    """What a reader fits on: rows, which of them are of the positive class, and the pair and the group of each (None:
+    not given). `side` is a second division of the rows, for readers that need one: see their `fit`."""
 
     X: Float[np.ndarray, "rows width"]
     positive: Bool[np.ndarray, " rows"]
     pairs: Integer[np.ndarray, " rows"] | None
     side: Bool[np.ndarray, " rows"] | None = None
+    groups: Integer[np.ndarray, " rows"] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,29 +67,21 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
         """Fit on rows (n, width) with labels (n,) of two kinds.
 
         `pairs` names the two sides of each contrast, for the readers that use pairs; `groups` is accepted so
-        that all readers are called alike, and used by none of those that fit in one step: which groups are in
-        X is decided by who splits the rows. Raises `UsageError` for NaN, one class, more than two, or rows in
-        which the classes do not differ.
+        that all readers are called alike, and used by those alone that split the rows further, to choose
+        something: which groups are in X is decided by who calls. Raises `UsageError` for NaN, one class, more
+        than two, or rows in which the classes do not differ.
         """
         return self.fit_rows(self._checked(X, y, groups, pairs))
 
     def _checked(self, X: Any, y: Any, groups: Any, pairs: Any) -> TrainingRows:
         X, y = checked(self, X, y, groups, pairs)
-        try:
-            check_classification_targets(y)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) == 1:
-            raise UsageError(f"y holds one class only ({self.classes_[0]!r}); a reader needs two classes")
-        if type_of_target(y) != "binary":
-            found = ", ".join(map(repr, self.classes_[:6].tolist()))
-            raise UsageError(
-                "Only binary classification is supported. "
-                f"y is {type_of_target(y)}, with {len(self.classes_)} classes: {found}"
-                f"{', …' if len(self.classes_) > 6 else ''}. Keep the rows of two of them."
-            )
-        return TrainingRows(X, codes == 1, pair_codes(pairs) if self.uses_pairs and pairs is not None else None)
+        self.classes_, positive = binary_codes(y)
+        return TrainingRows(
+            X,
+            positive,
+            pair_codes(pairs) if self.uses_pairs and pairs is not None else None,
+            groups=None if groups is None else np.unique(as_array(groups), return_inverse=True)[1],
+        )
 
     def fit_rows(self, rows: TrainingRows) -> Self:
         """Fit on rows that have been checked: finite, float64, of both classes.
@@ -126,6 +120,23 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
         return tags
 
 
+class BatchReader(Reader):
+    """A reader that fits several sites, on several choices of training rows, in less time than one by one."""
+
+    @abstractmethod
+    def fit_batch(
+        self,
+        X: Float[np.ndarray, "sites rows width"],
+        positive: Bool[np.ndarray, " rows"],
+        groups: Integer[np.ndarray, " rows"] | None,
+        kept: Bool[np.ndarray, "fits rows"],
+    ) -> Iterator[Sequence[Plane]]:
+        """Site after site, the planes that `fit_rows` finds on each choice of rows, `kept[f]`, as exactly as it does.
+
+        `UsageError`, when the turn of a site comes that has none.
+        """
+
+
 def as_array(X: Any) -> Any:
     """A tensor as a numpy array (bfloat16 and float16 as float32, which is exact); anything else as it is."""
     if not isinstance(X, torch.Tensor):
@@ -162,6 +173,25 @@ def checked(
         )
     require_finite(X)
     return X, y
+
+
+def binary_codes(y: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " rows"]]:
+    """The two labels in y, and which rows have the greater one. Raises `UsageError` unless there are two."""
+    try:
+        check_classification_targets(y)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    classes, codes = np.unique(y, return_inverse=True)
+    if len(classes) == 1:
+        raise UsageError(f"y holds one class only ({classes.tolist()[0]!r}); a reader needs two classes")
+    if type_of_target(y) != "binary":
+        found = ", ".join(map(repr, classes[:6].tolist()))
+        raise UsageError(
+            "Only binary classification is supported. "
+            f"y is {type_of_target(y)}, with {len(classes)} classes: {found}"
+            f"{', …' if len(classes) > 6 else ''}. Keep the rows of two of them."
+        )
+    return classes, codes == 1
 
 
 def checked_again(estimator: Any, fitted: str, X: Any) -> Float[np.ndarray, "rows width"]:
@@ -218,12 +248,16 @@ def above_zero(values: Any, name: str, n: int) -> Bool[np.ndarray, " rows"]:
 
 def pair_codes(pairs: Any) -> Integer[np.ndarray, " rows"]:
     """Pairs numbered from 0 in the order of their first rows; `UsageError` if a row names none."""
-    names = np.asarray(as_array(pairs), dtype=object)
+    return names_coded(pairs, "pair", "leave them out, or fit without pairs")
+
+
+def names_coded(values: Any, name: str, way_out: str = "leave them out") -> Integer[np.ndarray, " rows"]:
+    """The names numbered from 0 in the order of their first rows; `UsageError` if a row has none."""
+    names = np.asarray(as_array(values), dtype=object)
     missing = np.flatnonzero([p is None or p != p for p in names])
     if missing.size:
         raise UsageError(
-            f"{missing.size} of {len(names)} rows name no pair (the first is row {missing[0]}): leave them "
-            "out, or fit without pairs"
+            f"{missing.size} of {len(names)} rows name no {name} (the first is row {missing[0]}): {way_out}"
         )
     codes: dict[Any, int] = {}
     return np.array([codes.setdefault(p, len(codes)) for p in names], dtype=np.int64)

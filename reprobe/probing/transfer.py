@@ -4,7 +4,6 @@ Enters: several stores of one model, a reader. Leaves: a `TransferGrid`. Means, 
 training rows, unless `transductive` asks for the test data's own mean as well. Does not know models.
 """
 
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from joblib import Parallel, delayed
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from reprobe.errors import ArtifactExists, UnknownSite, UsageError
+from reprobe.errors import UnknownSite, UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
@@ -25,8 +24,9 @@ from reprobe.probing.grid import Source, site_rows, wanted_sites
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.reader import Reader, TrainingRows
 from reprobe.probing.rows import ProbeRows, common_groups, select_rows
+from reprobe.probing.tables import write_table
 from reprobe.progress import Progress, silent
-from reprobe.provenance import canonical_json, versions, write_durably
+from reprobe.provenance import versions
 
 #: The table's columns, in order.
 COLUMNS: dict[str, Any] = {
@@ -103,30 +103,8 @@ class TransferGrid:
 
         Raises `ArtifactExists` unless `overwrite`, `UsageError` for any other suffix.
         """
-        path = Path(path)
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise ArtifactExists(f"{path} exists; choose another name or pass overwrite=True")
-        buffer = io.BytesIO()
-        match path.suffix:
-            case ".parquet":
-                self.table.write_parquet(buffer)
-            case ".csv":
-                self.table.write_csv(buffer)
-            case ".json":
-                body = {
-                    "names": list(self.names),
-                    "notes": dict(self.notes),
-                    "provenance": dict(self.provenance),
-                    "table": self.table.to_dicts(),
-                }
-                buffer.write(canonical_json(body).encode())
-            case other:
-                raise UsageError(
-                    f"{path}: a table is saved as .parquet, .csv or .json, not {other or 'without suffix'}"
-                )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, buffer.getvalue())
-        return path
+        about = {"names": list(self.names), "notes": dict(self.notes), "provenance": dict(self.provenance)}
+        return write_table(self.table, path, overwrite=overwrite, about=about)
 
 
 def transfer(

@@ -4,21 +4,25 @@ results  · the files of a results folder      study    · probe grids that belo
 curves   · accuracy over blocks, effect over strength
 maps     · accuracy of heads, scores of tokens
 points   · rows of one site                   transfer · from data set to data set
+reliability · probabilities and what comes true    cosines · which directions are one
 style    · how figures look
 sections · what the page says                 blocks   · what sections are made of
 svg      · a figure as part of a page         page     · the page itself
 """
 
+from reprobe.report.cosines import cosine_map, layer_cosines
 from reprobe.report.curves import dose_curves, layer_curves
 from reprobe.report.maps import head_map, scan_map
 from reprobe.report.page import write_report
 from reprobe.report.points import projections, scatter
+from reprobe.report.reliability import reliability
 from reprobe.report.results import (
     Results,
     Run,
     ScanResult,
     SteeringResult,
     Step,
+    comparison_path,
     probe_path,
     read_results,
     read_run,
@@ -37,8 +41,11 @@ __all__ = [
     "ScanResult",
     "SteeringResult",
     "Step",
+    "comparison_path",
+    "cosine_map",
     "dose_curves",
     "head_map",
+    "layer_cosines",
     "layer_curves",
     "probe_path",
     "projections",
@@ -46,6 +53,7 @@ __all__ = [
     "read_run",
     "read_scan",
     "read_steering",
+    "reliability",
     "scan_map",
     "scatter",
     "store_path",

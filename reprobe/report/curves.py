@@ -28,6 +28,7 @@ from reprobe.report.style import (
     clipped,
     dress,
     legend,
+    series,
     whole_ticks,
 )
 
@@ -119,7 +120,7 @@ def _part_order(part: str) -> tuple[int, str]:
 
 
 def _draw_curve(figure: Plot, axes: Axes, table: pl.DataFrame, name: str, i: int) -> None:
-    look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+    look = series(i)
     inside = table.filter(pl.col("layer").is_not_null())
     band = (inside["x"], inside["accuracy_low"], inside["accuracy_high"])
     axes.fill_between(*band, color=look["color"], alpha=0.16, linewidth=0)
@@ -127,7 +128,7 @@ def _draw_curve(figure: Plot, axes: Axes, table: pl.DataFrame, name: str, i: int
     ends = table.filter(pl.col("layer").is_null())
     if len(ends):
         reach = np.stack([(ends["accuracy"] - ends[c]).abs() for c in ("accuracy_low", "accuracy_high")])
-        axes.errorbar(ends["x"], ends["accuracy"], reach, markersize=4.5, linestyle="none", capsize=2, **look)
+        axes.errorbar(ends["x"], ends["accuracy"], reach, markersize=4.5, capsize=2, **look | {"linestyle": "none"})
     for row in table.iter_rows(named=True):
         figure.marks.append(Mark(axes, row["x"], row["accuracy"], f"{name}, {spelled(row)}"))
 

@@ -6,6 +6,7 @@ equal, byte for byte, for equal results. Does not know what the sections say.
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -16,6 +17,7 @@ from reprobe.errors import ArtifactExists
 from reprobe.provenance import write_durably
 from reprobe.report.results import Results, read_results
 from reprobe.report.sections import sections
+from reprobe.store.reader import ActivationStore
 
 REPORT = "report.html"
 #: By this a file is known to be a report, which may be drawn anew.
@@ -23,10 +25,13 @@ _MARK = b'<meta name="generator" content="reprobe">'
 _HERE = Path(__file__).parent
 
 
-def write_report(folder: str | Path, to: str | Path | None = None) -> Path:
+def write_report(
+    folder: str | Path, to: str | Path | None = None, *, stores: Mapping[str, ActivationStore] | None = None
+) -> Path:
     """Draw the report of a results folder into `to` (default: report.html there), replacing an older report.
 
-    What is not in the folder is not in the report. Raises `ArtifactMissing` if there is no result at all,
+    What is not in the folder is not in the report, but for `stores` that lie elsewhere: where they are those that
+    results in the folder were made from, their rows are drawn. Raises `ArtifactMissing` if there is no result at all,
     `CorruptArtifact` if one is damaged, `ArtifactExists` if `to` is something else than a report.
     """
     path = Path(folder) / REPORT if to is None else Path(to)
@@ -34,7 +39,7 @@ def write_report(folder: str | Path, to: str | Path | None = None) -> Path:
         raise ArtifactExists(f"{path} is a folder; name a file, e.g. {path / REPORT}")
     if path.exists() and _MARK not in path.read_bytes()[:1024]:
         raise ArtifactExists(f"{path} exists and is not a report; choose another name")
-    text = render(read_results(folder))
+    text = render(read_results(folder, stores))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, text.encode())
     return path

@@ -6,6 +6,7 @@ results and the report share these functions, and agree by them on the layout:
     DIR/run.json                    a `Run`
     DIR/NAME.reprobe/               stores
     DIR/probes/NAME.safetensors     probe grids
+    DIR/comparisons/NAME.safetensors    readers compared
     DIR/scans/NAME.json             a `ScanResult`
     DIR/steering/NAME.json          a `SteeringResult`; its table is NAME.parquet, written first
 
@@ -30,6 +31,7 @@ from reprobe.evaluation.effect import Contrast
 from reprobe.methods.repe import Scan
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
+from reprobe.probing.comparison import Comparison
 from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.provenance import canonical_json, digest_bytes, write_durably
 from reprobe.store.reader import ActivationStore
@@ -111,6 +113,7 @@ class Results:
     run: Run | None
     stores: Mapping[str, ActivationStore]
     grids: Mapping[str, ProbeGrid]
+    comparisons: Mapping[str, Comparison]
     scans: Mapping[str, ScanResult]
     steering: Mapping[str, SteeringResult]
 
@@ -118,6 +121,11 @@ class Results:
 def probe_path(folder: str | Path, name: str) -> Path:
     """Where the probe grid `name` lies: save it there with `ProbeGrid.save`."""
     return Path(folder) / "probes" / f"{_checked(name)}.safetensors"
+
+
+def comparison_path(folder: str | Path, name: str) -> Path:
+    """Where the comparison `name` lies: save it there with `Comparison.save`."""
+    return Path(folder) / "comparisons" / f"{_checked(name)}.safetensors"
 
 
 def store_path(folder: str | Path, name: str) -> Path:
@@ -214,8 +222,8 @@ def read_steering(path: str | Path) -> SteeringResult:
     return _parse(path, build)
 
 
-def read_results(folder: str | Path) -> Results:
-    """Everything in a results folder.
+def read_results(folder: str | Path, stores: Mapping[str, ActivationStore] | None = None) -> Results:
+    """Everything in a results folder, and `stores` that lie elsewhere, by name.
 
     Raises `ArtifactMissing` if there is no such folder or no result in it, `CorruptArtifact` if one is
     damaged.
@@ -231,12 +239,16 @@ def read_results(folder: str | Path) -> Results:
     results = Results(
         folder=folder,
         run=read_run(folder) if (folder / RUN).exists() else None,
-        stores={p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p) for p in _found(folder, f"*{STORE_SUFFIX}")},
+        stores={p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p) for p in _found(folder, f"*{STORE_SUFFIX}")}
+        | dict(stores or {}),
         grids={p.stem: ProbeGrid.load(p) for p in _found(folder / "probes", "*.safetensors")},
+        comparisons={p.stem: Comparison.load(p) for p in _found(folder / "comparisons", "*.safetensors")},
         scans={p.stem: read_scan(p) for p in _found(folder / "scans", "*.json")},
         steering={p.stem: read_steering(p) for p in _found(folder / "steering", "*.json")},
     )
-    if results.run is None and not any((results.stores, results.grids, results.scans, results.steering)):
+    if results.run is None and not any(
+        (results.stores, results.grids, results.comparisons, results.scans, results.steering)
+    ):
         raise ArtifactMissing(
             f"{folder} holds no results. `reprobe demo --out {folder}` makes a full set; or put stores "
             f"there as {folder}/NAME{STORE_SUFFIX} (reprobe extract --to) and grids as "

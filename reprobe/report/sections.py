@@ -6,12 +6,14 @@ Does not know HTML.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
+from reprobe.probing.comparison import Comparison
 from reprobe.probing.intervals import LEVEL, RESAMPLES
 from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.provenance import digest_file
@@ -31,10 +33,12 @@ from reprobe.report.blocks import (
     Table,
     panel,
 )
+from reprobe.report.cosines import cosine_map, layer_cosines
 from reprobe.report.curves import dose_curves, layer_curves
 from reprobe.report.maps import head_map, saturation, scan_map
 from reprobe.report.points import LEAST_COSINE, SCATTER_ROWS, projections, scatter
-from reprobe.report.results import Results, ScanResult, SteeringResult, probe_path
+from reprobe.report.reliability import reliability
+from reprobe.report.results import Results, ScanResult, SteeringResult, comparison_path, probe_path
 from reprobe.report.study import (
     Study,
     best_line,
@@ -53,6 +57,14 @@ _INTERVAL = (
     f"{_LEVEL} intervals over groups (accuracy: Wilson, with the effective number of rows; AUROC: cluster bootstrap, "
     f"BCa, {RESAMPLES:,} resamples)"
 )
+_HOLLOW = "Hollow: rows that were misread by the reader of the fold that held them out."
+_CALIBRATION = (
+    "On calibration. Filled: probabilities after Platt scaling, fitted on scores held out inside the training "
+    f"rows, with {_LEVEL} intervals of the shares over groups. Hollow: σ(score), the score in standard deviations of "
+    "those same scores. The calibration error (ECE) found is above the true one, since few rows in a bin vary by "
+    "chance; its interval is of the true one, may lie below the one found, and begins at 0 where perfect calibration "
+    "would look no better."
+)
 _HYPHEN = "\u2011"  # a hyphen at which no line ends
 
 
@@ -62,8 +74,10 @@ def sections(results: Results) -> tuple[Section, ...]:
     made = (
         _overview(results),
         _layers(found),
+        _readers(found),
         _heads(found),
         _geometry(found),
+        _directions(found),
         _scans(results, found),
         _steering(results),
         _reproduce(results),
@@ -103,7 +117,7 @@ def _layers(found: Sequence[Study]) -> Section:
         )
         figure = layer_curves(grids, title=study.name)
         panels.append(panel(figure, f"layers-{i}", f"Accuracy over blocks on {study.name}", caption.strip()))
-        for name, grid in grids.items():
+        for name, grid in grids.items() if study.comparison is None else ():  # their table follows
             best = best_line(grid)
             auroc = f"{best['auroc']:.3f}"
             rows.append((study.name, name, best["site"], interval(best), auroc, chosen(grid)))
@@ -123,7 +137,126 @@ def _layers(found: Sequence[Study]) -> Section:
         ),
         rows,
     )
-    return Section("layers", "Accuracy over layers", (Panels(panels), table))
+    return Section("layers", "Accuracy over layers", (Panels(panels), *([table] if rows else [])))
+
+
+def _readers(found: Sequence[Study]) -> Section:
+    blocks: list[Block] = []
+    for i, study in enumerate(found):
+        if (comparison := study.comparison) is None:
+            continue
+        blocks += [_choices(study, comparison), *([_differences(study, comparison)] if len(study.grids) > 1 else [])]
+        panels = []
+        for j, name in enumerate(comparison.readers):
+            figure = reliability(comparison.calibrated(name), seed=comparison.first.seed, title=f"{study.name}, {name}")
+            caption = f"{name} on {study.rows}, at the sites chosen on the other folds."
+            panels.append(panel(figure, f"reliability-{i}-{j}", f"Calibration of {name} on {study.name}", caption))
+        blocks.append(Panels(panels))
+    if blocks:
+        blocks.append(Prose(_CALIBRATION))
+    return Section("readers", "Readers compared", blocks)
+
+
+def _choices(study: Study, comparison: Comparison) -> Table:
+    rows = [
+        (
+            line["reader"],
+            line["sites"].replace(" ×", "\u00a0×"),
+            interval(line),
+            interval(line, "auroc"),
+            interval(line, "recall"),
+            interval(line, "ece"),
+        )
+        for line in comparison.choices.sort("accuracy", descending=True, maintain_order=True).iter_rows(named=True)
+    ]
+    return Table(
+        f"Readers on {study.rows}. Everything is held out: the site is chosen by cross-validation among the other "
+        "folds (× how many folds chose it), and Platt scaling is fitted there. "
+        f"Always answering with the larger class is right in {study.chance:.3f}. {_INTERVAL}.",
+        (
+            "Reader",
+            "Sites chosen",
+            "Accuracy [95\u00a0%]#",
+            "AUROC#",
+            "Recall at 1\u00a0% false positives#",
+            "ECE after Platt scaling#",
+        ),
+        rows,
+    )
+
+
+def _differences(study: Study, comparison: Comparison) -> Table:
+    rows = [
+        (
+            f"{line['reader']} less {line['other']}",
+            _change(line, "accuracy_difference"),
+            _change(line, "auroc_difference"),
+        )
+        for line in comparison.differences.iter_rows(named=True)
+    ]
+    return Table(
+        f"One reader less another on {study.name}: the same rows in the same resamples of groups, each reader at the "
+        f"sites chosen for it. {_LEVEL} intervals; each holds by itself, so that of {len(rows)} about "
+        f"{len(rows) * (1 - LEVEL):.1f} would exclude 0 if all readers were equal.",
+        ("Readers", "Accuracy [95\u00a0%]#", "AUROC [95\u00a0%]#"),
+        rows,
+    )
+
+
+def _directions(found: Sequence[Study]) -> Section:
+    panels: list[Panel] = []
+    for i, study in enumerate(found):
+        grids = study.readers_of(lambda s: whole_site(s) and s.layer is not None)
+        if not grids:
+            continue
+        reader = max(grids, key=lambda name: float(best_line(grids[name])["accuracy"]))
+        part = Site.parse(best_line(grids[reader])["site"]).part
+        if sum(s.part == part for s in grids[reader].sites) < 2:
+            continue
+        figure = layer_cosines(grids[reader], part, title=f"{study.name}, {reader}")
+        caption = (
+            f"Cosines between the directions that {reader} found at each block on {study.name}: blocks with one "
+            f"direction form a square. Random directions of width {_width(grids[reader])} have 0 ± "
+            f"{_width(grids[reader]) ** -0.5:.2f}."
+        )
+        panels.append(panel(figure, f"cosines-{i}", f"Cosines between blocks, {reader} on {study.name}", caption))
+    if (across := _across(found)) is not None:
+        panels.append(across)
+    return Section("directions", "Which directions are one", (Panels(panels),) if panels else ())
+
+
+def _across(found: Sequence[Study]) -> Panel | None:
+    """Cosines of all readers on all data of the first model, at the site where they read best on average."""
+    named = {
+        f"{study.name}, {reader}" if len(found) > 1 else reader: grid
+        for study in found
+        for reader, grid in study.readers_of(whole_site).items()
+        if study.first.provenance.get("identity") == found[0].first.provenance.get("identity")
+    }
+    if len(named) < 2:
+        return None
+    common = set.intersection(*(set(grid.sites) for grid in named.values()))
+    sites = [s for s in next(iter(named.values())).sites if s in common]
+    if not sites:
+        return None
+    accuracy = [{str(s): a for s, a in g.table.select("site", "accuracy").iter_rows()} for g in named.values()]
+    site = max(sites, key=lambda s: sum(one[str(s)] for one in accuracy))
+    figure = cosine_map({name: grid.directions[site] for name, grid in named.items()}, title=str(site))
+    caption = (
+        f"Cosines between the directions at {site}, where they read best on average. Each points to its own positive "
+        "class, so that the sign means something only between data with the same labels."
+    )
+    return panel(figure, "cosines-across", f"Cosines between directions at {site}", caption)
+
+
+def _width(grid: ProbeGrid) -> int:
+    return next(iter(grid.directions.values())).width
+
+
+def _change(line: dict[str, Any], name: str) -> str:
+    """A difference with its interval, signs always shown."""
+    value, low, high = (_signed(line[f"{name}{bound}"], "+.3f") for bound in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _heads(found: Sequence[Study]) -> Section:
@@ -182,6 +315,7 @@ def _geometry(found: Sequence[Study]) -> Section:
         panels = []
         if study.store is not None and study.store.complete:
             panels.append(_scatter_panel(study, study.store, grid, site, f"pca-{i}"))
+            panels.append(_along_panel(study, study.store, grid, site, f"along-{i}"))
         elif study.store is not None:
             blocks.append(
                 Prose(
@@ -201,16 +335,30 @@ def _geometry(found: Sequence[Study]) -> Section:
 
 
 def _scatter_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: Site, name: str) -> Panel:
-    n = len(grid.rows)
-    rows = f"{n:,} rows" if n <= SCATTER_ROWS else f"{SCATTER_ROWS:,} of {n:,} rows, drawn at random,"
     caption = (
-        f"{study.name} at {site}, the best site of {reader_of(grid)}: {rows} on their first two principal "
+        f"{study.name} at {site}, the best site of {reader_of(grid)}: {_drawn(grid)} on their first two principal "
         "components, fitted on these rows (centred, not scaled). The arrow is the reader's direction as "
-        f"far as it lies in this plane: half the plot long at cosine 1, not drawn below {LEAST_COSINE}. "
-        "Components follow variance, and what a reader finds need not vary much."
+        f"far as it lies in this plane: half the plot long at cosine 1, not drawn below {LEAST_COSINE}; dashed, where "
+        "the plane meets its decision boundary. Components follow variance, and what a reader finds need not vary "
+        f"much. {_HOLLOW}"
     )
     figure = scatter(store, site, grid=grid, title=f"{study.name}, {site}")
     return panel(figure, name, f"Principal components of {study.name} at {site}", caption)
+
+
+def _along_panel(study: Study, store: ActivationStore, grid: ProbeGrid, site: Site, name: str) -> Panel:
+    caption = (
+        f"The same rows from left to right along the direction of {reader_of(grid)}, upwards on the first principal "
+        "component of what is left. The direction was fitted on all of them, and parts them better than rows it has "
+        f"not seen. {_HOLLOW}"
+    )
+    figure = scatter(store, site, grid=grid, plane="direction", title=f"{study.name}, {site}")
+    return panel(figure, name, f"{study.name} at {site} along the direction of the reader", caption)
+
+
+def _drawn(grid: ProbeGrid) -> str:
+    n = len(grid.rows)
+    return f"{n:,} rows" if n <= SCATTER_ROWS else f"{SCATTER_ROWS:,} of {n:,} rows, drawn at random,"
 
 
 def _scans(results: Results, found: Sequence[Study]) -> Section:
@@ -280,6 +428,9 @@ def _reproduce(results: Results) -> Section:
         rows.append(("store", name, Digest(store.manifest.digest, whole=True)))
     for name in results.grids:
         rows.append(("probe grid", name, Digest(digest_file(probe_path(results.folder, name)), whole=True)))
+    for name in results.comparisons:
+        path = comparison_path(results.folder, name)
+        rows.append(("comparison", name, Digest(digest_file(path), whole=True)))
     for name, steered in results.steering.items():
         rows.append(("direction", f"{name}, {steered.site}", Digest(steered.direction, whole=True)))
     blocks: list[Block] = []
@@ -298,7 +449,7 @@ def _models(results: Results) -> tuple[ModelIdentity, ...]:
     """The different models that the results name."""
     named = [results.run.identity] if results.run and results.run.identity else []
     named += [store.identity for store in results.stores.values()]
-    for grid in results.grids.values():
+    for grid in (*results.grids.values(), *(c.first for c in results.comparisons.values())):
         if "identity" in grid.provenance:
             named.append(ModelIdentity.from_json(grid.provenance["identity"]))
     kept: list[ModelIdentity] = []

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from reprobe.model.sites import Site
+from reprobe.probing.comparison import Comparison
 from reprobe.probing.direction import Label
 from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.report.results import Results
@@ -23,11 +24,15 @@ from reprobe.store.reader import ActivationStore
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Grids made from the same rows with the same labels, by name, and their store if it is in the folder."""
+    """Grids made from the same rows with the same labels, by name, and their store if it is at hand.
+
+    Of a `comparison` they are its grids, by its names of the readers.
+    """
 
     name: str
     grids: dict[str, ProbeGrid]
     store: ActivationStore | None
+    comparison: Comparison | None = None
 
     @cached_property
     def first(self) -> ProbeGrid:
@@ -36,6 +41,8 @@ class Study:
     @cached_property
     def readers(self) -> dict[str, ProbeGrid]:
         """Grids by reader; with their own name too where two are of one reader."""
+        if self.comparison is not None:
+            return self.grids
         names = [reader_of(g) for g in self.grids.values()]
         return {
             reader if names.count(reader) == 1 else f"{reader} ({name})": grid
@@ -96,7 +103,7 @@ def listing(sites: Iterable[Site]) -> str:
 
 
 def studies(results: Results) -> tuple[Study, ...]:
-    """The grids, put together by the rows and labels they were made from."""
+    """The grids, put together by the rows and labels they were made from; a comparison is a study of its own."""
     stores = {store.manifest.digest: (name, store) for name, store in results.stores.items()}
     together: dict[tuple[Any, ...], dict[str, ProbeGrid]] = {}
     for name, grid in results.grids.items():
@@ -107,6 +114,9 @@ def studies(results: Results) -> tuple[Study, ...]:
     for (digest, _, label), grids in together.items():
         known, store = stores.get(digest, (_common(list(grids)), None))
         out.append(Study(known if label in (None, "label") else f"{known} ({label})", grids, store))
+    for name, comparison in results.comparisons.items():
+        found = stores.get(str(comparison.first.provenance.get("store")))
+        out.append(Study(name, dict(comparison.grids), found and found[1], comparison))
     names = [s.name for s in out]
     told_apart = [
         s if names.count(s.name) == 1 else dataclasses.replace(s, name=f"{s.name}: {', '.join(s.grids)}") for s in out
@@ -144,9 +154,9 @@ def best_line(grid: ProbeGrid) -> dict[str, Any]:
     return grid.table.row(by_predicate=pl.col("site") == site, named=True)
 
 
-def interval(line: dict[str, Any]) -> str:
-    """The accuracy of a line of a grid's table, with its interval."""
-    return f"{line['accuracy']:.3f} [{line['accuracy_low']:.3f}, {line['accuracy_high']:.3f}]"
+def interval(line: dict[str, Any], metric: str = "accuracy") -> str:
+    """A metric of a line of a grid's table, with its interval."""
+    return f"{line[metric]:.3f} [{line[f'{metric}_low']:.3f}, {line[f'{metric}_high']:.3f}]"
 
 
 def chosen(grid: ProbeGrid) -> str:

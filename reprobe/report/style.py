@@ -18,6 +18,8 @@ INK, MUTED, GRID, PAPER = "#1c2127", "#59626d", "#dde2e7", "#fffffe"
 #: Each has its marker too, so that nothing is told by colour alone.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+#: Series beyond the six colours go through them again, with another line and hollow markers.
+LINES = ("-", "-.")
 #: Negative and positive class, in that order, in every figure; the same ends as the diverging map.
 NEGATIVE, POSITIVE = SERIES[1], SERIES[0]
 #: Stands out from every colour of the sequential map, in any theme.
@@ -51,6 +53,17 @@ class Plot(Figure):
         """A white figure of `width` × `height` inches, laid out so that nothing is cut off."""
         super().__init__(figsize=(width, height), layout="constrained", facecolor="white")
         self.marks: list[Mark] = []
+
+
+def series(i: int) -> dict[str, Any]:
+    """How the i-th series of a figure looks: arguments of `Axes.plot`."""
+    turn, color = i // len(SERIES), SERIES[i % len(SERIES)]
+    return {
+        "color": color,
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": LINES[turn % len(LINES)],
+        "markerfacecolor": color if turn % 2 == 0 else PAPER,
+    }
 
 
 def dress(axes: Axes, *, x: str, y: str, title: str | None = None, grid: Grid = "both") -> Axes:

@@ -137,5 +137,6 @@ def _places(figure: Plot) -> Iterator[tuple[Mark, tuple[float, float], tuple[flo
     for mark in figure.marks:
         w, h = mark.size or (0.0, 0.0)
         corners = np.array([(mark.x - w / 2, mark.y - h / 2), (mark.x + w / 2, mark.y + h / 2)])
-        low, high = to_share.transform(mark.axes.transData.transform(corners))
+        found = to_share.transform(mark.axes.transData.transform(corners))
+        low, high = found.min(axis=0), found.max(axis=0)  # an axis may run downwards
         yield mark, (float(low[0]), float(low[1])), (float(high[0]), float(high[1]))

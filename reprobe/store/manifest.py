@@ -14,7 +14,7 @@ from typing import Any
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, UnknownSite, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import UNIT_PARTS, Site, ranges
-from reprobe.provenance import canonical_json, digest
+from reprobe.provenance import canonical_json, digest, require_schema
 from reprobe.store.layout import MANIFEST, Grid, check_dtype, check_format, itemsize
 from reprobe.store.places import Place
 from reprobe.store.sealed import seal, unseal
@@ -148,15 +148,14 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> "Manifest":
-        """The manifest that `to_bytes` wrote; raises `CorruptArtifact`, naming `what`, for anything else."""
+        """The manifest that `to_bytes` wrote.
+
+        Raises, naming `what`, `SchemaMismatch` for one of another version and `CorruptArtifact` for anything else.
+        """
         if MARK not in data:
             raise CorruptArtifact(f"{what} is not the manifest of a reprobe store, or is damaged beyond recognition")
         value = unseal(data, what)
-        if value.get("schema") != SCHEMA:
-            raise CorruptArtifact(
-                f"{what} has schema version {value.get('schema')!r}; this version of reprobe reads {SCHEMA}. "
-                "Read the store with the version of reprobe that wrote it."
-            )
+        require_schema(value.get("schema"), SCHEMA, what)
         try:
             manifest = cls._from_json(value)
             same = manifest.to_json() == value
@@ -206,7 +205,7 @@ class Manifest:
 
 
 def read_manifest(place: Place) -> Manifest:
-    """The manifest of the store at `place`; raises `ArtifactMissing` or `CorruptArtifact`."""
+    """The manifest of the store at `place`; raises `ArtifactMissing`, `SchemaMismatch`, `CorruptArtifact`."""
     try:
         data = place.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:

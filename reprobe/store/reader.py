@@ -75,7 +75,8 @@ class ActivationStore:
     def open(cls, path: str | Path) -> "ActivationStore":
         """The store at `path`, a folder or a URL such as s3://bucket/prefix, complete or not.
 
-        Raises `ArtifactMissing`, `CorruptArtifact`, and `StoreUnreachable` if an object store cannot be used.
+        Raises `ArtifactMissing`, `CorruptArtifact`, `SchemaMismatch` if another version wrote it, and
+        `StoreUnreachable` if an object store cannot be used.
         """
         place = place_of(path)
         manifest = read_manifest(place)
@@ -124,12 +125,10 @@ class ActivationStore:
             why_absent="not stored",
         )
 
-    def unit_width(self, part: str) -> int:
-        """Numbers per unit of `part`: head_dim for `attn.heads`, 1 for `mlp.neurons`."""
-        for stored in self.manifest.sites:
-            if stored.site.part == part and stored.unit_width is not None:
-                return stored.unit_width
-        raise UnknownSite(f"{self.name} stores no {part!r} with units; it has {self._listing()}")
+    def width(self, site: str | Site) -> int:
+        """Numbers in a row of `site`, a stored site or a unit of one. Raises `UnknownSite`."""
+        columns = self._place(site)[1]
+        return int(columns.stop - columns.start)
 
     @cached_property
     def index(self) -> pl.DataFrame:

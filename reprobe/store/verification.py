@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reprobe.errors import ArtifactMissing, CorruptArtifact
+from reprobe.errors import ArtifactMissing, CorruptArtifact, SchemaMismatch
 from reprobe.store.commit import Commit, FileRecord, committed
 from reprobe.store.formats import shard_files
 from reprobe.store.layout import MANIFEST, commit_name
@@ -41,7 +41,7 @@ def verify(path: str | Path) -> VerifyReport:
         raise ArtifactMissing(f"there is no store at {place}")
     try:
         manifest = read_manifest(place)
-    except (ArtifactMissing, CorruptArtifact, OSError) as error:
+    except (ArtifactMissing, CorruptArtifact, SchemaMismatch, OSError) as error:
         return VerifyReport(place.path, (str(error),), 1)
     found = place.survey()
     problems = [*_fixed_files(place, manifest), *_shards(place, manifest), *_strangers(place, manifest, found)]

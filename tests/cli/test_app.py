@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,9 +16,12 @@ from tiny import tiny_net, tiny_tokenizer
 from typer.testing import CliRunner
 
 import reprobe as rp
-from reprobe.cli.app import app
+from reprobe.cli.app import ReaderName, app
+from reprobe.probing import READERS
 
-VERBS = ("demo", "extract", "info", "verify", "probe", "transfer", "scan", "steer", "report")
+VERBS = (
+    "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "push", "pull", "report",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,12 @@ def test_help_of_every_verb_shows_an_example(verb):
     assert f"reprobe {verb}" in result.output.split("Example")[1]
 
 
+@pytest.mark.parametrize("verb", ["steer tune", "evaluate truthfulqa", "evaluate side-effects"])
+def test_help_of_verbs_within_a_verb_shows_an_example(verb):
+    result = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert f"reprobe {verb}" in result.output.split("Example")[1]
+
+
 @pytest.mark.parametrize("verb", ["list", "show", "validate"])
 def test_help_of_the_data_verbs_shows_an_example(verb):
     result = CliRunner().invoke(app, ["data", verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
@@ -95,15 +106,34 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["probe", "s.reprobe", "--label", "colour"], "colour"),
         (["probe", "s.reprobe", "--sites", "resid.pre@*"], "resid"),
         (["probe", "s.reprobe", "--to", "g.safetensors"], "--overwrite"),
+        (["probe", "s.reprobe", "--to-table", "t.xlsx"], ".csv, .parquet or .json"),
+        (["probe", "s.reprobe", "--reader", "logistic", "--selectivity", "--types", "lemma"], "lemma"),
+        (["compare", "s.reprobe", "--readers", "lda,crystal-ball"], "cluster-mean"),
+        (["compare", "s.reprobe", "--readers", "lda,lda"], "comes twice"),
+        (["compare", "s.reprobe", "--folds", "2"], "three at least"),
+        (["compare", "s.reprobe", "--to", "g.safetensors"], "--overwrite"),
+        (["transfer", "s.reprobe", "t=s.reprobe", "--to-table", "prompts.jsonl"], ".csv, .parquet or .json"),
         (["scan", "model", "a text", "--grid", "g.safetensors", "--part", "mlp.out"], "attn.heads, resid.post"),
         (["steer", "model", "a text", "--direction", "nothing.safetensors"], "nothing.safetensors"),
         (["steer", "model", "a text", "--direction", "d.safetensors", "--tokens", "some"], "generated"),
+        (["push", "nothing.safetensors", "x"], "nothing.safetensors"),
+        (["push", "d.safetensors", "hf:x"], "hf:OWNER/NAME"),
+        (["push", "d.safetensors", "s.reprobe"], "choose another name"),
+        (["pull", "nowhere", "--to", "x.safetensors"], "nowhere"),
+        (["pull", "nowhere", "--to", "d.safetensors"], "--overwrite"),
+        (["evaluate", "truthfulqa", "model"], "--data misconceptions"),
+        (["evaluate", "truthfulqa", "model", "--data", "cities"], "no column question"),
+        (["evaluate", "truthfulqa", "model", "--data", "misconceptions", "--primer", "none.txt"], "none.txt"),
+        (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--data", "cities"], "target_new"),
+        (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--texts", "none.txt"], "none.txt"),
+        (["steer", "tune", "model", "--direction", "d.safetensors", "--target-kl", "-1"], "positive number"),
         (["report", "nowhere"], "nowhere"),
         (["data", "show", "citys"], "cities"),
         (["frobnicate"], "frobnicate"),
     ],
 )
-def test_a_wrong_call_exits_2_and_says_what_exists(run, made, arguments, says):
+def test_a_wrong_call_exits_2_and_says_what_exists(run, made, arguments, says, monkeypatch):
+    monkeypatch.delenv("REPROBE_DATA", raising=False)
     assert says in run(*arguments, code=2).output
 
 
@@ -213,6 +243,42 @@ def test_probe_prints_the_best_sites_and_saves_what_it_found(run, made):
     assert grid.table["accuracy"].max() == rows[0]["accuracy"]
 
 
+def test_probe_adds_controls_and_writes_its_table(run, made):
+    arguments = ["probe", "s.reprobe", "--reader", "mean-difference", "--folds", 4, "--sites", "resid.post@*"]
+    controls = ["--permutations", 19, "--selectivity", "--mdl", "--to", "c.safetensors", "--to-table", "c.csv"]
+    rows = json.loads(run(*arguments, *controls, "--json").stdout)
+    assert all(0.05 <= row["p"] <= 1 for row in rows)
+    table = rp.ProbeGrid.load(made / "c.safetensors").table
+    assert table.columns[-5:] == ["p", "control", "selectivity", "bits", "compression"]
+    assert pl.read_csv(made / "c.csv", schema=table.schema).equals(table)
+    assert "--overwrite" in run(*arguments, "--to", "c.safetensors", code=2).output
+    assert "overwrite" in run(*arguments, "--to-table", "c.csv", code=2).output
+    run(*arguments, "--to-table", "c.csv", "--overwrite")
+    assert "p" not in pl.read_csv(made / "c.csv").columns
+
+
+def test_compare_prints_choices_and_differences_and_makes_a_page(run, made):
+    arguments = ["compare", "s.reprobe", "--readers", "mean-difference, lda", "--folds", 4, "--sites", "resid.post@*"]
+    shown = run(*arguments, "--to", "r.safetensors", "--to-table", "r.parquet", "--out", "compared")
+    found = rp.Comparison.load(made / "r.safetensors")
+    assert f"{found.choices['accuracy'][1]:.3f}" in shown.stdout
+    assert f"{found.differences['accuracy_difference_low'][0]:.3f}" in shown.stdout
+    assert pl.read_parquet(made / "r.parquet").equals(found.table)
+    assert (made / "compared" / "comparisons" / "s.safetensors").read_bytes() == (made / "r.safetensors").read_bytes()
+    page = (made / "compared" / "report.html").read_text()
+    assert "Readers compared" in page
+    assert "Principal components of s" in page
+    told = json.loads(run(*arguments, "--json").stdout)
+    assert told["choices"] == found.choices.to_dicts()
+    assert "--overwrite" in run(*arguments, "--out", "compared", code=2).output
+    run("report", "compared", "--store", "s.reprobe")
+    assert (made / "compared" / "report.html").read_text() == page
+
+
+def test_the_readers_of_the_options_are_those_of_the_library():
+    assert set(get_args(ReaderName)) == set(READERS)
+
+
 def test_a_typed_label_finds_the_number_that_it_means(run, made):
     run(
         "probe", "s.reprobe", "--positive", "0", "--reader", "mean-difference", "--folds", 4, "--to", "zero.safetensors"
@@ -260,6 +326,62 @@ def test_steer_shows_both_texts_and_the_price(run, made):
     kl = next(v for k, v in told.items() if k.startswith("KL"))
     assert kl > 0
     assert told["unsteered"] == still["unsteered"]
+
+
+def test_what_is_pushed_can_be_pulled_bit_for_bit(run, made, tmp_path):
+    for file in ("d.safetensors", "g.safetensors"):
+        assert str(tmp_path / file[0]) in run("push", file, tmp_path / file[0]).stdout
+        run("pull", tmp_path / file[0], "--to", tmp_path / file)
+        assert (tmp_path / file).read_bytes() == (made / file).read_bytes()
+    assert "overwrite" in run("push", "d.safetensors", tmp_path / "d", code=2).output
+    run("push", "d.safetensors", tmp_path / "d", "--overwrite")
+    assert "FetchFailed" in run("pull", "hf:someone/thing", "--to", tmp_path / "x", code=1).output
+
+
+TUNE = ["steer", "tune", "model", "--direction", "d.safetensors", "--texts", "texts.txt", "--json", "--target-kl"]
+
+
+def test_steer_tune_finds_the_strength_of_a_price(run, made, folder):
+    (folder / "texts.txt").write_text("the thing is on the land\n\nand the end is in it\n")
+    for away in ([], ["--away"]):
+        told = json.loads(run(*TUNE, 0.02, *away, "--to-table", "tried.csv", "--overwrite").stdout)
+        assert told["kl"] == pytest.approx(0.02, rel=0.05)
+        assert (told["strength"] < 0) == bool(away)
+        tried = (folder / "tried.csv").read_text().splitlines()
+        assert tried[0] == "strength,kl"
+        assert len(tried) - 1 == told["evaluations"] <= 8
+    assert "TargetUnreachable" in run(*TUNE, 500, code=1).output
+
+
+def test_multiple_choice_is_compared_with_and_without_a_direction(run, made, folder):
+    rows = [
+        {"id": f"{i}{a}", "text": a, "label": y, "group": str(i), "question": f"what {i}?", "answer": a}
+        for i in range(3)
+        for a, y in (("an ant", 1), ("the end", 0))
+    ]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "primer.txt").write_text("Q: is it?\nA: it is.\n")
+    line = ["evaluate", "truthfulqa", "model", "--data", "choices.jsonl", "--primer", "primer.txt", "--json"]
+    plain = json.loads(run(*line, "--to-table", "mc.parquet").stdout)
+    assert [row["metric"] for row in plain] == ["mc1", "mc2", "mc3"]
+    assert pl.read_parquet(folder / "mc.parquet").height == 3
+    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--questions", 2).stdout)
+    assert both[1]["steered"] != both[1]["unsteered"]
+    assert both[1]["n"] == 2
+    saved = json.loads((folder / "mc.json").read_text())
+    assert saved["primer"] == "Q: is it?\nA: it is.\n"
+    assert saved["table"][0].keys() >= {"question", "mc2", "mc2_steered"}
+    assert "choose another name" in run(*line, "--to-table", "mc.json", code=2).output
+
+
+def test_side_effects_are_shown_and_saved(run, made, folder):
+    (folder / "texts.txt").write_text("the thing is on the land\nand the end is in it\n")
+    line = ["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--texts", "texts.txt"]
+    rows = json.loads(run(*line, "--data", "none", "--max-new-tokens", 3, "--to-table", "s.json", "--json").stdout)
+    assert [row["measure"] for row in rows][:3] == ["kl", "cross-entropy", "perplexity"]
+    assert rows[0]["change"] > 0
+    assert [g["prompt"] for g in json.loads((folder / "s.json").read_text())["generations"]] == ["the", "and"]
+    assert "perplexity" in run(*line, "--data", "none", "--max-new-tokens", 0).stdout
 
 
 def test_a_report_is_drawn_from_a_folder_of_results(run, made):

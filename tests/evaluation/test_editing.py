@@ -10,7 +10,7 @@ from tiny import tiny_net, tiny_tokenizer
 import reprobe as rp
 from reprobe.control.edits import Matrix
 from reprobe.errors import DataError, UsageError
-from reprobe.evaluation import editing
+from reprobe.evaluation import editing, fluency
 from reprobe.methods.sequential import Guard, sequential
 from reprobe.prompts import Neighbour, facts_of
 
@@ -156,12 +156,15 @@ def test_facts_without_both_objects_are_named():
         editing.score_facts(fresh(), [rp.Fact.of(subject="a", prompt="the a is", new="b")])
 
 
-def test_generation_entropy_is_that_of_the_n_grams():
-    assert editing.generation_entropy(["a b c d"]) == pytest.approx((2 / 3 * np.log2(3) + 4 / 3 * np.log2(2)) / 2)
-    assert editing.generation_entropy(["a a a a a"]) == 0
-    assert editing.generation_entropy(["a b c d", "a a a a", "too short"[:3]]) < editing.generation_entropy(["a b c d"])
-    with pytest.raises(UsageError, match="three words"):
-        editing.generation_entropy(["a b"])
+def test_the_fluency_is_that_of_a_text_about_each_subject():
+    lm = fresh()
+    edit = random_edit(lm)
+    result = editing.evaluate_together(lm, FACTS, edit, write=5)
+    written = editing.generate_about(lm, FACTS, max_new_tokens=5)
+    assert result.fluency_before == pytest.approx(np.mean([fluency(text) for text in written]))
+    with rp.edited(lm, edit):
+        written = editing.generate_about(lm, FACTS, max_new_tokens=5)
+    assert result.fluency_after == pytest.approx(np.mean([fluency(text) for text in written]))
 
 
 def test_consistency_is_one_for_the_reference_itself_and_zero_for_other_words():

@@ -44,7 +44,7 @@ def test_the_dose_response_table_holds_what_each_strength_does(tiny_lm):
         lm,
         lambda s: [rp.Add(d, s)],
         (-2, 0, 2),
-        contrast=CONTRAST,
+        scorer=CONTRAST,
         neutral=["on the mat"],
         story="the",
         max_new_tokens=3,

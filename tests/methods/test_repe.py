@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import reprobe as rp
-from reprobe.errors import IdentityMismatch, UsageError
+from reprobe.errors import IdentityMismatch, UnknownSite, UsageError
 from reprobe.methods import repe
 
 
@@ -37,3 +37,16 @@ def test_directions_of_another_model_are_refused(tiny_lm):
         repe.scan(lm, "the cat", directions(lm, identity=tiny_lm("gpt2").identity))
     with pytest.raises(UsageError, match="at least one"):
         repe.scan(lm, "the cat", {})
+
+
+def test_directions_of_another_site_are_refused(tiny_lm):
+    lm = tiny_lm("llama")
+    site, other = lm.sites("resid.post@1, resid.post@2")
+    d = rp.Direction.from_vector(site, np.ones(lm.width(site)))
+    with pytest.raises(UsageError, match=r"direction\.at\('resid.post@2'\)"):
+        repe.scan(lm, "the cat", {other: d})
+    assert repe.scan(lm, "the cat", {other: d.at(other)}).sites == (other,)
+    with pytest.raises(UsageError, match=r"width 3 does not fit resid\.post@1"):
+        repe.scan(lm, "the cat", {site: rp.Direction.from_vector(site, np.ones(3))})
+    with pytest.raises(UnknownSite, match="blocks 0–2"):
+        repe.scan(lm, "the cat", {rp.Site("resid.post", 5): d.at("resid.post@5")})

@@ -28,6 +28,28 @@ def test_check_passes_on_every_family(tiny_lm, name):
     assert max(tiny_lm(name).check().values()) < 1e-5
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_states_along_continuations_are_those_of_a_stock_forward_steered_in_their_role(tiny_lm, name):
+    lm = tiny_lm(name)
+    prompts, more = ["the cat", "a dog is on the mat and", "in"], [" is on the other end", " an ant", " the land"]
+    item = rp.Add(rp.Direction.from_vector("resid.post@1", np.linspace(-1, 1, lm.d_model)), tokens="generated")
+    for site in ("final", "resid.post@0"):
+        for found, prompt, suffix in zip(lm.continued(prompts, more, site=site), prompts, more, strict=True):
+            coded = lm.tokenizer(prompt + suffix, return_offsets_mapping=True)
+            first = next(i for i, (_, end) in enumerate(coded["offset_mapping"]) if end > len(prompt))
+            assert found.tokens.tolist() == coded["input_ids"][first:]
+            with rp.observe(lm, site) as seen, torch.no_grad():
+                lm.net(torch.tensor([coded["input_ids"]]))
+            stock = next(iter(seen.values()))[0, first - 1 :]
+            assert torch.allclose(found.states, stock, atol=1e-5, rtol=1e-4)
+    with rp.steer(lm, item):
+        scores = lm.logprobs(prompts, [[c] for c in more])
+        for found, score in zip(lm.continued(prompts, more), scores, strict=True):
+            logp = lm.unembed(found.states).double().log_softmax(-1)
+            each = logp[torch.arange(len(found.tokens)), torch.from_numpy(found.tokens)]
+            assert each.sum().item() == pytest.approx(score[0], abs=1e-4)
+
+
 def test_check_fails_where_a_site_is_not_what_it_says(tiny_lm):
     lm = tiny_lm("llama")
     block = lm.architecture.blocks(lm.net)[1]

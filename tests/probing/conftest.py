@@ -39,8 +39,8 @@ class MemoryStore:
             identity=IDENTITY, prompts="p" * 64, plan={"at": "last"}, digest="s" * 64, dtype="float32"
         )
 
-    def unit_width(self, part: str) -> int:
-        return self.head_dim
+    def width(self, site: Site) -> int:
+        return self.arrays[site.whole].shape[1] if site.unit is None else self.head_dim
 
     def read(self, site: Site, rows: Any = None) -> torch.Tensor:
         self.reads.append(site)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.numpy import save as save_arrays
+from store import synthetic
 
 from reprobe.errors import (
     ArtifactExists,
@@ -14,12 +17,15 @@ from reprobe.errors import (
     CorruptArtifact,
     IdentityMismatch,
     ReprobeError,
+    SchemaMismatch,
     UnknownSite,
     UsageError,
 )
 from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, to_bytes
 from reprobe.probing.direction import Direction
+from reprobe.probing.probe_grid import ProbeGrid
+from reprobe.store import ActivationStore
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 finite = st.floats(-1e6, 1e6).filter(lambda x: abs(x) > 1e-3)
@@ -113,13 +119,32 @@ def test_what_is_no_direction_is_refused_with_its_own_error(tmp_path):
     assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["d.safetensors"]  # no temporary files
 
 
-def test_a_file_of_a_newer_schema_asks_for_an_upgrade(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("file", "library", "says"), [(2, 1, "a newer reprobe"), (2, 3, "an older reprobe")])
+def test_a_file_of_another_schema_says_both_versions_and_what_to_do(file, library, says, tmp_path, monkeypatch):
     d = Direction.from_vector("resid.post@0", [1.0])
-    monkeypatch.setattr("reprobe.probing.artifact.SCHEMA", 2)
-    path = d.save(tmp_path / "new")
-    monkeypatch.undo()
-    with pytest.raises(UsageError, match="newer reprobe"):
+    monkeypatch.setattr("reprobe.probing.artifact.SCHEMA", file)
+    path = d.save(tmp_path / "d")
+    monkeypatch.setattr("reprobe.probing.artifact.SCHEMA", library)
+    for load in (Direction.load, ProbeGrid.load):
+        with pytest.raises(SchemaMismatch, match=says) as caught:
+            load(path)
+        told = str(caught.value)
+        assert str(path) in told
+        assert f"it has schema version {file}" in told
+        assert f"reprobe {version('reprobe-lm')} reads version {library}" in told
+        assert ("Upgrade" in told) == (file > library)
+
+
+def test_a_newer_schema_is_told_of_whatever_else_its_header_holds(tmp_path):
+    envelope = {"schema": 2, "kind": ["of", "another", "form"]}
+    path = tmp_path / "d"
+    path.write_bytes(save_arrays({"anything": np.ones(2)}, metadata={"reprobe": json.dumps(envelope)}))
+    with pytest.raises(SchemaMismatch, match="schema version 2"):
         Direction.load(path)
+    for schema in ("2", None, 0, -1, True, 1.5):
+        path.write_bytes(save_arrays({"vector": np.ones(2)}, metadata={"reprobe": json.dumps({"schema": schema})}))
+        with pytest.raises(CorruptArtifact, match="schema"):
+            Direction.load(path)
 
 
 @pytest.mark.parametrize("rows", [(), (4,), (2, 3)])
@@ -139,6 +164,32 @@ def test_score_and_project_take_numpy_and_torch_and_return_the_same_kind(rows):
         assert out.dtype == kept
         assert tuple(out.shape) == rows
         np.testing.assert_allclose(out.numpy(), expected - 0.7, atol=tolerance)
+
+
+def test_a_store_is_scored_at_the_directions_own_site_or_not_at_all(tmp_path):
+    with synthetic.create(tmp_path / "s", dtype="float16") as writer:
+        synthetic.fill(writer)
+    store = ActivationStore.open(tmp_path / "s")
+    for name in ("resid.post@2", "attn.heads@1.3", "final"):
+        h = store.read(name).double().numpy()
+        v = np.random.default_rng(0).standard_normal(h.shape[1])
+        d = Direction.from_vector(name, v, offset=0.7, identity=store.identity)
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.testing.assert_allclose(d.score_rows(store), h @ d.vector - 0.7, rtol=1e-9)
+            np.testing.assert_allclose(d.score_rows(store, [5, 2]), (h @ d.vector - 0.7)[[5, 2]], rtol=1e-9)
+    assert d.score_rows(store, []).shape == (0,)
+    with pytest.raises(UnknownSite, match=r"'resid\.post@1' is not in .*it has resid\.post@2"):
+        d.at("resid.post@1").score_rows(store)
+    with pytest.raises(UsageError, match="no site of its own"):
+        Direction(None, d.vector).score_rows(store)
+    with pytest.raises(UsageError, match=r"are they of final\?"):
+        d.score(store.read("attn.heads@1.3"))
+    other = dataclasses.replace(d, provenance={"identity": store.identity.to_json() | {"weights": "e" * 64}})
+    with pytest.raises(IdentityMismatch, match="weights"):
+        other.score_rows(store)
+    assert len(other.score_rows(store, allow_mismatch=True)) == store.rows
+    with pytest.raises(UsageError, match="width 3"):
+        Direction.from_vector("final", np.ones(3)).score_rows(store)
 
 
 def test_gradients_flow_through_a_score():
@@ -205,6 +256,123 @@ def test_directions_of_other_sites_or_models_do_not_add_up(identity):
         d * "2"
     assert (d + d).identity == identity
     assert [t["site"] for t in (d + d).provenance["terms"]] == ["resid.post@1"] * 2
+
+
+@QUICK
+@given(data=st.data(), h=arrays(np.float64, (3, 5), elements=finite))
+def test_what_is_left_stands_at_a_right_angle_and_its_score_is_what_is_left_of_the_score(data, h):
+    d = data.draw(directions(width=5))
+    against = data.draw(st.lists(directions(width=5), min_size=1, max_size=3))
+    try:
+        left = d.orthogonalise(*against)
+    except UsageError:
+        W = np.stack([a.vector for a in against])
+        assert np.linalg.norm(d.vector - W.T @ np.linalg.lstsq(W.T, d.vector)[0]) < 1e-8
+        return
+    assert max(abs(left.cosine(a)) for a in against) < 1e-12
+    # Least squares by another road: what of v the others explain, and what of the scores goes with it.
+    W = np.stack([a.vector for a in against])
+    c = np.linalg.pinv(W.T, rcond=1e-11) @ d.vector
+    n = left.scale / d.scale
+    np.testing.assert_allclose(n * left.vector, d.vector - c @ W, atol=1e-9)
+    explained = sum(k * a.score(h) for k, a in zip(c, against, strict=True))
+    size = np.abs(h).max() + abs(d.offset) + (np.abs(c) * [abs(a.offset) for a in against]).sum()
+    np.testing.assert_allclose(n * left.score(h), d.score(h) - explained, atol=1e-8 * size * max(1, np.abs(c).max()))
+    assert left.classes == d.classes
+    assert left.metrics == {}
+
+
+@QUICK
+@given(data=st.data())
+def test_gram_schmidt_is_idempotent_and_free_of_the_order_and_the_signs(data):
+    d, a, b = (data.draw(directions(width=5)) for _ in range(3))
+    if abs(a.cosine(b)) > 0.99 or abs(np.linalg.det(np.corrcoef([d.vector, a.vector, b.vector]))) < 1e-4:
+        return  # nearly dependent: rounding decides
+    one = d.orthogonalise(a, b)
+    for other in (d.orthogonalise(b, a), d.orthogonalise(-a, 3 * b), one.orthogonalise(a, b)):
+        np.testing.assert_allclose(other.step, one.step, rtol=1e-6, atol=1e-9 * d.scale)
+        size = abs(d.offset) + abs(a.offset) + abs(b.offset)
+        assert other.offset == pytest.approx(one.offset, rel=1e-6, abs=1e-4 * size)
+
+
+def test_orthogonal_directions_stay_as_they_are():
+    d = Direction.from_vector("resid.post@1", [1.0, 0.0, 0.0], scale=2.0, offset=0.3)
+    left = d.orthogonalise(Direction.from_vector("resid.post@1", [0.0, 5.0, 0.0], offset=9.0))
+    assert (left.vector.tolist(), left.scale, left.offset) == ([1.0, 0.0, 0.0], 2.0, 0.3)
+    # By hand: v = (0.6, 0.8), w = (1, 0): c = 0.6, n = 0.8; (o − c·o_w) / n = (1 − 0.6·2) / 0.8.
+    w = Direction.from_vector("resid.post@1", [1.0, 0.0], offset=2.0)
+    left = Direction.from_vector("resid.post@1", [3.0, 4.0], offset=1.0).orthogonalise(w, w)
+    np.testing.assert_allclose(left.vector, [0.0, 1.0], atol=1e-15)
+    assert left.scale == pytest.approx(4.0)
+    assert left.offset == pytest.approx(-0.25)
+
+
+def test_gram_schmidt_is_refused_where_it_has_no_meaning(identity):
+    d = Direction.from_vector("resid.post@1", [1.0, 2.0])
+    with pytest.raises(UsageError, match="nothing is left"):
+        d.orthogonalise(-3 * d)
+    with pytest.raises(UsageError, match="against what"):
+        d.orthogonalise()
+    with pytest.raises(UsageError, match="one site only"):
+        d.orthogonalise(d.at("resid.post@2"))
+    with pytest.raises(IdentityMismatch, match="does not say"):
+        d.orthogonalise(Direction.from_vector("resid.post@1", [1.0, 0.0], identity=identity))
+
+
+@QUICK
+@given(data=st.data(), h=arrays(np.float64, (3, 5), elements=finite))
+def test_a_mean_is_the_mean_of_steps_and_of_scaled_scores(data, h):
+    terms = [dataclasses.replace(d, classes=None) for d in data.draw(st.lists(directions(width=5), min_size=1))]
+    size = sum(d.scale for d in terms)
+    try:
+        mean = Direction.mean(terms)
+    except UsageError:
+        assert np.linalg.norm(sum(d.step for d in terms)) < 1e-9 * size
+        return
+    np.testing.assert_allclose(mean.step, np.mean([d.step for d in terms], axis=0), atol=1e-12 * size)
+    worth = np.mean([d.scale * d.score(h) for d in terms], axis=0)
+    magnitude = size * (np.abs(h).max() + max(abs(d.offset) for d in terms))
+    np.testing.assert_allclose(mean.scale * mean.score(h), worth, atol=1e-9 * magnitude)
+    if len(terms) == 2:
+        half = 0.5 * (terms[0] + terms[1])
+        np.testing.assert_allclose(half.step, mean.step, atol=1e-12 * size)
+        assert half.offset == pytest.approx(mean.offset, rel=1e-9)
+
+
+def test_a_mean_over_blocks_is_of_a_site_that_is_said_and_of_one_positive_class(identity):
+    one = dataclasses.replace(
+        Direction.from_vector("resid.post@1", [2.0, 0.0], offset=1.0, identity=identity), classes=("no", "yes")
+    )
+    other = dataclasses.replace(
+        Direction.from_vector("resid.post@2", [0.0, -2.0], offset=3.0, identity=identity), classes=("yes", "no")
+    )
+    mean = Direction.mean([one, other], site="resid.post@2")
+    assert str(mean.site) == "resid.post@2"
+    assert mean.classes == ("no", "yes")
+    assert mean.identity == identity
+    np.testing.assert_allclose(mean.step, [1.0, 1.0])
+    # (2·1 + 2·(−3)) / 2 over a step of length √2.
+    assert mean.offset == pytest.approx(-2 / np.sqrt(2))
+    assert [t["site"] for t in mean.provenance["terms"]] == ["resid.post@1", "resid.post@2"]
+    with pytest.raises(UsageError, match=r"several sites \(resid\.post@1, resid\.post@2\)"):
+        Direction.mean([one, other])
+    with pytest.raises(UsageError, match="same two classes"):
+        Direction.mean([one, dataclasses.replace(one, classes=("no", "perhaps"))])
+    with pytest.raises(UsageError, match="same two classes"):
+        Direction.mean([one, dataclasses.replace(one, classes=None)])
+    with pytest.raises(UsageError, match="different widths"):
+        Direction.mean([one, Direction.from_vector("resid.post@1", [1.0], identity=identity)])
+    with pytest.raises(IdentityMismatch, match="weights"):
+        Direction.mean(
+            [
+                one,
+                Direction.from_vector("resid.post@1", [1.0, 0.0], identity=dataclasses.replace(identity, weights="e")),
+            ]
+        )
+    with pytest.raises(UsageError, match="at least one"):
+        Direction.mean([])
+    with pytest.raises(UsageError, match="cancel"):
+        Direction.mean([one, -dataclasses.replace(one, classes=("yes", "no"))])
 
 
 def test_the_cosine_compares_across_sites_of_equal_width():

@@ -9,10 +9,12 @@ from store.synthetic import tokens as tokens_of
 
 from reprobe.errors import ArtifactExists, CorruptArtifact, UnknownData, UnknownSite, UsageError
 from reprobe.model.sites import Site
+from reprobe.probing import grid as grid_module
 from reprobe.probing.direction import Direction
 from reprobe.probing.grid import probe
 from reprobe.probing.intervals import fold_auroc
 from reprobe.probing.probe_grid import ProbeGrid
+from reprobe.probing.reader import Reader
 from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader
 from reprobe.store import ActivationStore, StoredSite, StoreWriter
 
@@ -79,6 +81,41 @@ def test_every_held_out_score_comes_from_a_reader_that_never_saw_its_group(reade
     np.testing.assert_allclose(grid.directions[Site("resid.post", 1)].vector, final.vector, atol=1e-9)
     assert grid.table["auroc"][0] == fold_auroc(grid.oof[:, 0], y, grid.fold)
     assert grid.table["accuracy"][0] == ((grid.oof[:, 0] > 0) == y).mean()
+
+
+class Singly(Reader):
+    """The logistic reader, fitted one site and one fold at a time."""
+
+    def __init__(self, C=0.1):
+        self.C = C
+
+    def _fit_plane(self, rows):
+        return LogisticReader(C=self.C)._fit_plane(rows)
+
+
+@pytest.mark.parametrize("C", [0.1, [0.001, 0.1, 1.0]], ids=str)
+@pytest.mark.parametrize("folds", [2, 4])
+def test_sites_solved_together_give_the_table_of_sites_solved_apart(C, folds, three_layers, monkeypatch):
+    apart = probe(three_layers, Singly(C), folds=folds)
+    for numbers in (1 << 24, 2 * 120 * 7):
+        monkeypatch.setattr(grid_module, "_BATCH", numbers)
+        together = probe(three_layers, LogisticReader(C=C), folds=folds)
+        assert together.table.select("site", "accuracy").equals(apart.table.select("site", "accuracy"))
+        np.testing.assert_allclose(together.table["auroc"], apart.table["auroc"], atol=1e-3)
+        np.testing.assert_allclose(together.oof, apart.oof, atol=1e-5)
+        np.testing.assert_array_equal(together.inner, apart.inner)
+        for site, direction in apart.directions.items():
+            np.testing.assert_allclose(together.directions[site].vector, direction.vector, atol=1e-6)
+            assert together.directions[site].offset == pytest.approx(direction.offset, abs=1e-6)
+            assert together.directions[site].scale == pytest.approx(direction.scale, rel=1e-6)
+            assert together.directions[site].params["C"] == C
+
+
+def test_a_site_without_a_direction_is_named_in_a_batch_of_others(store_of, planted):
+    data = planted(n=60, width=9)
+    store = store_of({"resid.post@0": data.X, "resid.post@1": np.ones((60, 9)), "resid.post@2": data.X}, data.y)
+    with pytest.raises(UsageError, match=r"LogisticReader at resid.post@1: the two classes do not differ"):
+        probe(store, LogisticReader())
 
 
 def test_group_identity_alone_reads_at_chance(store_of):

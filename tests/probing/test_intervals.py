@@ -2,12 +2,14 @@ import time
 
 import numpy as np
 import pytest
+from scipy.special import expit
 from scipy.stats import binomtest, norm, t
 from sklearn.metrics import roc_auc_score
 
 from reprobe.errors import UsageError
 from reprobe.probing import intervals
 from reprobe.probing.intervals import RESAMPLES, ClusterBootstrap, fold_auroc, share_interval
+from reprobe.probing.metrics import bin_of, calibration_error, weighted_calibration_error
 
 
 @pytest.fixture
@@ -161,6 +163,43 @@ def auroc_coverage(n_groups, apart, times, seed, resamples=RESAMPLES):
     return hits / times
 
 
+def calibration_coverage(n_groups, rows, slope, intercept, times, seed, resamples=RESAMPLES):
+    """Probabilities σ(s), s partly shared by a group's rows, while σ(slope · s + intercept) are positive."""
+
+    def drawn(rng, n):
+        s = 1.3 * (rng.standard_normal(n)[np.repeat(np.arange(n), rows)] + rng.standard_normal(n * rows))
+        return expit(s), expit(slope * s + intercept)
+
+    rng, hits = np.random.default_rng(seed), 0
+    p, rate = drawn(rng, 400_000 // rows)
+    truth = np.abs(np.bincount(bin_of(p), weights=p - rate)).sum() / len(p)
+    for b in range(times):
+        p, rate = drawn(rng, n_groups)
+        positive, groups = rng.random(len(p)) < rate, np.repeat(np.arange(n_groups), rows)
+        low, high = ClusterBootstrap.draw(groups, 10_000 + b, resamples).calibration_error(p, positive)
+        hits += bool(low - 1e-3 <= truth <= high)  # a truth of 0 is measured as a little more
+    return hits / times
+
+
+def test_calibration_errors_are_above_the_true_ones_and_their_intervals_are_not():
+    rng = np.random.default_rng(0)
+    p, groups = expit(1.5 * rng.standard_normal(300)), np.arange(300) // 2
+    calibrated = rng.random(300) < p
+    error = calibration_error(p, calibrated)
+    boot = ClusterBootstrap.draw(groups, 0)
+    low, high = boot.calibration_error(p, calibrated)
+    assert low == 0 < error
+    assert high < 0.12
+    naive = boot._values(weighted_calibration_error(p, calibrated), boot.counts)
+    assert np.quantile(naive, 0.025) > 0.02, "the percentile interval excludes the truth, which is 0"
+    low, high = boot.calibration_error(p**3, calibrated)
+    assert 0.1 < low < calibration_error(p**3, calibrated) < high
+
+
+def test_calibration_intervals_cover_about_as_often_as_promised():
+    assert 0.9 <= calibration_coverage(100, 2, 0.7, 0.0, 200, seed=0, resamples=300) <= 0.99
+
+
 def test_share_intervals_cover_with_few_groups():
     assert 0.935 <= share_coverage(15, 0.8, 1000, seed=0) <= 0.97
     assert 0.93 <= share_coverage(40, 0.95, 1000, seed=1) <= 0.975
@@ -185,6 +224,17 @@ def test_share_intervals_cover_95_percent(n_groups, rate):
 @pytest.mark.parametrize(("n_groups", "apart"), [(24, 0.5), (24, 1.5), (40, 0.5), (40, 1.5), (40, 2.5), (160, 1.5)])
 def test_auroc_intervals_cover_95_percent(n_groups, apart):
     assert_covers(auroc_coverage(n_groups, apart, 3000, seed=n_groups), n_groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("slope", "intercept", "at_least", "at_most"),
+    [(1, 0, 0.95, 0.99), (0.8, 0, 0.93, 0.985), (0.6, 0, 0.93, 0.975), (1, 0.2, 0.93, 0.985), (1, 0.6, 0.925, 0.97)],
+)
+@pytest.mark.parametrize(("n_groups", "rows"), [(40, 4), (400, 2)])
+def test_calibration_intervals_cover_nearly_95_percent(n_groups, rows, slope, intercept, at_least, at_most):
+    """A true error of 0, or one that noise hides, has no lower bound to miss, hence is covered in about 97.5 %."""
+    assert at_least <= calibration_coverage(n_groups, rows, slope, intercept, 1500, seed=n_groups) <= at_most
 
 
 @pytest.mark.slow

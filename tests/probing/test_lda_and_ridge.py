@@ -10,7 +10,6 @@ from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import check_estimator
 
 from reprobe.errors import UsageError
 from reprobe.probing.moments import JointMoments
@@ -126,11 +125,6 @@ def numbers(n=60, width=7, seed=0):
     X = rng.standard_normal((n, width)) * np.geomspace(0.1, 10, width) + 5
     axis = rng.standard_normal(width)
     return X, X @ axis + 0.3 * rng.standard_normal(n) - 40, axis
-
-
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
-def test_scikit_learn_accepts_the_ridge_reader_as_an_estimator():
-    check_estimator(RidgeReader())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 100.0])

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from reprobe.errors import UsageError
 from reprobe.model.sites import Site
+from reprobe.probing.classes import probe_classes
 from reprobe.probing.grid import probe
 from reprobe.probing.reader import Plane, Reader
-from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader
+from reprobe.probing.readers import AttentionReader, LogisticReader, MeanDifference, MultiClassReader, PCAReader
+from reprobe.probing.sequences import probe_sequences
 from reprobe.probing.transfer import transfer
 
 
@@ -102,6 +104,48 @@ def test_no_statistic_of_a_held_out_row_reaches_what_judges_its_fold(reader, sto
     assert (after.oof[elsewhere, 0] != before.oof[elsewhere, 0]).any(), "where it may be used, it is"
 
 
+def unseen(fit):
+    """What `fit` gives, or None where pairs have joined too many groups for the folds."""
+    try:
+        return fit()
+    except UsageError as error:
+        if "fold" not in str(error):
+            raise
+        return None
+
+
+@given(datasets(), st.integers(2, 4))
+@settings(max_examples=15, deadline=None)
+def test_a_feature_that_marks_one_group_is_worth_nothing_to_several_classes(store_of_any, case, folds):
+    """In one-hot codes of groups, a held-out row is zero wherever training rows vary: all score alike."""
+    groups, labels, pairs, seed = case
+    labels = labels + (np.random.default_rng(seed).random(len(labels)) < 0.4)
+    store = store_of_any({"resid.post@0": coded(groups, 30)}, labels, group=groups, pair=pairs)
+    reader = MultiClassReader(MeanDifference())
+    grid = unseen(lambda: probe_classes(store, reader, folds=folds, seed=seed, n_jobs=1))
+    for k in range(folds) if grid is not None else ():
+        scores = grid.scores[grid.fold == k, 0]
+        np.testing.assert_allclose(scores, np.broadcast_to(scores[0], scores.shape), atol=1e-5)
+
+
+@given(datasets(), st.integers(2, 4), st.sampled_from(["mean", "last", "max"]))
+@settings(max_examples=15, deadline=None)
+def test_a_feature_that_marks_one_group_is_worth_nothing_to_sequences(store_of_any, case, folds, pooling):
+    groups, labels, _, seed = case
+    tokens = np.repeat(np.arange(len(groups)), 3)
+    store = store_of_any(
+        {"resid.post@0": coded(groups, 30)[tokens]},
+        labels[tokens],
+        group=groups[tokens],
+        prompt=[f"p{t:04}" for t in tokens],
+    )
+    reader = AttentionReader(pooling=pooling)
+    grid = unseen(lambda: probe_sequences(store, reader, folds=folds, seed=seed, n_jobs=1))
+    for k in range(folds) if grid is not None else ():
+        scores = grid.oof[grid.fold == k, 0]
+        np.testing.assert_allclose(scores, np.broadcast_to(scores[0], scores.shape), atol=1e-4)
+
+
 def test_on_null_data_the_nested_choice_is_unbiased_and_the_best_site_is_not(store_of):
     """Over 40 data sets of 20 sites: bias within what 40 data sets can show, the maximum far above."""
     nested, naive = _null_results(store_of, range(40))
@@ -111,7 +155,7 @@ def test_on_null_data_the_nested_choice_is_unbiased_and_the_best_site_is_not(sto
 
 @pytest.mark.slow
 def test_the_nested_choice_is_unbiased_to_half_a_point(store_of):
-    nested, naive = _null_results(store_of, range(1000, 2500))
+    nested, naive = _null_results(store_of, range(1000, 3000))
     assert nested.std() / np.sqrt(len(nested)) < 0.0017
     assert abs(nested.mean() - 0.5) < 0.005
     assert naive.mean() - 0.5 > 0.08

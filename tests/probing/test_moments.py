@@ -10,14 +10,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
 
 from reprobe.errors import UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
-from reprobe.probing.moments import ClassMoments, JointMoments, Moments, MomentsAccumulator, read_moments
-from reprobe.probing.readers import ClusterMean, LDAReader, MeanDifference, RandomReader, RidgeReader
-from reprobe.probing.rows import ProbeRows, select_rows
+from reprobe.probing.moments import (
+    ClassMoments,
+    JointMoments,
+    Moments,
+    MomentsAccumulator,
+    read_joint_moments,
+    read_moments,
+)
+from reprobe.probing.pair_moments import read_pair_moments
+from reprobe.probing.readers import ClusterMean, LDAReader, MeanDifference, PCAReader, RandomReader, RidgeReader
+from reprobe.probing.rows import ProbeRows, select_numbers, select_rows
 from reprobe.store import ActivationStore, StoredSite, StoreWriter
 from reprobe.store.batches import Batch
 
@@ -170,7 +179,7 @@ def values(width):
     return made_up(ROWS, width, seed=width).astype(np.float32)
 
 
-def written(path, holes=()):
+def written(path, holes=(), **columns):
     """A store of made-up rows, of which each tenth has no label; `final` is infinite in the rows `holes`."""
     labels = np.random.default_rng(5).integers(2, size=ROWS)
     index = pl.DataFrame(
@@ -185,6 +194,7 @@ def written(path, holes=()):
             "n_tokens": pl.Series([1] * ROWS, dtype=pl.Int32),
         }
     )
+    index = index.with_columns(**columns)
     tokens = pl.DataFrame({"prompt": index["prompt"], "tokens": pl.Series([[5]] * ROWS, dtype=pl.List(pl.Int32))})
     identity = ModelIdentity("tiny", None, "llama", 3, 35, "a" * 64, "b" * 64, None, "float32", None)
     arrays = {s.site: values(s.width) for s in SITES}
@@ -238,14 +248,136 @@ def test_the_order_of_the_probed_rows_is_nothing_to_the_moments(store):
         same(a.total.of[i], b.total.of[i], rtol=1e-12)
 
 
+#: Pairs of two rows and of four, near and far apart in the store; the last row has none.
+PAIRS = [f"c{i % 29 // 2:02}" for i in range(58)] + [f"d{i // 2:02}" for i in range(58, 94)] + ["e", "e", None]
+PAIRED = {
+    "label": pl.Series([i < 29 if i < 58 else i % 2 == 0 for i in range(ROWS)]),
+    "pair": pl.Series(PAIRS, dtype=pl.String),
+    "group": pl.Series([None] * ROWS, dtype=pl.String),
+}
+BOTH = pl.col("pair").is_not_null()
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("pairs") / "s.reprobe", **PAIRED)
+
+
+@pytest.mark.parametrize("batch_rows", [5, 16, 1000])
+@pytest.mark.parametrize("compat", [None, "repeng"])
+def test_the_axis_of_pairs_streamed_from_a_store_is_that_of_the_rows(batch_rows, compat, paired):
+    rows = select_rows(paired.index, where=BOTH)
+    fold = group_folds(rows.groups, rows.positive, 3, seed=0)
+    for site, moments in read_pair_moments(paired, WANTED, rows, fold=fold, batch_rows=batch_rows):
+        X = paired.read(site, rows.rows).double().numpy()
+        for kept, found in [(np.full(len(fold), True), moments.total)] + [
+            (fold != k, moments.without(k)) for k in range(3)
+        ]:
+            codes = np.unique(rows.pairs[kept], return_inverse=True)[1]
+            same(found.rows, Moments.of(X[kept]), rtol=1e-9)
+            differences = np.stack(
+                [
+                    X[kept][(codes == c) & rows.positive[kept]].mean(axis=0)
+                    - X[kept][(codes == c) & ~rows.positive[kept]].mean(axis=0)
+                    for c in range(codes.max() + 1)
+                ]
+            )
+            same(found.difference, Moments.of(differences), rtol=1e-9, size_of=Moments.of(X))
+            a = PCAReader(compat=compat).fit_moments(found)
+            b = PCAReader(compat=compat).fit(X[kept], rows.positive[kept], pairs=codes)
+            turn = np.sign(a.direction_.vector @ b.direction_.vector)
+            np.testing.assert_allclose(a.direction_.vector, turn * b.direction_.vector, atol=1e-10)
+            assert a.direction_.offset == pytest.approx(turn * b.direction_.offset, rel=1e-10)
+            assert a.direction_.scale == pytest.approx(b.direction_.scale, rel=1e-8)
+            assert a.direction_.vector @ differences.mean(axis=0) >= 0, "its sign is that of the mean difference"
+            if turn < 0:  # more pairs on one side, and a mean on the other
+                assert (differences @ b.direction_.vector > 0).mean() >= 0.5
+            assert a.direction_.classes == (False, True)
+
+
+def test_the_axis_of_class_moments_is_that_of_all_differences(planted):
+    data = planted(n=30, width=6)
+    y = np.arange(30) % 3 == 0
+    moments = ClassMoments.of_rows(data.X, y.astype(int), ("no", "yes"))
+    every = (data.X[y][:, None] - data.X[~y][None]).reshape(-1, 6)
+    for compat, spread in ((None, every), ("repeng", every - every.mean(axis=0))):
+        reader = PCAReader(compat=compat).fit_moments(moments)
+        d = reader.direction_
+        axis = np.linalg.svd(spread)[2][0]
+        np.testing.assert_allclose(d.vector, axis * np.sign(axis @ every.mean(axis=0)), atol=1e-10)
+        assert d.offset == pytest.approx(data.X.mean(axis=0) @ d.vector)
+        assert d.scale == pytest.approx(np.std(data.X @ d.vector))
+        assert "every positive with every negative row (200 differences)" in d.sign
+        assert set(reader.predict(data.X)) <= {"no", "yes"}
+    clear = planted(n=200, strength=8.0)
+    reader = PCAReader().fit_moments(ClassMoments.of_rows(clear.X, clear.y, (0, 1)))
+    matched = PCAReader().fit(clear.X, clear.y)
+    assert reader.direction_.vector @ matched.direction_.vector > 0.99
+    assert reader.direction_.vector @ clear.axis > 0.99
+
+
+def test_ridge_of_numbers_streamed_from_a_store_is_ridge_of_the_rows(paired, tmp_path):
+    rng = np.random.default_rng(3)
+    numbers = pl.Series([None if i % 10 == 9 else float(rng.normal()) for i in range(ROWS)])
+    store = written(tmp_path / "s.reprobe", score=numbers)
+    rows = select_numbers(store.index, label="score")
+    assert len(rows) == ROWS - 9
+    fold = group_folds(rows.groups, np.zeros(len(rows)), 3, seed=0)
+    for memory in (2 << 30, 8 * 3 * 12 * 12):
+        for site, moments in read_joint_moments(store, WANTED, rows, fold=fold, batch_rows=16, memory=memory):
+            X = store.read(site, rows.rows).double().numpy()
+            for kept, found in ((fold >= 0, moments.total), (fold != 1, moments.without(1))):
+                a = RidgeReader(alpha=10.0).fit_moments(found)
+                b = RidgeReader(alpha=10.0).fit(X[kept], rows.values[kept])
+                np.testing.assert_allclose(a.direction_.vector, b.direction_.vector, atol=1e-9)
+                np.testing.assert_allclose(a.predict(X), b.predict(X), rtol=1e-8, atol=1e-10)
+    classes = RidgeReader(alpha=10.0).fit_moments(
+        next(read_moments(paired, WANTED[:1], select_rows(paired.index))).moments.total.joint(np.array([[-1.0], [1.0]]))
+    )
+    X = paired.read(WANTED[0]).double().numpy()
+    wanted = Ridge(alpha=10.0).fit(X, np.where(paired.index["label"], 1.0, -1.0))
+    np.testing.assert_allclose(classes.coef_, wanted.coef_, atol=1e-9)
+
+
+def test_pairs_and_numbers_that_are_none_are_refused(store, paired, tmp_path):
+    def streamed(where=BOTH, fold=None, source=paired):
+        return list(read_pair_moments(source, WANTED, select_rows(source.index, where=where), fold=fold))
+
+    with pytest.raises(UsageError, match=r"1 rows have no pair, e.g. prompt 'p096', and PCAReader reads pairs"):
+        streamed(where=pl.col("row") >= 0)
+    with pytest.raises(UsageError, match="the rows have no pairs, and PCAReader reads pairs"):
+        streamed(source=store, where=pl.col("row") >= 0)
+    with pytest.raises(UsageError, match=r"1 pairs have rows of one label only, e.g. that of prompt 'p028'"):
+        streamed(where=BOTH & (pl.col("row") != 57))
+    with pytest.raises(UsageError, match="the folds part a pair"):
+        streamed(fold=np.arange(96) % 2)
+    holes = written(tmp_path / "s.reprobe", holes=(31,), **PAIRED)
+    with pytest.raises(UsageError, match=r"final: NaN or infinity in 1 of rows 0–95: 31"):
+        streamed(source=holes)
+    moments = ClassMoments.of_rows(made_up(9), np.arange(9) % 2, (0, 1))
+    with pytest.raises(UsageError, match="moments do not show"):
+        PCAReader(compat="repe").fit_moments(moments)
+    with pytest.raises(UsageError, match="scatter='full'"):
+        PCAReader().fit_moments(ClassMoments.of_rows(made_up(9), np.arange(9) % 2, (0, 1), "diagonal"))
+    with pytest.raises(UsageError, match="3 classes"):
+        PCAReader().fit_moments(ClassMoments.of_rows(made_up(9), np.arange(9) % 3, (0, 1, 2)))
+    with pytest.raises(UsageError, match="no main axis"):
+        PCAReader().fit_moments(ClassMoments.of_rows(np.ones((9, 4)) / 3, np.arange(9) % 2, (0, 1)))
+    with pytest.raises(UsageError, match="column 'prompt' holds String, not numbers"):
+        select_numbers(store.index, label="prompt")
+    spoilt = store.index.with_columns(score=pl.when(pl.col("row") == 4).then(np.inf).otherwise(1.0))
+    with pytest.raises(UsageError, match=r"'score' is inf in row 4 \(prompt 'p004'\)"):
+        select_numbers(spoilt, label="score")
+
+
 def test_moments_hold_no_more_than_the_memory_they_may():
     class Counting:
         """Stands for a store; notes which sites are read side by side."""
 
         together: ClassVar[list[list[Site]]] = []
 
-        def read(self, site, rows=None):
-            return torch.from_numpy(values(11))[rows]
+        def width(self, site):
+            return 11
 
         def iter(self, sites, *, batch_rows, rows, shuffle=None):
             self.together.append(list(sites))
@@ -258,7 +390,7 @@ def test_moments_hold_no_more_than_the_memory_they_may():
     one = 8 * 2 * 11 * 11
     assert len(list(read_moments(Counting(), sites, rows, memory=2 * one + 7))) == 5
     assert [len(t) for t in Counting.together] == [2, 2, 1]
-    with pytest.raises(UsageError, match=r"resid\.post@0: the moments of 2 folds and classes at width 11 take"):
+    with pytest.raises(UsageError, match=r"resid\.post@0: the moments of all folds and classes take"):
         list(read_moments(Counting(), sites, rows, memory=one - 1))
 
 

@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from reprobe.errors import UsageError
 from reprobe.probing.readers import KSparseReader, LogisticReader
 
 
@@ -71,12 +69,3 @@ def test_shuffled_labels_are_read_at_chance_although_features_were_searched():
         y = np.random.default_rng(seed).permutation(y)
         rates.append(KSparseReader(4).fit(X[:200], y[:200]).score(X[200:], y[200:]))
     assert np.mean(rates) == pytest.approx(0.5, abs=0.05)
-
-
-def test_k_is_searched_like_any_parameter():
-    X, y = neurons()
-    search = GridSearchCV(KSparseReader(), {"k": [1, 3]}, cv=3).fit(X, y)
-    assert search.best_params_ == {"k": 3}
-    for k in (0, 2.5):
-        with pytest.raises(UsageError, match="a number of features"):
-            KSparseReader(k).fit(X, y)

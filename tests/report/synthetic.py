@@ -11,6 +11,7 @@ from reprobe.evaluation import Contrast
 from reprobe.methods.repe import Scan
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
+from reprobe.probing import LDAReader, MeanDifference, compare
 from reprobe.probing.direction import Direction
 from reprobe.probing.intervals import ClusterBootstrap
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid
@@ -19,6 +20,7 @@ from reprobe.report import (
     ScanResult,
     SteeringResult,
     Step,
+    comparison_path,
     probe_path,
     store_path,
     write_run,
@@ -231,6 +233,9 @@ def fill(folder: Path, *, rows: int = 800) -> Path:
         store = make_store(store_path(folder, name), rows=n, seed=seed, labels=labels)
         for reader, short in zip(READERS, ("logistic", "mean-difference", "pca"), strict=True):
             make_grid(store, reader).save(probe_path(folder, f"{name}-{short}"))
+        if name == "emotions":
+            readers = {"mean-difference": MeanDifference(), "lda": LDAReader()}
+            compare(store, readers, sites="resid.post@14:22:4", folds=3).save(comparison_path(folder, "moods"))
     write_scan(folder, "capitals", make_scan(TEXT))
     write_steering(folder, "happiness", make_steering())
     write_run(

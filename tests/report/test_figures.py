@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -18,20 +19,26 @@ from sklearn.decomposition import PCA
 from reprobe.errors import UsageError
 from reprobe.methods.repe import Scan
 from reprobe.model.sites import Site
+from reprobe.probing import Comparison
+from reprobe.probing.metrics import calibration_error
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid
 from reprobe.report import (
+    comparison_path,
+    cosine_map,
     dose_curves,
     head_map,
+    layer_cosines,
     layer_curves,
     probe_path,
     projections,
+    reliability,
     scan_map,
     scatter,
     store_path,
 )
 from reprobe.report.maps import saturation
 from reprobe.report.points import SCATTER_ROWS
-from reprobe.report.style import Plot
+from reprobe.report.style import PAPER, Plot
 from reprobe.store import ActivationStore
 
 SITE = Site("resid.post", 18)
@@ -68,6 +75,16 @@ def of_sites(grid: ProbeGrid, sites: list[Site]) -> ProbeGrid:
         oof=grid.oof[:, : len(sites)],
         inner=grid.inner[:, : len(sites)],
     )
+
+
+def rows_of(figure: Plot) -> list[PathCollection]:
+    """The marks of a scatter's rows, negative ones first, without those of the legend."""
+    return [c for c in figure.axes[0].collections if isinstance(c, PathCollection) and len(c.get_offsets())]
+
+
+def dots_of(figure: Plot) -> np.ndarray:
+    """Where the rows of a scatter are drawn, negative ones first."""
+    return np.concatenate([np.asarray(c.get_offsets()) for c in rows_of(figure)])
 
 
 def lines_of(figure: Plot, name: str) -> list[Line2D]:
@@ -193,14 +210,13 @@ def test_a_scatter_shows_the_principal_components_of_its_rows(store: ActivationS
     X = store.read(SITE).double().numpy()[grid.rows]
     pca = PCA(2).fit(X)
     want = pca.transform(X)
-    dots = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
-    drawn = np.concatenate([np.asarray(c.get_offsets()) for c in dots])
+    drawn = dots_of(figure)
     order = np.concatenate([np.flatnonzero(~grid.positive), np.flatnonzero(grid.positive)])
     signs = np.sign(np.sum(drawn * want[order], axis=0))
     np.testing.assert_allclose(drawn, want[order] * signs, atol=1e-8)
     share = 100 * pca.explained_variance_ratio_
-    assert figure.axes[0].get_xlabel() == f"component 1 ({share[0]:.0f} % of variance)"
-    assert figure.axes[0].get_ylabel() == f"component 2 ({share[1]:.0f} % of variance)"
+    assert figure.axes[0].get_xlabel() == f"component 1 ({share[0]:.2g} % of variance)"
+    assert figure.axes[0].get_ylabel() == f"component 2 ({share[1]:.2g} % of variance)"
 
 
 def test_a_scatter_draws_a_direction_as_far_as_it_lies_in_the_plane(store: ActivationStore, grid: ProbeGrid):
@@ -209,10 +225,11 @@ def test_a_scatter_draws_a_direction_as_far_as_it_lies_in_the_plane(store: Activ
     def drawn(vector: np.ndarray) -> tuple[float, str]:
         direction = dataclasses.replace(grid.directions[SITE], vector=vector / np.linalg.norm(vector))
         figure = scatter(store, SITE, grid=dataclasses.replace(grid, directions={SITE: direction}))
-        dots = np.concatenate([np.asarray(c.get_offsets()) for c in figure.axes[0].collections])
+        dots = dots_of(figure)
         arrows = {tuple(np.abs(a.xy) / np.ptp(dots, axis=0)) for a in figure.axes[0].texts}
         assert len(arrows) <= 1
-        return max(map(max, arrows), default=0), figure.legends[0].get_texts()[-1].get_text()
+        (told,) = [t.get_text() for t in figure.legends[0].get_texts() if "cosine" in t.get_text()]
+        return max(map(max, arrows), default=0), told
 
     other = grid.directions[SITE].vector - plane.T @ plane @ grid.directions[SITE].vector
     other /= np.linalg.norm(other)
@@ -225,10 +242,122 @@ def test_a_scatter_draws_a_direction_as_far_as_it_lies_in_the_plane(store: Activ
     assert not any("cosine" in t.get_text() for t in scatter(store, SITE).legends[0].get_texts())
 
 
+def test_a_scatter_hollows_what_was_misread_and_tells_the_held_out_score(store: ActivationStore, grid: ProbeGrid):
+    figure = scatter(store, SITE, grid=grid)
+    scores = grid.oof[:, grid.sites.index(SITE)]
+    wrong = (scores > 0) != grid.positive
+    told = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert f"hollow: misread when held out (n = {wrong.sum()})" in told
+    for mark, is_wrong, score in zip(figure.marks, wrong, scores / grid.directions[SITE].scale, strict=True):
+        assert mark.text.endswith(f"held-out score {score:+.2f}{' (misread)' if is_wrong else ''}")
+    hollow = to_rgba(PAPER, 0.6)
+    for dots, side in zip(rows_of(figure), (~grid.positive, grid.positive), strict=True):
+        drawn = [tuple(face) == hollow for face in dots.get_facecolors()]
+        assert drawn == wrong[side].tolist()
+
+
+def test_the_boundary_of_a_scatter_is_where_the_plane_meets_it(store: ActivationStore, grid: ProbeGrid):
+    X = store.read(SITE).double().numpy()[grid.rows]
+    plane = PCA(2).fit(X).components_
+    plane = plane * np.sign(plane[[0, 1], np.abs(plane).argmax(axis=1)])[:, None]
+    vector = 0.6 * plane[0] + 0.3 * plane[1] + np.linalg.svd(plane)[2][5] * 0.5
+    direction = dataclasses.replace(grid.directions[SITE], vector=vector / np.linalg.norm(vector))
+    direction = dataclasses.replace(direction, offset=float(direction.project(X.mean(axis=0))) + 0.7)
+    axes = scatter(store, SITE, grid=dataclasses.replace(grid, directions={SITE: direction})).axes[0]
+    (line,) = lines_of(axes.figure, "decision boundary")
+    for point in (line.get_xy1(), line.get_xy2()):
+        assert direction.score(X.mean(axis=0) + np.array(point) @ plane) == pytest.approx(0, abs=1e-9)
+    far = dataclasses.replace(direction, offset=direction.offset + 1e4)
+    figure = scatter(store, SITE, grid=dataclasses.replace(grid, directions={SITE: far}))
+    assert figure.legends[0].get_texts()[-1].get_text() == "decision boundary: outside the figure"
+
+
+def test_along_its_direction_a_scatter_shows_scores_and_an_exact_boundary(store: ActivationStore, grid: ProbeGrid):
+    direction = grid.directions[SITE]
+    figure = scatter(store, SITE, grid=grid, plane="direction")
+    X = store.read(SITE).double().numpy()[grid.rows]
+    (line,) = lines_of(figure, "decision boundary")
+    assert line.get_xy1()[0] == pytest.approx(line.get_xy2()[0])
+    x = np.array([mark.x for mark in figure.marks])
+    np.testing.assert_allclose(x - line.get_xy1()[0], direction.score(X), atol=1e-9)
+    rest = X - X.mean(axis=0)
+    rest -= np.outer(rest @ direction.vector, direction.vector)
+    y = np.array([mark.y for mark in figure.marks])
+    np.testing.assert_allclose(np.abs(y), np.abs(PCA(1).fit_transform(rest)[:, 0]), atol=1e-8)
+    assert "cosine 1.00" in " ".join(t.get_text() for t in figure.legends[0].get_texts())
+    with pytest.raises(UsageError, match="needs a grid"):
+        scatter(store, SITE, plane="direction")
+
+
+@pytest.fixture(scope="module")
+def compared(full: Path) -> Comparison:
+    return Comparison.load(comparison_path(full, "moods"))
+
+
+def test_a_reliability_diagram_has_the_share_of_positives_in_every_bin(compared: Comparison):
+    found = compared.calibrated("lda")
+    figure = reliability(found)
+    main, counts = figure.axes
+    for probabilities, name in ((found.platt, "after Platt scaling"), (found.plain, "σ(score)")):
+        (line,) = [line for line in main.get_lines() if str(line.get_label()).startswith(name)]
+        used = [b for b in range(15) if ((probabilities * 15).astype(int).clip(max=14) == b).any()]
+        for b, x, y in zip(used, line.get_xdata(), line.get_ydata(), strict=True):
+            inside = (probabilities >= b / 15) & (probabilities < (b + 1) / 15 + (b == 14))
+            assert x == pytest.approx(probabilities[inside].mean(), abs=1e-6)
+            assert y == found.positive[inside].mean()
+    assert f"ECE {calibration_error(found.platt, found.positive):.3f} [" in figure.legends[0].get_texts()[2].get_text()
+    rows = [m for m in figure.marks if m.axes is counts]
+    assert sum(int(m.text.split()[0]) for m in rows) == len(found.platt)
+
+
+def test_a_cosine_map_names_every_pair(grid: ProbeGrid, other: ProbeGrid):
+    directions = {
+        "one": grid.directions[SITE],
+        "$x$": other.directions[SITE],
+        "three": grid.directions[Site("resid.post", 3)],
+    }
+    figure = cosine_map(directions, title="a")
+    (mesh,) = [c for c in figure.axes[0].collections if isinstance(c, QuadMesh)]
+    wanted = [[float(a.vector @ b.vector) for b in directions.values()] for a in directions.values()]
+    np.testing.assert_allclose(np.asarray(mesh.get_array()), wanted, atol=1e-12)
+    assert figure.marks[1].text == f"one and $x$: cosine {wanted[0][1]:+.3f}"
+    assert [t.get_text() for t in figure.axes[0].texts] == [
+        f"{v:.2f}".replace("-0.00", "0.00").replace("-", "−") for row in wanted for v in row
+    ]
+    figure.draw_without_rendering()
+    with pytest.raises(UsageError, match="two directions or more, not 1"):
+        cosine_map({"one": grid.directions[SITE]})
+    with pytest.raises(UsageError, match="no cosine between widths"):
+        cosine_map({"one": grid.directions[SITE], "head": grid.directions[Site("attn.heads", 0, 0)]})
+
+
+def test_cosines_between_layers_are_in_the_order_of_the_blocks(grid: ProbeGrid):
+    figure = layer_cosines(grid)
+    (mesh,) = [c for c in figure.axes[0].collections if isinstance(c, QuadMesh)]
+    a, b = (grid.directions[Site("resid.post", i)].vector for i in (3, 17))
+    assert np.asarray(mesh.get_array())[3, 17] == pytest.approx(float(a @ b))
+    assert f"resid.post@3 and resid.post@17: cosine {float(a @ b):+.3f}" in {m.text for m in figure.marks}
+    some = of_sites(grid, [Site("resid.post", i) for i in (3, 7, 11)])
+    axes = layer_cosines(some).axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["3", "7", "11"]
+    with pytest.raises(UsageError, match=r"two or more of mlp\.out; the grid has 0"):
+        layer_cosines(grid, "mlp.out")
+
+
+def test_more_readers_than_colours_can_still_be_told_apart(grid: ProbeGrid):
+    figure = layer_curves({f"reader {i}": grid for i in range(9)})
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor())
+        for line in figure.axes[0].get_lines()
+        if str(line.get_label()).startswith("reader")
+    }
+    assert len(looks) == 9
+
+
 def test_a_scatter_of_many_rows_keeps_both_of_two_alternating_classes(tmp_path: Path):
     store = synthetic.make_store(tmp_path / "many.reprobe", rows=2 * SCATTER_ROWS, layers=1)
     figure = scatter(store, Site("resid.post", 0))
-    sizes = [len(c.get_offsets()) for c in figure.axes[0].collections]
+    sizes = [len(c.get_offsets()) for c in rows_of(figure)]
     assert sum(sizes) == SCATTER_ROWS
     assert min(sizes) > SCATTER_ROWS / 3
 
@@ -292,6 +421,7 @@ def test_every_axis_is_named(store: ActivationStore, grid: ProbeGrid):
         scatter(store, SITE, grid=grid),
         projections(grid, SITE),
         scan_map(synthetic.make_scan("a b").scan),
+        layer_cosines(grid),
         dose_curves(synthetic.make_steering().table),
     ]
     for figure in figures:

@@ -28,7 +28,7 @@ from reprobe.report import (
 )
 from reprobe.store import ActivationStore
 
-SECTIONS = ["overview", "layers", "heads", "geometry", "scans", "steering", "reproduce"]
+SECTIONS = ["overview", "layers", "readers", "heads", "geometry", "directions", "scans", "steering", "reproduce"]
 
 
 class Outline(HTMLParser):
@@ -121,11 +121,35 @@ def test_texts_of_data_and_models_are_shown_and_never_obeyed(tmp_path: Path):
 
 def test_every_figure_is_valid_xml_with_a_number_and_a_caption(page: str):
     figures = re.findall(r"<figure.*?</figure>", page, re.S)
-    assert len(figures) == 2 + 6 + 4 + 1 + 1
+    assert len(figures) == 3 + 2 + 6 + 9 + 4 + 1 + 1
     for n, figure in enumerate(figures, 1):
         ET.fromstring(re.findall(r"<svg.*</svg>", figure, re.S)[0])
         caption = re.findall(r"<figcaption>(.*)</figcaption>", figure, re.S)[0]
         assert caption.startswith(f"<b>Figure {n}.</b> ")
+
+
+def test_readers_are_compared_by_what_was_held_out(full: Path, page: str):
+    comparison = read_results(full).comparisons["moods"]
+    section = re.search(r'<section id="readers".*?</section>', page, re.S)[0]
+    for line in comparison.choices.iter_rows(named=True):
+        for metric in ("accuracy", "auroc", "recall", "ece"):
+            assert f"{line[metric]:.3f} [{line[f'{metric}_low']:.3f}, {line[f'{metric}_high']:.3f}]" in section
+        assert line["sites"].replace(" ×", "\u00a0×") in section
+    (line,) = comparison.differences.iter_rows(named=True)
+    value = f"{line['accuracy_difference']:+.3f} [".replace("-", "−") if line["accuracy_difference"] else "0 ["
+    assert f"{line['reader']} less {line['other']}" in section
+    assert value in section
+
+
+def test_a_store_that_lies_elsewhere_is_drawn_and_nothing_else_is_without_it(full: Path, tmp_path: Path):
+    folder = _only(full, tmp_path, "comparisons")
+    without = write_report(folder).read_text()
+    assert sections_of(without) == ["overview", "layers", "readers", "geometry", "directions", "reproduce"]
+    assert "Principal components" not in without
+    store = ActivationStore.open(full / "emotions.reprobe")
+    drawn = write_report(folder, stores={"emotions": store}).read_text()
+    assert "Principal components of emotions" not in drawn
+    assert "Principal components of moods" in drawn
 
 
 def test_values_under_the_pointer_equal_the_data(full: Path, page: str):
@@ -200,7 +224,7 @@ def test_equal_results_are_equal_pages_whatever_matplotlib_is_set_to(full: Path,
     [
         (["run.json"], ["overview", "reproduce"]),
         (["cities.reprobe"], ["overview", "reproduce"]),
-        (["probes/cities-pca.safetensors"], ["overview", "layers", "heads", "geometry", "reproduce"]),
+        (["probes/cities-pca.safetensors"], ["overview", "layers", "heads", "geometry", "directions", "reproduce"]),
         (["scans"], ["scans"]),
         (["steering"], ["steering", "reproduce"]),
     ],

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from report import synthetic
 
 from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.report import dose_curves, head_map, layer_curves, probe_path, scan_map
+from reprobe.report import cosine_map, dose_curves, head_map, layer_curves, probe_path, scan_map
 from reprobe.report.style import DIVERGING, FRAME, SEQUENTIAL
 from reprobe.report.svg import VARIABLES, inline_svg
 
@@ -56,6 +56,16 @@ def test_cells_answer_where_they_are_drawn():
         x, y, w, h = (float(rect.get(k, "nan")) for k in ("x", "y", "width", "height"))
         np.testing.assert_allclose(numbers.min(axis=0), [x, y], atol=0.2)
         np.testing.assert_allclose(numbers.max(axis=0), [x + w, y + h], atol=0.2)
+
+
+def test_cells_of_an_axis_that_runs_downwards_have_a_height(grid: ProbeGrid):
+    named = {str(s): grid.directions[s] for s in grid.sites if s.part == "resid.post"}
+    root = ET.fromstring(inline_svg(cosine_map(dict(list(named.items())[:4])), "x", "y"))
+    rects = [r for r in root.iter(f"{SVG}rect") if r.find(f"{SVG}title") is not None]
+    assert len(rects) == 16
+    y = [float(r.get("y", "nan")) for r in rects]
+    assert all(float(r.get("height", "nan")) > 1 for r in rects)
+    assert y[0] < y[4] < y[8], "the first direction is at the top"
 
 
 def test_inks_become_variables_and_data_colours_stay(grid: ProbeGrid):

@@ -1,6 +1,7 @@
 """Manifests and commit records notice every changed byte, and say what differs."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store import synthetic
 
-from reprobe.errors import CorruptArtifact, UnknownSite, UsageError
+from reprobe.errors import CorruptArtifact, SchemaMismatch, UnknownSite, UsageError
 from reprobe.model.sites import Site
 from reprobe.store import ActivationStore, Grid, Manifest, StoredSite
 from reprobe.store.commit import Commit
@@ -84,7 +85,9 @@ def test_every_changed_lost_or_added_byte_of_a_manifest_is_noticed(data: bytes) 
         b"[" * 100_000,
         b'{"name": "a web application", "icons": []}',
         seal({"kind": "reprobe.store"}),
-        changed(schema=SCHEMA + 1),
+        changed(schema="2"),
+        changed(schema=True),
+        changed(schema=0),
         changed(rows="many"),
         changed(rows=True),
         changed(sites=[{"site": "nonsense@1", "width": 3, "unit_width": None}]),
@@ -105,16 +108,22 @@ def test_every_changed_lost_or_added_byte_of_a_manifest_is_noticed(data: bytes) 
         changed(compression="gzip"),
         changed(more="fields"),
     ],
-    ids=range(28),
+    ids=range(30),
 )
 def test_a_foreign_or_forged_manifest_is_corrupt_and_never_a_traceback(data: bytes) -> None:
     with pytest.raises(CorruptArtifact):
         Manifest.from_bytes(data, "m")
 
 
-def test_a_manifest_of_a_later_version_says_so() -> None:
-    with pytest.raises(CorruptArtifact, match=f"schema version {SCHEMA + 1}"):
-        Manifest.from_bytes(changed(schema=SCHEMA + 1), "m")
+@pytest.mark.parametrize(("schema", "says"), [(SCHEMA + 1, "a newer reprobe"), (SCHEMA - 1, "an older reprobe")])
+def test_a_manifest_of_another_version_says_both_and_what_to_do(schema: int, says: str) -> None:
+    with pytest.raises(SchemaMismatch, match=says) as caught:
+        Manifest.from_bytes(changed(schema=schema, fields="that this version does not know"), "m")
+    told = str(caught.value)
+    assert f"it has schema version {schema}" in told
+    assert f"reprobe {version('reprobe-lm')} reads version {SCHEMA}" in told
+    assert ("Upgrade" in told) == (schema > SCHEMA)
+    assert ("the version that wrote it" in told) == (schema < SCHEMA)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_the_index_and_the_manifest_come_back_as_given(store: ActivationStore) -
 
 def test_one_head_is_a_slice_of_all_heads(store: ActivationStore) -> None:
     heads = store.read("attn.heads@1")
-    assert store.unit_width("attn.heads") == 7
+    assert (store.width("attn.heads@1"), store.width("attn.heads@1.4")) == (35, 7)
     for head in range(5):
         assert torch.equal(raw(store.read(Site("attn.heads", 1, head))), raw(heads[:, 7 * head : 7 * head + 7]))
     assert torch.equal(raw(store.read("attn.heads@1.4", [9, 2])), raw(heads[[9, 2], 28:]))
@@ -169,7 +169,7 @@ def test_a_site_that_is_not_stored_is_unknown_and_what_is_stored_is_listed(store
     with pytest.raises(UnknownSite, match=r"it has resid.post@2|units 0–4"):
         store.read(site)
     with pytest.raises(UnknownSite):
-        store.unit_width("resid.post")
+        store.width(site)
 
 
 def test_reading_a_few_rows_reads_little_of_the_file(folder: Path) -> None:

@@ -28,11 +28,7 @@ class MomentsReader(Reader):
         Raises `UsageError` for another number of classes, a class without rows, moments with a diagonal only, and as
         `fit` for classes that do not differ.
         """
-        if len(moments.classes) != 2:
-            raise UsageError(f"moments of {len(moments.classes)} classes: a reader needs two, negative and positive")
-        if not moments.n.all():
-            lacking = moments.classes[int(np.argmin(moments.n))]
-            raise UsageError(f"no row is of class {lacking!r}; a reader needs two classes")
+        require_two(moments)
         moments.total.require_full("a direction's scale")
         self.classes_ = np.array(moments.classes)
         self.n_features_in_ = moments.total.width
@@ -54,11 +50,20 @@ class MomentsReader(Reader):
         """The boundary between the second class and the first; `UsageError` if the moments determine none."""
 
 
+def require_two(moments: ClassMoments) -> None:
+    """Raise `UsageError` unless the moments are of two classes that both have rows."""
+    if len(moments.classes) != 2:
+        raise UsageError(f"moments of {len(moments.classes)} classes: a reader needs two, negative and positive")
+    if not moments.n.all():
+        lacking = moments.classes[int(np.argmin(moments.n))]
+        raise UsageError(f"no row is of class {lacking!r}; a reader needs two classes")
+
+
 def pseudo_solve(
-    S: Float[np.ndarray, "width width"], v: Float[np.ndarray, " width"], rtol: float
-) -> Float[np.ndarray, " width"]:
+    S: Float[np.ndarray, "width width"], v: Float[np.ndarray, "width ..."], rtol: float
+) -> Float[np.ndarray, "width ..."]:
     """S⁺v for a symmetric S without negative eigenvalues; those up to `rtol` of the largest count as zero."""
     values, vectors = scipy.linalg.eigh(S)
     kept = values > rtol * values[-1]
-    solved: np.ndarray = vectors[:, kept] @ ((vectors[:, kept].T @ v) / values[kept])
+    solved: np.ndarray = (vectors[:, kept] / values[kept]) @ (vectors[:, kept].T @ v)
     return solved

@@ -35,20 +35,24 @@ class LDAReader(MomentsReader):
         require_direction(
             theta, moments.total.magnitude, "the two class means are equal: there is no difference to point along"
         )
-        n = moments.total.n
-        covariance = moments.within / n
-        self.shrinkage_ = self._amount(covariance, n)
-        average = float(np.trace(covariance)) / len(covariance)
-        if self.shrinkage_ > 0 and average > 0:
-            shrunk = (1 - self.shrinkage_) * covariance
-            shrunk.flat[:: len(shrunk) + 1] += self.shrinkage_ * average
-            normal = scipy.linalg.solve(shrunk, theta, assume_a="pos")
-        else:
-            normal = pseudo_solve(covariance, theta, self.rtol)
+        normal = self.unmix(moments, theta)
         require_direction(normal, 0.0, "the class means differ only where no class varies: use shrinkage")
         level = float(normal @ (high + low) / 2 - np.log(moments.n[1] / moments.n[0]))
         self.coef_, self.intercept_ = normal, -level
         return Plane(normal, level, "the positive class has the higher mean")
+
+    def unmix(self, moments: ClassMoments, v: Float[np.ndarray, "width ..."]) -> Float[np.ndarray, "width ..."]:
+        """Σ⁻¹v, Σ the pooled and shrunk covariance within any number of classes. Sets `shrinkage_`."""
+        n = moments.total.n
+        covariance = moments.within / n
+        self.shrinkage_ = self._amount(covariance, n)
+        average = float(np.trace(covariance)) / len(covariance)
+        if not (self.shrinkage_ > 0 and average > 0):
+            return pseudo_solve(covariance, v, self.rtol)
+        shrunk = (1 - self.shrinkage_) * covariance
+        shrunk.flat[:: len(shrunk) + 1] += self.shrinkage_ * average
+        solved: np.ndarray = scipy.linalg.solve(shrunk, v, assume_a="pos")
+        return solved
 
     def _amount(self, covariance: Float[np.ndarray, "width width"], n: int) -> float:
         given: object = self.shrinkage  # whatever a caller passed, not only what the types allow

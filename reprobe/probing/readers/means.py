@@ -70,6 +70,8 @@ class RandomReader(MomentsReader):
         return "diagonal"
 
     def _plane(self, moments: ClassMoments) -> Plane:
+        total = moments.total
+        require_direction(total.std, total.magnitude, "the rows do not vary: along no direction is there a scale")
         v = np.random.default_rng(self.seed).standard_normal(moments.total.width)
         return Plane(v, float(moments.total.mean @ v), f"drawn (seed {self.seed}), not decided from labels")
 

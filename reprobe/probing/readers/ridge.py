@@ -43,15 +43,13 @@ class RidgeReader(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         X, y = checked(self, X, y, groups, pairs)
         if y.dtype.kind not in "biuf":
             raise UsageError(
-                f"RidgeReader predicts numbers, and y holds {type_of_target(y)} labels such as {y[0]!r}: give numbers, "
-                "or use a reader of classes"
+                f"RidgeReader predicts numbers, and y holds {type_of_target(y)} labels such as {y.tolist()[0]!r}: give "
+                "numbers, or use a reader of classes"
             )
         return self.fit_moments(JointMoments.of(X, y.astype(np.float64)[:, None]))
 
     def fit_moments(self, moments: JointMoments) -> Self:
         """Fit on the moments of rows with one target."""
-        if not 0 <= self.alpha < np.inf:
-            raise UsageError(f"alpha={self.alpha!r}: the strength of the penalty is a number from 0")
         x, z = moments.x, moments.z
         if z.width != 1:
             raise UsageError(f"moments with {z.width} targets: a ridge reader has one")
@@ -62,17 +60,24 @@ class RidgeReader(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         require_direction(
             cross / (z.std[0] * x.n), x.magnitude, "no feature varies with the targets: every weight is zero"
         )
-        if self.alpha > 0:
-            penalised = x.scatter.copy()
-            penalised.flat[:: x.width + 1] += self.alpha
-            self.coef_ = scipy.linalg.solve(penalised, cross, assume_a="pos")
-        else:
-            self.coef_ = pseudo_solve(x.scatter, cross, RTOL)
+        self.coef_ = self.weights(moments)[:, 0]
         level = float(self.coef_ @ x.mean)
         self.intercept_ = float(z.mean[0]) - level
         plane = Plane(self.coef_, level, "higher targets project higher")
         self.direction_ = direction_of(plane, x.std_along(self.coef_ / np.linalg.norm(self.coef_)), self, None)
         return self
+
+    def weights(self, moments: JointMoments) -> Float[np.ndarray, "width targets"]:
+        """The penalised least squares of any number of targets at once."""
+        if not 0 <= self.alpha < np.inf:
+            raise UsageError(f"alpha={self.alpha!r}: the strength of the penalty is a number from 0")
+        scatter = moments.x.scatter
+        if not self.alpha > 0:
+            return pseudo_solve(scatter, moments.cross, RTOL)
+        penalised = scatter.copy()
+        penalised.flat[:: len(scatter) + 1] += self.alpha
+        solved: np.ndarray = scipy.linalg.solve(penalised, moments.cross, assume_a="pos")
+        return solved
 
     def predict(self, X: Any) -> Float[np.ndarray, " rows"]:
         """Predicted targets, (n, width) → (n,). Raises `ReaderNotFitted` before `fit`."""

@@ -8,7 +8,7 @@ import numpy as np
 from reprobe.errors import UsageError
 from reprobe.probing.moments import ClassMoments
 from reprobe.probing.reader import Plane, Reader, TrainingRows
-from reprobe.probing.readers.logistic import fit_log_odds
+from reprobe.probing.readers.logistic import logistic_plane
 
 
 class KSparseReader(Reader):
@@ -29,11 +29,11 @@ class KSparseReader(Reader):
             raise UsageError(f"k={self.k!r}: a number of features, 1 or more")
         moments = ClassMoments.of_rows(rows.X, rows.positive.astype(np.int64), (False, True), "diagonal")
         self.features_ = rank_features(moments)[: self.k]
-        found = fit_log_odds(rows.X[:, self.features_], rows.positive, self.C)
+        found = logistic_plane(rows.X[:, self.features_], rows.positive, self.C)
         self.coef_ = np.zeros(rows.X.shape[1])
-        self.coef_[self.features_] = found.coef
-        self.intercept_, self.gradient_ = found.intercept, found.gradient
-        return Plane(self.coef_, -self.intercept_, "the positive class has the higher log-odds")
+        self.coef_[self.features_] = found.normal
+        self.intercept_, self.gradient_ = -found.level, found.gradient
+        return Plane(self.coef_, found.level, found.sign)
 
 
 def rank_features(moments: ClassMoments) -> np.ndarray:

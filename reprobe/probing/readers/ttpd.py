@@ -12,7 +12,7 @@ import numpy as np
 from reprobe.errors import UsageError
 from reprobe.probing.moments import ClassMoments
 from reprobe.probing.reader import Plane, Reader, TrainingRows, above_zero, require_direction
-from reprobe.probing.readers.logistic import fit_log_odds
+from reprobe.probing.readers.logistic import logistic_plane
 
 
 class TTPDReader(Reader):
@@ -64,8 +64,8 @@ class TTPDReader(Reader):
             cells.total.magnitude,
             "the classes do not differ on average over the polarities: there is no general truth direction",
         )
-        d = fit_log_odds(rows.X, rows.side, self.C).coef
+        d = logistic_plane(rows.X, rows.side, self.C).normal
         self.polarity_ = d / np.linalg.norm(d)
         basis = np.stack([self.truth_, self.polarity_])
-        found = fit_log_odds(rows.X @ basis.T, rows.positive, self.C)
-        return Plane(found.coef @ basis, -found.intercept, "the positive class has the higher log-odds")
+        found = logistic_plane(rows.X @ basis.T, rows.positive, self.C)
+        return Plane(found.normal @ basis, found.level, found.sign)

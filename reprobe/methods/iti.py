@@ -1,0 +1,192 @@
+"""Inference-time intervention (Li et al. 2023, arXiv:2306.03341): which heads know, and along which direction.
+
+Enters: a store of `attn.heads` at the last token of question-and-answer prompts, each question a group. Leaves: one
+`HeadRanking` per fold of questions. Does not know how heads are steered.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float, Integer
+from sklearn.base import clone
+
+from reprobe.errors import UnknownSite, UsageError
+from reprobe.model.sites import Site
+from reprobe.probing import LogisticReader, MeanDifference, Reader
+from reprobe.probing.crossval import group_folds
+from reprobe.probing.direction import Direction, Label
+from reprobe.probing.grid import Source, site_rows, wanted_sites
+from reprobe.probing.probe_grid import store_provenance
+from reprobe.probing.reader import TrainingRows
+from reprobe.probing.rows import ProbeRows, require_pairs, select_rows
+from reprobe.progress import Progress, silent
+from reprobe.provenance import digest_lines
+
+#: The share of a development fold's questions that the probes are fitted on; the others rank the heads.
+TRAIN_SHARE = 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRanking:
+    """All heads, best first, as one fold of questions sees them.
+
+    `accuracy[i]` is that of the probe of the i-th head on the validation rows; equal heads are in the order of layer
+    and head. `directions` are in the same order: unit vectors from the false to the true answers' mean, `scale` the σ
+    by which the intervention is multiplied. `train`, `validation` and `test` are numbers of rows of the store; the
+    test rows, those of the other folds' questions, were used for nothing (but see `compat` of `head_ranking`).
+    """
+
+    directions: Mapping[Site, Direction]
+    accuracy: Float[np.ndarray, " heads"]
+    train: Integer[np.ndarray, " train"]
+    validation: Integer[np.ndarray, " validation"]
+    test: Integer[np.ndarray, " test"]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The heads, best first."""
+        return tuple(self.directions)
+
+    def top(self, k: int) -> tuple[Direction, ...]:
+        """The directions of the k best heads; `UsageError` unless there are as many."""
+        if not 1 <= k <= len(self.directions):
+            raise UsageError(f"k={k}: a number of heads from 1 to {len(self.directions)}, which were ranked")
+        return tuple(self.directions.values())[:k]
+
+
+def head_ranking(
+    store: Source,
+    *,
+    probe: Reader | None = None,
+    direction: Reader | None = None,
+    compat: Literal["honest_llama"] | None = None,
+    label: str = "label",
+    positive: Label | None = None,
+    where: pl.Expr | None = None,
+    folds: int = 2,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[HeadRanking, ...]:
+    """Rank the heads of a store by how well truth is read from each, and find the direction of each.
+
+    Whole questions (groups) are dealt to `folds`; ranking k is made from the questions outside fold k, its
+    development fold. Of these 80 %, drawn by `seed`, fit a `probe` per head (default: `LogisticReader`), the others
+    measure it. The direction θ is found in the whole development fold by `direction` (default: `MeanDifference`, the
+    paper's "mass mean shift"; also `LogisticReader()` for probe weights, `CCSReader()`, `RandomReader()`), and σ is the
+    standard deviation of the development fold's projections on it.
+
+    Departures from the published code: features are standardised for the probes, by their training rows, and the
+    penalty is that of `probe`; σ knows no test question. With `compat="honest_llama"` σ is over all rows, as there.
+
+    Raises `UnknownSite` without stored `attn.heads`; `UsageError` for too few questions, labels that are not two, or
+    a head in which the classes do not differ.
+    """
+    if compat not in (None, "honest_llama"):
+        raise UsageError(f"compat={compat!r}: head_ranking has None and 'honest_llama'")
+    if not any(site.part == "attn.heads" for site in store.sites):
+        raise UnknownSite(
+            f"ITI reads attn.heads, and the store holds {', '.join(map(str, store.sites))}: extract with "
+            "sites='attn.heads@*'"
+        )
+    rows = select_rows(store.index, label=label, positive=positive, where=where)
+    heads = tuple(site for site in wanted_sites(store, None) if site.part == "attn.heads")
+    splits = _splits(rows, folds, seed)
+    probe, direction = probe or LogisticReader(), direction or MeanDifference()
+    accuracy = np.empty((folds, len(heads)))
+    found: list[list[Direction]] = [[] for _ in splits]
+    progress("iti", 0, len(heads))
+    for i, (site, X) in enumerate(site_rows(store, heads, rows)):
+        try:
+            for k, split in enumerate(splits):
+                fitted = _fit(probe, X, rows, split.train)
+                held_out = split.validation
+                right = (fitted.score(X[held_out]) > 0) == rows.positive[held_out]
+                accuracy[k, i] = right.mean()
+                theta = _fit(direction, X, rows, split.development)
+                if compat == "honest_llama":
+                    theta = dataclasses.replace(theta, scale=float(np.std(theta.project(X))))
+                found[k].append(theta)
+        except UsageError as error:
+            raise UsageError(f"{site}: {error}") from error
+        progress("iti", i + 1, len(heads))
+    made = {"probe": repr(probe), "compat": compat, "folds": folds, "seed": seed}
+    return tuple(
+        _ranking(store, rows, heads, split, accuracy[k], found[k], made | {"fold": k}) for k, split in enumerate(splits)
+    )
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Places in the selected rows; `development` is `train` and `validation` together."""
+
+    train: Integer[np.ndarray, " train"]
+    validation: Integer[np.ndarray, " validation"]
+    test: Integer[np.ndarray, " test"]
+
+    @property
+    def development(self) -> Integer[np.ndarray, " development"]:
+        return np.sort(np.concatenate([self.train, self.validation]))
+
+
+def _splits(rows: ProbeRows, folds: int, seed: int) -> list[_Split]:
+    fold = group_folds(rows.groups, rows.positive, folds, seed)
+    splits = []
+    for k in range(folds):
+        questions = np.unique(rows.groups[fold != k])
+        kept = int(TRAIN_SHARE * len(questions))
+        chosen = np.random.default_rng([seed, k]).permutation(questions)[:kept]
+        training = np.isin(rows.groups, chosen)
+        split = _Split(*map(np.flatnonzero, (training, (fold != k) & ~training, fold == k)))
+        if len(set(rows.positive[split.train].tolist())) < 2:
+            raise UsageError(
+                f"of the {len(questions)} questions outside fold {k}, the {kept} to fit on have answers of one class "
+                "only: more questions are needed"
+            )
+        splits.append(split)
+    return splits
+
+
+def _fit(
+    reader: Reader, X: Float[np.ndarray, "n width"], rows: ProbeRows, kept: Integer[np.ndarray, " kept"]
+) -> Direction:
+    pairs = None
+    if reader.uses_pairs and rows.pairs is not None:
+        pairs = np.unique(require_pairs(rows, type(reader).__name__)[kept], return_inverse=True)[1]
+    fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], pairs))
+    return fitted.direction_
+
+
+def _ranking(
+    store: Source,
+    rows: ProbeRows,
+    heads: tuple[Site, ...],
+    split: _Split,
+    accuracy: Float[np.ndarray, " heads"],
+    found: list[Direction],
+    made: Mapping[str, object],
+) -> HeadRanking:
+    order = sorted(range(len(heads)), key=lambda i: (-accuracy[i], heads[i].layer, heads[i].unit))
+    used = (f"{rows.prompts[i]!r} {rows.rows[i]} {rows.positive[i]}" for i in split.development)
+    provenance = store_provenance(store.manifest) | {"rows": digest_lines(used), "note": rows.note, **made}
+    n = len(split.validation)
+    directions = {
+        heads[i]: dataclasses.replace(
+            found[i],
+            site=heads[i],
+            classes=rows.classes,
+            metrics={"accuracy": float(accuracy[i]), "n": n, "rank": rank},
+            provenance=provenance,
+        )
+        for rank, i in enumerate(order)
+    }
+    return HeadRanking(
+        directions,
+        accuracy[order],
+        rows.rows[split.train],
+        rows.rows[split.validation],
+        rows.rows[split.test],
+    )

@@ -1,0 +1,183 @@
+"""ITI's fitting half: the recipe of the paper, written out once more in NumPy."""
+
+import numpy as np
+import polars as pl
+import pytest
+from probing.conftest import make_store
+
+import reprobe as rp
+from reprobe.errors import UnknownSite, UsageError
+from reprobe.methods import iti
+from reprobe.model.sites import Site
+from reprobe.probing.readers import LogisticReader, PCAReader, RandomReader
+
+HEADS, WIDTH = 5, 7
+
+
+def answers(seed=0, questions=60):
+    """A store of two blocks of heads: two to five answers to each question; two heads hold truth, one of them well."""
+    rng = np.random.default_rng(seed)
+    group = np.repeat(np.arange(questions), rng.integers(2, 6, questions))
+    y = rng.integers(0, 2, len(group))
+    arrays = {f"attn.heads@{layer}": rng.standard_normal((len(y), HEADS * WIDTH)) * 3 + 1 for layer in (0, 2)}
+    truth = np.outer(y - 0.5, rng.standard_normal(WIDTH))
+    arrays["attn.heads@2"][:, 3 * WIDTH : 4 * WIDTH] += 6 * truth
+    arrays["attn.heads@0"][:, : 1 * WIDTH] += 2 * truth
+    arrays["attn.heads@0"][:, 4 * WIDTH :] = arrays["attn.heads@0"][:, 1 * WIDTH : 2 * WIDTH]  # equal heads: a tie
+    return make_store(arrays, y, group=group)
+
+
+def newton(Z, y, C):
+    """Penalised logistic regression to the last digits, intercept free: Newton's method as in any textbook."""
+    A = np.append(Z, np.ones((len(Z), 1)), axis=1)
+    penalty = np.append(np.full(Z.shape[1], 1 / C), 0.0)
+    theta = np.zeros(A.shape[1])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-A @ theta))
+        gradient = A.T @ (p - y) + penalty * theta
+        theta = theta - np.linalg.solve((A.T * (p * (1 - p))) @ A + np.diag(penalty), gradient)
+    return theta[:-1], theta[-1]
+
+
+def recipe(store, ranking, C=0.1, sigma_over_all=False):
+    """(accuracy, direction, σ) of each head, from the rows that the ranking says it has used."""
+    y = (store.index["label"].to_numpy() == store.index["label"].max()).astype(float)
+    train, validation, test = ranking.train, ranking.validation, ranking.test
+    found = {}
+    for site in ranking.sites:
+        whole = np.asarray(store.read(site.whole), dtype=np.float64)
+        width = store.unit_width("attn.heads")
+        X = whole[:, site.unit * width : (site.unit + 1) * width]
+        mean, std = X[train].mean(axis=0), X[train].std(axis=0)
+        w, b = newton((X[train] - mean) / std, y[train], C)
+        accuracy = np.mean(((X[validation] - mean) / std @ w + b > 0) == (y[validation] == 1))
+        development = np.concatenate([train, validation])
+        theta = X[development][y[development] == 1].mean(axis=0) - X[development][y[development] == 0].mean(axis=0)
+        theta /= np.linalg.norm(theta)
+        over = np.concatenate([development, test]) if sigma_over_all else development
+        found[site] = accuracy, theta, np.std(X[over] @ theta)
+    return found
+
+
+def agree(store, ranking, **options):
+    wanted = recipe(store, ranking, **options)
+    order = sorted(wanted, key=lambda site: (-wanted[site][0], site.layer, site.unit))
+    assert list(ranking.sites) == order
+    np.testing.assert_allclose(ranking.accuracy, [wanted[site][0] for site in order])
+    for site, d in ranking.directions.items():
+        assert d.vector @ wanted[site][1] >= 0.99999
+        assert d.scale == pytest.approx(wanted[site][2], rel=1e-9)
+        assert d.site == site
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("compat", [None, "honest_llama"])
+def test_ranking_and_directions_are_those_of_the_recipe(seed, compat):
+    store = answers(seed)
+    for ranking in iti.head_ranking(store, seed=seed, compat=compat):
+        agree(store, ranking, sigma_over_all=compat == "honest_llama")
+        assert ranking.sites[0] == Site("attn.heads", 2, 3)
+        assert len(ranking.sites) == 10
+        a, b = (ranking.sites.index(Site("attn.heads", 0, unit)) for unit in (1, 4))
+        assert ranking.accuracy[a] == ranking.accuracy[b]
+        assert a < b, "of equal heads the first comes first"
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "qwen3"])
+def test_the_recipe_holds_for_the_heads_of_a_model(family, tiny_lm, tmp_path):
+    subjects, truth = ("a cat", "the sea", "an owl", "iron", "the moon", "a fox"), ("alive", "an animal", "cold", "old")
+    records = [
+        {"id": f"{i}-{j}", "text": f"Q: what is {s}? A: {t}", "label": (i + j) % 2, "group": s}
+        for i, s in enumerate(subjects * 3)
+        for j, t in enumerate(truth)
+    ]
+    records = [r | {"group": f"{r['group']} {int(r['id'].split('-')[0]) // 6}"} for r in records]
+    lm = tiny_lm(family)
+    store = rp.extract(lm, rp.PromptSet.from_records(records), to=tmp_path / "s", sites="attn.heads@*", at="last")
+    for ranking in iti.head_ranking(store, probe=LogisticReader(C=1.0)):
+        agree(store, ranking, C=1.0)
+        assert ranking.top(1)[0].identity == lm.identity
+        assert ranking.top(1)[0].width == store.unit_width("attn.heads")
+
+
+def test_questions_are_dealt_to_two_folds_and_each_development_fold_80_to_20():
+    store = answers()
+    group, rows = store.index["group"].to_numpy(), np.arange(len(store.index))
+    rankings = iti.head_ranking(store)
+    np.testing.assert_array_equal(np.sort(np.concatenate([r.test for r in rankings])), rows)
+    for r in rankings:
+        sets = [set(group[part]) for part in (r.train, r.validation, r.test)]
+        assert not (sets[0] & sets[1]) | (sets[1] & sets[2]) | (sets[0] & sets[2])
+        assert len(sets[0]) == int(0.8 * len(sets[0] | sets[1]))
+        np.testing.assert_array_equal(np.sort(np.concatenate([r.train, r.validation, r.test])), rows)
+    again, other = iti.head_ranking(store), iti.head_ranking(store, seed=1)
+    assert dict(again[0].directions) == dict(rankings[0].directions)
+    assert set(other[0].train) != set(rankings[0].train)
+
+
+def test_test_rows_change_nothing_unless_asked_for():
+    store = answers()
+    before = {compat: iti.head_ranking(store, compat=compat)[0] for compat in (None, "honest_llama")}
+    for site in store.sites:
+        store.arrays[site][before[None].test] *= 10
+    for compat, old in before.items():
+        new = iti.head_ranking(store, compat=compat)[0]
+        assert new.sites == old.sites
+        for a, b in zip(new.directions.values(), old.directions.values(), strict=True):
+            np.testing.assert_array_equal(a.vector, b.vector)
+            assert (a.scale == b.scale) == (compat is None)
+
+
+def test_other_directions_are_had_by_their_reader_and_shuffled_labels_rank_no_head_high():
+    store = answers()
+    best = {
+        str(reader): iti.head_ranking(store, direction=reader)[0].top(1)[0]
+        for reader in (LogisticReader(), RandomReader(4))
+    }
+    assert [d.reader for d in best.values()] == ["LogisticReader", "RandomReader"]
+    index, means = store.index, []
+    for seed in range(10):
+        store.index = index.with_columns(label=pl.col("label").shuffle(seed=seed))
+        means += [ranking.accuracy.mean() for ranking in iti.head_ranking(store)]
+    assert np.mean(means) == pytest.approx(0.5, abs=3 * np.std(means, ddof=1) / np.sqrt(len(means)))
+    assert np.std(means, ddof=1) / np.sqrt(len(means)) < 0.02
+
+
+def test_the_best_k_are_asked_for_and_what_cannot_be_ranked_is_refused():
+    store = answers()
+    ranking = iti.head_ranking(store)[0]
+    assert [d.site for d in ranking.top(3)] == list(ranking.sites[:3])
+    assert [d.metrics["rank"] for d in ranking.top(3)] == [0, 1, 2]
+    for k in (0, 11):
+        with pytest.raises(UsageError, match="from 1 to 10"):
+            ranking.top(k)
+    with pytest.raises(UsageError, match="'honest_llama'"):
+        iti.head_ranking(store, compat="iti")
+    with pytest.raises(UnknownSite, match=r"holds resid.post@1: extract with sites='attn.heads@\*'"):
+        iti.head_ranking(make_store({"resid.post@1": np.zeros((4, 3))}, [0, 1, 0, 1]))
+    with pytest.raises(UsageError, match="cannot make 2 folds"):
+        iti.head_ranking(store, where=pl.col("group") == "g0")
+    flat = answers()
+    flat.arrays[Site("attn.heads", 2)][:, :WIDTH] = 1.0
+    with pytest.raises(UsageError, match=r"attn.heads@2.0: .*do not differ"):
+        iti.head_ranking(flat)
+    with pytest.raises(UsageError, match="to fit on have answers of one class only"):
+        iti.head_ranking(
+            make_store({"attn.heads@0": np.random.default_rng(0).standard_normal((4, 7))}, [0, 1, 0, 1], group=range(4))
+        )
+
+
+def test_readers_of_pairs_get_the_pairs_of_the_development_fold():
+    rng = np.random.default_rng(0)
+    question, y = np.repeat(np.arange(30), 2), np.tile([1, 0], 30)
+    X = np.repeat(rng.standard_normal((30, WIDTH)), 2, axis=0) * 3 + rng.standard_normal((60, WIDTH))
+    X[:, 0] += 2 * y
+    names = [f"c{q:02}" for q in question]
+    for ranking in iti.head_ranking(make_store({"attn.heads@0": X}, y, pair=names), direction=PCAReader()):
+        kept = np.sort(np.concatenate([ranking.train, ranking.validation]))
+        assert len(set(question[kept])) * 2 == len(kept), "no pair is parted"
+        wanted = PCAReader().fit(X[kept].astype(np.float32), y[kept], pairs=question[kept]).direction_
+        np.testing.assert_allclose(ranking.top(1)[0].vector, wanted.vector, atol=1e-6)
+    names[1] = None
+    with pytest.raises(UsageError, match="1 rows have no pair"):
+        iti.head_ranking(make_store({"attn.heads@0": X}, y, pair=names), direction=PCAReader())
