@@ -11,6 +11,7 @@ The way of the data, station by station:
                 (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
                 (compare: several readers in the same folds; LEACE: a concept erased)
     control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
+                WeightEdit, edited, ledger_of: weights changed, and changed back (made by reprobe.methods.rome, memit)
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page

@@ -246,6 +246,9 @@ def edit_eval(
     perplexity: Annotated[
         str | None, typer.Option(help="Ordinary text whose perplexity is measured too: .txt, a data set, hf:NAME.")
     ] = None,
+    write: Annotated[
+        int, typer.Option(help="Write a text of N tokens about each subject, without and with edits: fluency.")
+    ] = 0,
     text: Text = None,
     tokens: Tokens = 40_000,
     to: Annotated[Path | None, typer.Option(help="Save one line per prompt here (.parquet).")] = None,
@@ -277,7 +280,7 @@ def edit_eval(
             how = memit.Settings(null_space=memit.NullSpace() if null_space else None)
             moments = _text(text, tokens)
             edits = memit.edit(lm, facts, layers=chosen, moments=moments, settings=how, progress=progress)
-            result = scores.evaluate_together(lm, facts, edits, texts=ordinary)
+            result = scores.evaluate_together(lm, facts, edits, texts=ordinary, write=write)
         else:
             if chosen is not None and len(chosen) != 1:
                 raise UsageError(f"--layers {layers}: {method} edits one block")
@@ -293,13 +296,18 @@ def edit_eval(
                 def make(fact: Any) -> Any:
                     return finetune.edit(lm, fact, layer=layer)
 
-            result = scores.evaluate(lm, facts, make, texts=ordinary, progress=progress)
+            result = scores.evaluate(lm, facts, make, texts=ordinary, write=write, progress=progress)
     if to is not None:
         states = (("before", result.before), ("after", result.after))
         pl.concat([s.prompts.with_columns(state=pl.lit(name)) for name, s in states]).write_parquet(to)
-    _table(result.table.to_dicts(), as_json)
-    if not as_json and result.perplexity_before is not None:
-        _say(f"perplexity {result.perplexity_before:.4g} before, {result.perplexity_after:.4g} after")
+    rows = result.table.to_dicts()
+    for name, one, two in (
+        ("perplexity", result.perplexity_before, result.perplexity_after),
+        ("fluency", result.fluency_before, result.fluency_after),
+    ):
+        if one is not None:
+            rows.append(dict.fromkeys(rows[0]) | {"measure": name, "before": one, "after": two})
+    _table(rows, as_json)
 
 
 def _told(edit: Any) -> dict[str, Any]:

@@ -37,13 +37,18 @@ from reprobe.prompts.fact import Fact
 
 @dataclass(frozen=True)
 class NullSpace:
-    """AlphaEdit: only eigenvectors of C with less than `threshold` times its mean eigenvalue may be written on.
+    """AlphaEdit: only the `share` of C's eigenvectors that ordinary keys use least may be written on.
 
-    `ridge` is in units of the facts' mean squared key in that space. (The original's numbers are absolute.)
+    `ridge` is in units of the facts' mean squared key in that space. (The original takes eigenvalues below an absolute
+    number, 0.02, which means another thing at every block and model; small models may have none.)
     """
 
-    threshold: float = 0.02
+    share: float = 0.5
     ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or self.ridge <= 0:
+            raise UsageError(f"{self}: share lies between 0 and 1, and the ridge is positive")
 
 
 @dataclass(frozen=True)
@@ -206,12 +211,8 @@ def _in_null_space(
     keys: Float[np.ndarray, "inputs facts"], moment: SecondMoment, null: NullSpace
 ) -> Float[np.ndarray, "inputs facts"]:
     """P K (KᵀP K + ridge)⁻¹ with P the projection on the eigenvectors of C that ordinary keys hardly use."""
-    eigenvalues, vectors = np.linalg.eigh(moment.matrix)
-    free = vectors[:, eigenvalues < null.threshold * eigenvalues.mean()]
-    if not free.shape[1]:
-        raise UsageError(
-            f"no direction at {moment.site} has less than {null.threshold:g} of the mean eigenvalue: raise threshold"
-        )
+    _, vectors = np.linalg.eigh(moment.matrix)  # least used first
+    free = vectors[:, : max(1, int(null.share * moment.width))]
     inside = free.T @ keys
     gram = inside.T @ inside
     ridge = null.ridge * np.trace(gram) / len(gram)

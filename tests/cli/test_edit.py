@@ -84,10 +84,10 @@ def test_many_facts_are_written_at_once(run, folder):
 def test_edits_are_scored(run, folder, method):
     told = run(
         *("eval", "model", "facts.json", "--method", method, "--layers", "1", "--text", "text.txt", "--json"),
-        *("--perplexity", "text.txt", "--to", f"{method}.parquet"),
+        *("--perplexity", "text.txt", "--write", "4", "--to", f"{method}.parquet"),
     )
     measures = {row["measure"]: row for row in json.loads(told.stdout)}
-    assert {"efficacy", "paraphrase", "neighbourhood", "score"} <= set(measures)
+    assert {"efficacy", "paraphrase", "neighbourhood", "score", "perplexity", "fluency"} <= set(measures)
     assert (folder / f"{method}.parquet").is_file()
 
 

@@ -137,8 +137,9 @@ def test_in_the_null_space_ordinary_keys_are_mapped_as_before():
     change = left @ right.T
     np.testing.assert_allclose(change @ used, 0, atol=1e-9)
     np.testing.assert_allclose(change @ keys, residuals, atol=1e-6)
-    with pytest.raises(UsageError, match="raise threshold"):
-        memit.write(keys, residuals, moment_of(rng.normal(size=(999, 13))), how)
+    for share in (0.0, 1.0):
+        with pytest.raises(UsageError, match="between 0 and 1"):
+            memit.NullSpace(share=share)
 
 
 def test_what_one_search_finds_does_not_depend_on_the_facts_beside_it():
