@@ -2,7 +2,7 @@
 
 Enters: a language model, a fact, a block. Leaves: a `WeightEdit`; the model is as it was. The MLP is read as a linear
 memory W k ↦ v. The key k* is what the down projection reads at the subject's last token, averaged over the bare prompt
-and sampled prefixes; the value v* is what it should return there, found by gradient descent; then (eq. 2 there)
+(half) and sampled prefixes (half); the value v* is what it should return there, found by gradient descent; then (eq. 2)
 
     ΔW = (v* − W k*) (C⁻¹k*)ᵀ / (k*·C⁻¹k*),    so that (W + ΔW) k* = v* exactly.
 
@@ -37,15 +37,22 @@ RIDGE = 0.01
 @dataclass(frozen=True)
 class Settings:
     """`prefixes` sampled with `seed` stand before the prompt in turn: all of them for the key, the first `searched` for
-    the value (in the original all, which takes twice as long). `ridge` is in units of C's mean eigenvalue;
-    `compat="rome"` is the published form (see above)."""
+    the value (in the original all, which takes twice as long). `bare` is the weight of the bare prompt in the key: a
+    short subject that begins a text has another key there than elsewhere, and with 1/21 of the mean (None: all count
+    alike, as in the original) the edit misses it. `ridge` is in units of C's mean eigenvalue; `compat="rome"` is the
+    published form (see above), with equal weights."""
 
     search: Search = field(default_factory=Search)
     prefixes: int = 20
-    searched: int = 10
+    searched: int = 5
+    bare: float | None = 0.5
     seed: int = 0
     ridge: float = RIDGE
     compat: Literal["rome"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bare is not None and not 0 < self.bare <= 1:
+            raise UsageError(f"bare={self.bare}: a weight above 0 and at most 1, or None")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +151,21 @@ def associate(lm: LanguageModel, fact: Fact, layer: int, settings: Settings) -> 
     found = editing.search(lm, lookup, stream, place, start, settings.search)
     return Association(
         layer,
-        keys.mean(axis=0),
+        _mean_key(keys, None if settings.compat == "rome" else settings.bare),
         keys[0],
         (start[0].double() + found.delta[0]).cpu().numpy(),
         float(found.loss[0]),
         float(found.probability[0]),
         found.steps,
     )
+
+
+def _mean_key(keys: Float[np.ndarray, "prompts inputs"], bare: float | None) -> Float[np.ndarray, " inputs"]:
+    """The mean of the keys, the first of which has the weight `bare`; alone it is the key itself."""
+    n = len(keys)
+    weight = 1 / n if bare is None or n == 1 else bare
+    rest: np.ndarray = weight * keys[0] + (1 - weight) * keys[1:].sum(axis=0) / max(n - 1, 1)
+    return rest
 
 
 def rank_one(
