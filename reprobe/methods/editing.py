@@ -277,6 +277,16 @@ def at_subjects(
     return {site: values.reshape(len(facts), len(fronts), -1) for site, values in out.items()}
 
 
+def mean_key(keys: Float[np.ndarray, "*facts fronts inputs"], bare: float | None) -> Float[np.ndarray, "*facts inputs"]:
+    """The mean of a fact's keys, the first of which, the bare prompt's, has the weight `bare` (None: all alike)."""
+    n = keys.shape[-2]
+    if bare is None or n == 1:
+        alike: np.ndarray = keys.mean(axis=-2)
+        return alike
+    weighted: np.ndarray = bare * keys[..., 0, :] + (1 - bare) * keys[..., 1:, :].mean(axis=-2)
+    return weighted
+
+
 def probabilities(lm: LanguageModel, facts: Sequence[Fact]) -> Float[np.ndarray, " facts"]:
     """Probability of each fact's new object after its prompt: exp(mean log-probability of its tokens)."""
     found = lm.logprobs([f.prompt for f in facts], [[continuation(f.prompt, f.wanted)] for f in facts], mean=True)

@@ -59,6 +59,7 @@ class Settings:
 
     search: Search = field(default_factory=lambda: Search(clamp=0.75))
     prefixes: int = 5
+    bare: float | None = 0.5
     seed: int = 0
     weight: float | None = None
     ridge: float = RIDGE
@@ -103,7 +104,7 @@ def edit(
     made: list[WeightEdit] = []
     try:
         for i, layer in enumerate(where):
-            keys, missing_part = _keys_and_residuals(lm, wanted, prefixes, layer, where[-1], values)
+            keys, missing_part = _keys_and_residuals(lm, wanted, prefixes, layer, where[-1], values, how.bare)
             left, right = write(keys, missing_part / (len(where) - i), given[layer], how)
             made.append(
                 WeightEdit(
@@ -227,17 +228,18 @@ def _keys_and_residuals(
     layer: int,
     last: int,
     values: Float[Tensor, "facts d_model"],
+    bare: float | None,
 ) -> tuple[Float[np.ndarray, "inputs facts"], Float[np.ndarray, "outputs facts"]]:
     """Keys of block `layer`, means over prefixes, and what its down projection must return in addition so that the
     output of block `last` at the bare prompt becomes `values`, in the network as it is now."""
     neurons, post = Site("mlp.neurons", layer), Site("resid.post", last)
     seen = editing.at_subjects(lm, facts, ["", *prefixes], [neurons, post])
-    keys = seen[neurons].double().mean(1)
+    keys = editing.mean_key(seen[neurons].double().cpu().numpy(), bare)
     residuals = values - seen[post][:, 0].double()
     with torch.no_grad():
         raw = lm.architecture.projection(lm.net, layer)(seen[neurons][:, 0])
     back = carry_back(lm, layer, raw, residuals)
-    return keys.T.cpu().numpy(), back.T.cpu().numpy()
+    return keys.T, back.T.cpu().numpy()
 
 
 def carry_back(

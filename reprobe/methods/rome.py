@@ -151,21 +151,13 @@ def associate(lm: LanguageModel, fact: Fact, layer: int, settings: Settings) -> 
     found = editing.search(lm, lookup, stream, place, start, settings.search)
     return Association(
         layer,
-        _mean_key(keys, None if settings.compat == "rome" else settings.bare),
+        editing.mean_key(keys, None if settings.compat == "rome" else settings.bare),
         keys[0],
         (start[0].double() + found.delta[0]).cpu().numpy(),
         float(found.loss[0]),
         float(found.probability[0]),
         found.steps,
     )
-
-
-def _mean_key(keys: Float[np.ndarray, "prompts inputs"], bare: float | None) -> Float[np.ndarray, " inputs"]:
-    """The mean of the keys, the first of which has the weight `bare`; alone it is the key itself."""
-    n = len(keys)
-    weight = 1 / n if bare is None or n == 1 else bare
-    rest: np.ndarray = weight * keys[0] + (1 - weight) * keys[1:].sum(axis=0) / max(n - 1, 1)
-    return rest
 
 
 def rank_one(
