@@ -173,7 +173,7 @@ def nnsight_ways(lm: LanguageModel) -> list[Way]:
 
 def repeng_ways(lm: LanguageModel) -> list[Way]:
     """`batched_get_hiddens`, which training a control vector begins with; also given the blocks for the model."""
-    with _float_of_numpy_1():
+    with float_of_numpy_1():
         batched_get_hiddens = importlib.import_module("repeng.extract").batched_get_hiddens
     tokenizer, layers = copy.deepcopy(lm.tokenizer), list(range(lm.n_layers))
 
@@ -190,7 +190,7 @@ def repeng_ways(lm: LanguageModel) -> list[Way]:
 
 
 @contextlib.contextmanager
-def _float_of_numpy_1() -> Iterator[None]:
+def float_of_numpy_1() -> Iterator[None]:
     """repeng 0.4 names `np.float_` in a type hint; numpy 2 has dropped it. It is there during the import only."""
     if hasattr(np, "float_"):
         yield

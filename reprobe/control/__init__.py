@@ -1,21 +1,36 @@
-"""Control: directions put back into a model as interventions (operator × site × scope), and edits of its weights."""
+"""Control: directions, maps and activations put into a model (operator × site × scope × gate); edits of weights."""
 
+from reprobe.control.along import Ablate, Add, Clamp, Scale
+from reprobe.control.bundle import Steering
 from reprobe.control.edited_model import edits_in, export_edited, load_edited, save_edits
-from reprobe.control.edits import Effect, WeightEdit
+from reprobe.control.edits import EditEffect, WeightEdit
+from reprobe.control.effects import Done, Effect
+from reprobe.control.gates import When
 from reprobe.control.ledger import EditLedger, apply_edits, edited, ledger_of
-from reprobe.control.operators import Ablate, Add, Affine, Operator
+from reprobe.control.maps import Affine, LowRank
+from reprobe.control.operators import Operator
 from reprobe.control.scopes import Scope
 from reprobe.control.steering import steer
+from reprobe.control.values import Noise, Replace
 
 __all__ = [
     "Ablate",
     "Add",
     "Affine",
+    "Clamp",
+    "Done",
+    "EditEffect",
     "EditLedger",
     "Effect",
+    "LowRank",
+    "Noise",
     "Operator",
+    "Replace",
+    "Scale",
     "Scope",
+    "Steering",
     "WeightEdit",
+    "When",
     "apply_edits",
     "edited",
     "edits_in",

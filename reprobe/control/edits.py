@@ -30,7 +30,7 @@ LEAST_EFFECT = 0.01
 
 
 @dataclass(frozen=True)
-class Effect:
+class EditEffect:
     """Probability of a fact's new object after its prompt, exp(mean log-probability of its tokens), without and with
     the edit."""
 
@@ -59,7 +59,7 @@ class WeightEdit:
     base: ModelIdentity
     after: tuple[str, ...] = ()
     facts: tuple[Fact, ...] = ()
-    effects: tuple[Effect, ...] = ()
+    effects: tuple[EditEffect, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class WeightEdit:
         factors = [digest_bytes(np.ascontiguousarray(f).tobytes()) for f in (self.left, self.right)]
         return digest([self.parameter, self.rank, *factors, self.base.weights, list(self.after)])
 
-    def measured(self, effects: Sequence[Effect]) -> "WeightEdit":
+    def measured(self, effects: Sequence[EditEffect]) -> "WeightEdit":
         """The same edit with what was measured of it."""
         return replace(self, effects=tuple(effects))
 
@@ -124,7 +124,7 @@ class WeightEdit:
                 base=ModelIdentity.from_json(h["base"]),
                 after=tuple(h["after"]),
                 facts=tuple(Fact.from_json(f) for f in h["facts"]),
-                effects=tuple(Effect(*e) for e in h["effects"]),
+                effects=tuple(EditEffect(*e) for e in h["effects"]),
                 provenance=h["provenance"],
             )
         except (KeyError, TypeError) as error:

@@ -1,34 +1,134 @@
 """Putting interventions into a model.
 
-Enters: a language model and operators. Leaves: a context in which the model is steered, and no trace after it.
+Enters: a language model, operators and bundles of them. Leaves: a context in which the model is steered, what that did,
+and no trace after it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reprobe.control.bundle import Steering
+from reprobe.control.effects import Chosen, Done, Tally
+from reprobe.control.gates import GateReader, When
 from reprobe.control.operators import Operator
 from reprobe.errors import UsageError
-from reprobe.model.hooks import intervene
+from reprobe.model.hooks import Intervention, intervene
 from reprobe.model.language_model import LanguageModel
+from reprobe.model.passes import Tokens
+
+#: Passes that are counted together.
+_AT_ONCE = 64
 
 
 @contextlib.contextmanager
-def steer(lm: LanguageModel, *interventions: Operator, allow_mismatch: bool = False) -> Iterator[None]:
+def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch: bool = False) -> Iterator[Done]:
     """Steer whatever the model does inside the context: `lm.generate`, `lm.logits`, `lm.logprobs`, or a direct call.
 
-    Interventions act in the order given; nested contexts compose, the outer first. Cached and uncached, padded and
-    unpadded runs agree. Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless
-    `allow_mismatch`), `UsageError` if its width does not fit the site.
+    Interventions at one site act in the order given; nested contexts compose, the outer first. Cached and uncached,
+    padded and unpadded runs agree; a compiled network runs its own modules meanwhile, at their speed. Yields a `Done`,
+    which says of each intervention how many prompts and tokens it changed and by how much, and of one that touched
+    nothing why.
+
+    Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless `allow_mismatch`),
+    `UsageError` if its width does not fit the site. The model is then as it was.
     """
+    if wrong := [x for x in interventions if not isinstance(x, Operator | Steering)]:
+        raise UsageError(
+            f"steer takes interventions and Steerings, one argument each, not a {type(wrong[0]).__name__}; of a list "
+            "write steer(lm, *items)"
+        )
+    items = [x for item in interventions for x in (item.interventions if isinstance(item, Steering) else (item,))]
+    _check(lm, interventions, items, allow_mismatch)
+    tallies = [Tally(str(item), item.site, item.when is not None, item.step) for item in items]
+    readers: dict[When, GateReader] = {}
+    steps: list[Intervention] = []
+    for item, tally in zip(items, tallies, strict=True):
+        if item.when is not None and item.when not in readers:
+            # Read just before the first intervention that asks; an earlier site is read earlier anyhow.
+            readers[item.when] = GateReader(item.when)
+            steps.append(readers[item.when])
+        steps.append(_Active(item, None if item.when is None else readers[item.when], tally))
+    with intervene(lm, steps):
+        yield Done(tallies)
+
+
+class _Active:
+    """An operator while it steers: with its gate's reader, and the tally of what it did."""
+
+    def __init__(self, item: Operator, gate: GateReader | None, tally: Tally) -> None:
+        self.item, self.gate, self.tally = item, gate, tally
+        self.site, self.by_role, self.by_prompt = item.site, item.by_role, item.by_prompt
+        self._scope = str(item.tokens)  # as a key: what a scope chooses is the same for all interventions of a pass
+        self._step = item.step
+        self._added: Tensor | None = None  # the step, where it was last needed
+
+    def apply(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
+        scope: Chosen | None = tokens.once.get(self._scope)
+        if scope is None:
+            scope = tokens.once[self._scope] = Chosen(self.item.tokens.choose(tokens), tokens)
+        if self._step is None or self.gate is not None or scope.where is not True:
+            return self._chosen(h, tokens, scope)
+        # The same for every token of the pass, which is the rule while generating: nothing but the sum.
+        later = self.tally.later
+        later.append(scope)
+        if len(later) > _AT_ONCE:
+            self.tally.fold()
+        added = self._added
+        if added is None or added.dtype is not h.dtype or added.device != h.device:
+            added = self._added = self.item.copy("step", self._step, h)
+        return h + added
+
+    def _chosen(self, h: Tensor, tokens: Tokens, scope: Chosen) -> Tensor:
+        chosen = scope if self.gate is None else self._let_through(self.gate, scope, tokens, h.device)
+        self.tally.add(scope, chosen)
+        where = chosen.where
+        if where is False:
+            return h
+        new = self.item.changed(h, tokens)
+        if where is not True:
+            new = torch.where(where.to(h.device)[..., None], new, h)
+        if self._step is None:
+            self.tally.moved(h, new)
+        return new
+
+    def _let_through(self, gate: GateReader, scope: Chosen, tokens: Tokens, device: torch.device) -> Chosen:
+        if scope.where is False:
+            return scope
+        key = (self._scope, gate)
+        found: Chosen | None = tokens.once.get(key)
+        if found is None:
+            opened = gate.decision(tokens, device).expand(tokens.rows, tokens.now)
+            where = opened if scope.where is True else opened & scope.where.to(device)
+            found = tokens.once[key] = Chosen(where, tokens)
+        return found
+
+
+def _check(
+    lm: LanguageModel,
+    given: Sequence[Operator | Steering],
+    items: Sequence[Operator],
+    allow_mismatch: bool,
+) -> None:
     here = None
-    for item in interventions:
-        if item.identity is not None:
+    gates = [item.when for item in items if item.when is not None]
+    for one in (*given, *gates):
+        identity = one.identity
+        if identity is not None:
             here = here or lm.identity
-            item.identity.require_same(here, f"the {type(item).__name__} at {item.site}", allow_mismatch=allow_mismatch)
-        if (width := lm.width(item.site)) != item.width:
+            what = f"the gate ({one})" if isinstance(one, When) else f"the steering '{one}'"
+            identity.require_same(here, what, allow_mismatch=allow_mismatch)
+    for item in items:
+        if (width := lm.width(item.site)) != item.width and item.width is not None:
             raise UsageError(
                 f"{type(item).__name__} of width {item.width} does not fit {item.site} of {lm.name}, which is "
                 f"{width} wide"
             )
-    with intervene(lm, interventions):
-        yield
+    for gate in gates:
+        if (width := lm.width(gate.site)) != gate.direction.width:
+            raise UsageError(
+                f"a gate of width {gate.direction.width} does not fit {gate.site} of {lm.name}, which is {width} wide"
+            )

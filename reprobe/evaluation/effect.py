@@ -13,7 +13,7 @@ import polars as pl
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from reprobe.control import Operator, steer
+from reprobe.control import Operator, Steering, steer
 from reprobe.errors import UsageError
 from reprobe.evaluation.means import Mean, mean_of
 from reprobe.evaluation.passages import NEUTRAL, Text, divergences, last_states, measured, runs
@@ -22,10 +22,10 @@ from reprobe.probing.direction import Direction
 from reprobe.progress import Progress, silent
 
 #: One thing that `steer` takes, or several.
-Interventions = Operator | Sequence[Operator]
+Interventions = Operator | Steering | Sequence[Operator | Steering]
 
 
-def several(interventions: Interventions) -> list[Operator]:
+def several(interventions: Interventions) -> list[Operator | Steering]:
     """Interventions as a list for `steer`."""
     return list(interventions) if isinstance(interventions, Sequence) else [interventions]
 
@@ -128,7 +128,7 @@ class Baseline:
         return mean_of(np.array([e.mean() for e in each]), weights=np.array([len(e) for e in each], float), seed=seed)
 
 
-def divergence(lm: LanguageModel, texts: Sequence[Text], *interventions: Operator) -> float:
+def divergence(lm: LanguageModel, texts: Sequence[Text], *interventions: Operator | Steering) -> float:
     """Mean KL(unsteered ‖ steered) of the next-token distributions, in nats per token of `texts`.
 
     The price of an intervention on text it is not meant for. 0 without interventions. A string counts as prompt, all

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reprobe.control.edits import Effect, WeightEdit
+from reprobe.control.edits import EditEffect, WeightEdit
 from reprobe.control.ledger import ledger_of, unedited
 from reprobe.errors import CorruptArtifact, DataError, UnsupportedOperation, UsageError
 from reprobe.methods.moments import OPENINGS
@@ -301,8 +301,8 @@ def _behind(fronts: Sequence[str], facts: Sequence[Fact]) -> tuple[list[str], li
     return [front + fact.prompt for front, fact in both], spans
 
 
-def effects(before: Float[np.ndarray, " facts"], after: Float[np.ndarray, " facts"]) -> tuple[Effect, ...]:
-    return tuple(Effect(float(b), float(a)) for b, a in zip(before, after, strict=True))
+def effects(before: Float[np.ndarray, " facts"], after: Float[np.ndarray, " facts"]) -> tuple[EditEffect, ...]:
+    return tuple(EditEffect(float(b), float(a)) for b, a in zip(before, after, strict=True))
 
 
 def warn_without_effect(edits: Sequence[WeightEdit]) -> None:

@@ -12,15 +12,15 @@ sees, however the contexts are nested.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedOperation
 from reprobe.model.architectures import Tap
+from reprobe.model.passes import PackedTokens, Pass, Prompts, Run, Tokens
 from reprobe.model.sites import Site
 
 if TYPE_CHECKING:
@@ -28,57 +28,6 @@ if TYPE_CHECKING:
 
 #: (module, side): a place in the module tree where a tensor passes.
 _Place = tuple[nn.Module, str]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The padded prompts of a run, told to the hooks so that scopes and pads are exact.
-
-    The first `width` columns are the prompts, any further ones given continuations, which count as generated. `real`
-    marks real tokens (columns beyond it are real: they come from generation), `spans[name]` those of a named span.
-    `ids` are their tokens, if known. A generated row is at its end with one of the tokens `ends`, and is then filled
-    up; `filler` fills a row that ended in another way (None where all rows end together).
-    """
-
-    real: Bool[Tensor, "rows columns"]
-    width: int
-    spans: Mapping[str, Bool[Tensor, "rows width"]]
-    ids: Int[Tensor, "rows columns"] | None = None
-    ends: frozenset[int] = frozenset()
-    filler: int | None = None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Which tokens one forward pass holds. All masks are (rows, columns of this pass).
-
-    `real` is False on pads, `generated` True on tokens after the prompt, `last` True from the prompt's last real
-    token on (with a cache each new token is "last" once; without a cache the earlier ones must stay so).
-    `trivial` says that every token is real, which lets a caller skip a mask. `spans` is None where the prompts'
-    spans are not known (the network was called directly).
-    """
-
-    real: Bool[Tensor, "rows columns"]
-    generated: Bool[Tensor, "rows columns"]
-    last: Bool[Tensor, "rows columns"]
-    trivial: bool
-    spans: Mapping[str, Bool[Tensor, "rows columns"]] | None
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass that begins: which tokens it holds.
-
-    `ids` are its own tokens (None if it was given vectors), the first of them in column `start`; `prompts` describes
-    all columns so far. `fresh` marks the first pass of other prompts.
-    """
-
-    prompts: Prompts
-    fresh: bool
-    start: int
-    rows: int
-    columns: int
-    ids: Int[Tensor, "rows columns"] | None
 
 
 class Intervention(Protocol):
@@ -92,8 +41,13 @@ class Intervention(Protocol):
         """Whether it matters to it which tokens are prompt and which are generated."""
         ...
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether what it does to a token depends on which prompt that belongs to, and not only on what precedes it."""
+        ...
+
     def apply(self, h: Float[Tensor, "rows columns width"], tokens: Tokens) -> Float[Tensor, "rows columns width"]:
-        """The new value at the site. Must not change `h` in place, nor touch pads."""
+        """The new value at the site, or `h` itself. Must not change `h` in place, nor touch pads."""
         ...
 
 
@@ -118,11 +72,11 @@ class Board:
         self._observers: list[tuple[Site, Observer]] = []
         self._followers: list[Follower] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._prompts: Prompts | Tokens | None = None
+        self._run: Run | PackedTokens | None = None
+        self._direct: Run | None = None  # the run of a network that is called directly
         self._fresh = True  # no pass of the present prompts has run yet
         self._tokens: Tokens | None = None
         self._pre: dict[int, Tensor] = {}  # resid.pre of blocks whose resid.mid is being written
-        self._prompt_columns: int | None = None
         self._shape = (0, 0)  # rows and columns of the present pass
 
     @property
@@ -134,6 +88,11 @@ class Board:
     def followed(self) -> bool:
         """Whether anybody follows the passes."""
         return bool(self._followers)
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether any intervention must be told which prompt a token belongs to."""
+        return any(i.by_prompt for i in self._interventions)
 
     # -- contexts ---------------------------------------------------------------------------------------------
 
@@ -158,31 +117,34 @@ class Board:
             self._install()
 
     @contextlib.contextmanager
-    def told(self, prompts: Prompts | Tokens) -> Iterator[None]:
-        """Say which tokens run inside: `Prompts` with what is generated from them, or the `Tokens` of each pass."""
-        before = self._prompts
-        self._prompts, self._fresh = prompts, True
+    def told(self, prompts: Prompts | PackedTokens) -> Iterator[None]:
+        """Say which tokens run inside: `Prompts` with what is generated from them, or those of each scoring pass."""
+        before = self._run
+        self._run, self._fresh = Run(prompts) if isinstance(prompts, Prompts) else prompts, True
         try:
             yield
         finally:
-            self._prompts, self._fresh = before, True
+            self._run, self._fresh = before, True
 
     # -- hooks ------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
         """Make the installed hooks exactly those that the present interventions and observers need."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._tokens = self._prompt_columns = None
+        self._clear()
+        self._tokens = self._direct = None
         self._pre.clear()
         try:
             self._register()
         except BaseException:  # half-way through: leave nothing behind
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+            self._clear()
             raise
+        _eager_while_hooked(self, bool(self._handles))
+
+    def _clear(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _eager_while_hooked(self, False)
 
     def _register(self) -> None:
         # Changes go before everybody else's hooks on a module (transformers records output_hidden_states with hooks
@@ -217,7 +179,8 @@ class Board:
                     hook = _input_hook(change)
                     handle = tap.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
                 else:
-                    handle = tap.module.register_forward_hook(_output_hook(change), prepend=first)
+                    after = change.hook if isinstance(change, _Whole) else _output_hook(change)
+                    handle = tap.module.register_forward_hook(after, prepend=first)
                 self._handles.append(handle)
 
     def _flat(self, steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
@@ -234,11 +197,11 @@ class Board:
         tap, part = self._locate(item.site)
 
         def step(raw: Tensor) -> Tensor:
-            h = raw if tap.scale == 1.0 else raw * tap.scale
+            h = raw * tap.scale
             new = _apply(item, h, part, self._here())
-            return new if tap.scale == 1.0 else new / tap.scale
+            return raw if new is h else new / tap.scale
 
-        return step
+        return _Whole(self, item) if part is None and tap.scale == 1.0 else step
 
     def _keep_pre(self, layer: int) -> Callable[[Tensor], Tensor]:
         def step(raw: Tensor) -> Tensor:
@@ -255,7 +218,7 @@ class Board:
             new = mid
             for item in items:
                 new = item.apply(new, self._here())
-            return raw + (new - mid) / scale
+            return raw if new is mid else raw + (new - mid) / scale
 
         return step
 
@@ -272,6 +235,7 @@ class Board:
     # -- which tokens -----------------------------------------------------------------------------------------
 
     def _here(self) -> Tokens:
+        """The tokens of the present pass."""
         if self._tokens is None:
             raise UnsupportedOperation(
                 "a block was called outside the network's own forward pass, so it is not known which tokens are "
@@ -286,31 +250,30 @@ class Board:
         rows, now = self._shape = int(first.shape[0]), int(first.shape[1])
         if not (self._interventions or self._followers):
             return
-        if isinstance(self._prompts, Tokens):
+        if isinstance(self._run, PackedTokens):
             if self._followers:
                 raise UnsupportedOperation(
                     "lm.logprobs computes beginnings that texts share once, so its rows are not the prompts and cannot "
                     "be monitored; use lm.logits(prompts) or lm.generate"
                 )
-            self._tokens = self._prompts
+            self._tokens = self._run
             return
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        told = self._prompts is not None
-        prompts = self._direct(args, kwargs, first, past) if self._prompts is None else self._prompts
+        told = self._run is not None
+        run = self._run or self._called_directly(first, past, args, kwargs)
         if self._followers:
             ids = None if first.is_floating_point() else first
             fresh = self._fresh or (past == 0 and not told)
             for follower in self._followers:
-                follower(Pass(prompts, fresh, past, rows, now, ids))
+                follower(Pass(run.prompts, fresh, past, rows, now, ids))
         self._fresh = False
         if self._interventions:
-            tokens = _told_tokens(prompts, rows, past, now)
-            self._tokens = tokens if told else replace(tokens, spans=None)
+            self._tokens = Tokens(run, rows, past, now)
 
-    def _direct(self, args: tuple[Any, ...], kwargs: dict[str, Any], first: Tensor, past: int) -> Prompts:
-        """The prompts of a pass that nobody told of: what the first pass of its sequence held."""
-        rows, now = self._shape
+    def _called_directly(self, ids: Tensor, past: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+        """The run of a pass that nobody told of: its prompts are what the first pass of its sequence held."""
+        rows, columns = int(ids.shape[0]), past + int(ids.shape[1])
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if kwargs.get("use_cache") is False and (self._followers or any(i.by_role for i in self._interventions)):
             raise UnsupportedOperation(
@@ -323,42 +286,64 @@ class Board:
                 "the network was called directly with a prepared attention mask, so it is not known which tokens "
                 "are pads; use lm.generate or lm.logits while steering or monitoring, or pass the 2-D mask"
             )
-        if past == 0 or self._prompt_columns is None:  # the first pass of a sequence that we see is its prompt
-            self._prompt_columns = past + now
-        real = torch.ones(rows, past + now, dtype=torch.bool, device=first.device) if mask is None else mask.bool()
-        return Prompts(real, self._prompt_columns, {})
+        real = torch.ones(rows, columns, dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+        if past == 0 or self._direct is None:  # the first pass of a sequence that we see is its prompt
+            self._direct = Run(Prompts(real, columns, None))
+        else:
+            self._direct = Run(Prompts(real, self._direct.prompts.width, None), self._direct.memory)
+        return self._direct
 
 
-def _told_tokens(prompts: Prompts, rows: int, past: int, now: int) -> Tokens:
-    given, width = prompts.real, prompts.width
-    if rows % given.shape[0]:
-        raise UnsupportedOperation(
-            f"a pass of {rows} rows does not fit {given.shape[0]} prompts: generate through lm.generate"
-        )
-    # Beams and several returned sequences: row i of the pass belongs to prompt i // copies.
-    copies = rows // given.shape[0]
-    columns = torch.arange(past, past + now, device=given.device)
-    generated = (columns >= width).expand(rows, now)
+class _Whole:
+    """One intervention on the whole tensor that passes.
 
-    def window(mask: Tensor, beyond: bool) -> Tensor:
-        held = mask[:, past : past + now].repeat_interleave(copies, 0)
-        return nn.functional.pad(held, (0, now - held.shape[1]), value=beyond)
+    This runs at every block for every token, after weights have swept the caches: each Python frame is felt, so that
+    where it is alone it is itself the hook.
+    """
 
-    real = window(given, True)
-    last_real = (torch.arange(width, device=given.device) * given[:, :width]).amax(1).repeat_interleave(copies, 0)
-    last = real & (columns[None, :] >= last_real[:, None])
-    spans = {name: window(mask, False) for name, mask in prompts.spans.items()}
-    return Tokens(real, generated, last, past >= given.shape[1] or bool(real.all()), spans)
+    def __init__(self, board: Board, item: Intervention) -> None:
+        self._board, self._apply = board, item.apply
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        return self._apply(raw, self._board._tokens or self._board._here())
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._apply(output, self._board._tokens or self._board._here())
+        return (self(output[0]), *output[1:])
+
+
+#: Boards with hooks, by id, and what keeps compiled code from running while there are any.
+_HOOKED: set[int] = set()
+_EAGER = contextlib.ExitStack()
+
+
+def _eager_while_hooked(board: Board, hooked: bool) -> None:
+    """Run networks without torch.compile's code while any has hooks of ours.
+
+    Compiled code knows nothing of hooks that came after it, and what is compiled with hooks keeps them (torch does not
+    guard on hooks, see `skip_nnmodule_hook_guards`): steering would silently do nothing, or never end.
+    """
+    before = bool(_HOOKED)
+    (_HOOKED.add if hooked else _HOOKED.discard)(id(board))
+    if _HOOKED and not before:
+        _EAGER.enter_context(torch.compiler.set_stance("force_eager"))
+    elif before and not _HOOKED:
+        _EAGER.close()
 
 
 def _apply(item: Intervention, h: Tensor, part: slice | None, tokens: Tokens) -> Tensor:
     if part is None:
         return item.apply(h, tokens)
-    new = item.apply(h[..., part], tokens)
-    return torch.cat([h[..., : part.start], new, h[..., part.stop :]], -1)
+    piece = h[..., part]
+    new = item.apply(piece, tokens)
+    return h if new is piece else torch.cat([h[..., : part.start], new, h[..., part.stop :]], -1)
 
 
 def _chain(steps: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    if len(steps) == 1:
+        return steps[0]
+
     def change(h: Tensor) -> Tensor:
         for step in steps:
             h = step(h)
@@ -380,11 +365,10 @@ def _input_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 def _output_hook(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        h = output if isinstance(output, Tensor) else output[0]
-        new = change(h)
-        if new is h:
-            return None
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        if isinstance(output, Tensor):
+            return change(output)
+        new = change(output[0])
+        return None if new is output[0] else (new, *output[1:])
 
     return hook
 

@@ -32,10 +32,11 @@ from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
 from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
-from reprobe.model.hooks import Prompts, Tokens, board_of, follow, observe
+from reprobe.model.hooks import board_of, follow, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
 from reprobe.model.monitor import DirectionLike, Monitor, checked
 from reprobe.model.packs import BUDGET, Layout, Packing, Plan, lay_out, plan_packs
+from reprobe.model.passes import PackedTokens, Prompts
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
 from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
 from reprobe.progress import Progress, silent
@@ -183,6 +184,11 @@ class LanguageModel:
     def context(self) -> int | None:
         """The longest prompt in tokens, None where the architecture sets no limit."""
         return self.architecture.context(self.net.config)
+
+    @property
+    def _vocabulary(self) -> int:
+        """Rows of the input embedding: token ids are below it."""
+        return int(self.net.get_input_embeddings().weight.shape[0])
 
     @property
     def identity(self) -> ModelIdentity:
@@ -401,8 +407,9 @@ class LanguageModel:
 
         One list of continuations per prompt → one float64 array per prompt. A continuation is tokenised together
         with its prompt and found again by character offsets, so a token that straddles the seam counts as the
-        continuation's. For interventions the continuation's tokens count as generated. A leading blank belongs to
-        the continuation. Beginnings that texts share are computed once, where the architecture allows it.
+        continuation's. For interventions the continuation's tokens count as generated, and what differs from prompt to
+        prompt (a gate, a strength per row) is the prompt's. A leading blank belongs to the continuation. Beginnings
+        that texts share are computed once, where the architecture allows it.
         `batch_tokens` bounds the tokens of one forward pass. Raises `PromptTooLong`.
         """
         self._need_decoder("logprobs")
@@ -412,7 +419,8 @@ class LanguageModel:
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
         rows = self._continue([(batch[i], c) for i, c in flat])
-        scores = (each.mean() if mean else each.sum() for each in self._scores(rows, batch_tokens))
+        each = self._scores(rows, np.asarray([i for i, _ in flat]), len(batch), batch_tokens)
+        scores = (own.mean() if mean else own.sum() for own in each)
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
 
     @torch.no_grad()
@@ -427,22 +435,36 @@ class LanguageModel:
         scored = [replace(row, suffix=1) for row in rows if len(row.ids) > 1]
         if not scored:
             raise UsageError("perplexity needs a text of two tokens or more")
-        return float(np.exp(-np.concatenate(self._scores(scored, batch_tokens)).mean()))
+        each = self._scores(scored, np.arange(len(scored)), len(scored), batch_tokens)
+        return float(np.exp(-np.concatenate(each).mean()))
 
-    def _scores(self, rows: Sequence[TokenisedText], batch_tokens: int | None) -> list[Float[np.ndarray, " tokens"]]:
-        """Log-probability of each token of each row from `suffix` on, in float64."""
-        # A token's role is made a part of its number: only tokens of one role can be one place of a tree.
-        numbers = np.concatenate([r.ids * len(_Role) + _roles(r) for r in rows])
+    def _scores(
+        self, rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"], n_prompts: int, batch_tokens: int | None
+    ) -> list[Float[np.ndarray, " tokens"]]:
+        """Log-probability of each of a row's tokens from `suffix` on, in float64; row i is of prompt `prompt[i]`."""
+        board = board_of(self)
+        # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
+        # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
+        sequences, sequence = _beginnings(rows, prompt) if board.by_prompt else ([], np.zeros(len(rows), np.int64))
+        vocabulary = self._vocabulary
+        numbers = np.concatenate(
+            [(r.ids + s * vocabulary) * len(_Role) + _roles(r) for r, s in zip(rows, sequence, strict=True)]
+        )
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(numbers, starts, budget=batch_tokens)
         out = [np.zeros(0)] * len(rows)
+        memory: dict[Any, Any] = {}
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
-            roles = torch.from_numpy(layout.ids % len(_Role)).to(self.device)
-            layout = replace(layout, ids=layout.ids // len(_Role))
-            real = torch.from_numpy(layout.real).to(self.device)
-            generated, last = real & (roles == _Role.GENERATED), real & (roles >= _Role.LAST)
-            with board_of(self).told(Tokens(real, generated, last, bool(layout.real.all()), {})):
+            told = PackedTokens(
+                at=self._put(layout.at),
+                of=self._put(np.repeat(prompt[plan.pack(k)], np.diff(layout.starts))),
+                n_prompts=n_prompts,
+                memory=memory,
+                **self._roles_of(layout, sequences),
+            )
+            layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
+            with board.told(told):
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
             prompts = plan.pack(k)
             # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
@@ -458,13 +480,32 @@ class LanguageModel:
                 out[p] = own
         return out
 
+    def _roles_of(self, layout: Layout, sequences: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """What the numbers of a pack's tokens in `_scores` say besides their ids, as `PackedTokens` takes it."""
+        roles = layout.ids % len(_Role)
+        out: dict[str, Any] = {
+            "real": self._put(layout.real),
+            "generated": self._put(layout.real & (roles == _Role.GENERATED)),
+            "last": self._put(layout.real & (roles >= _Role.LAST)),
+            "positions": self._put(layout.positions),
+            "trivial": bool(layout.real.all()),
+        }
+        if sequences:
+            sequence = layout.ids // (len(_Role) * self._vocabulary)
+            prompt, lengths = np.asarray(sequences, np.int64).T
+            out["sequence"] = self._put(sequence)
+            out["prompt"], out["lengths"] = self._put(prompt[sequence]), self._put(lengths[sequence])
+        return out
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
     def _token_logprobs(
         self, states: Float[Tensor, "places d_model"], which: np.ndarray, targets: np.ndarray
     ) -> Float[np.ndarray, " tokens"]:
         """Log-probability of each target token after the state `which` of those given, in float64."""
         out = np.zeros(len(targets))
-        vocabulary = int(self.net.get_input_embeddings().weight.shape[0])
-        step = max(1, _LOGITS_AT_ONCE // vocabulary)
+        step = max(1, _LOGITS_AT_ONCE // self._vocabulary)
         for start in range(0, len(states), step):
             logits = self.unembed(states[start : start + step]).float()
             here = np.flatnonzero((which >= start) & (which < start + step))
@@ -597,8 +638,7 @@ class LanguageModel:
         """
         limit = tolerance if tolerance is not None else (1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05)
         generator = torch.Generator().manual_seed(seed)
-        vocab = int(self.net.get_input_embeddings().weight.shape[0])
-        ids = torch.randint(0, vocab, (2, 7), generator=generator).to(self.device)
+        ids = torch.randint(0, self._vocabulary, (2, 7), generator=generator).to(self.device)
         every = [Site(p) for p in MODEL_PARTS]
         every += [Site(p, i) for i, have in enumerate(self.parts.of_layer) for p in LAYER_PARTS if p in have]
         batch = Encoded(ids, torch.ones_like(ids, dtype=torch.bool), {})
@@ -682,6 +722,17 @@ def _roles(row: TokenisedText) -> np.ndarray:
     roles[: row.suffix] = _Role.PROMPT
     roles[row.suffix - 1] = _Role.LAST
     return roles
+
+
+def _beginnings(
+    rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"]
+) -> tuple[list[tuple[int, int]], Int[np.ndarray, " rows"]]:
+    """The distinct prompts as tokens, each as (prompt, tokens), and the number of each row's."""
+    found: dict[tuple[int, bytes], int] = {}
+    number = [
+        found.setdefault((int(p), r.ids[: r.suffix].tobytes()), len(found)) for r, p in zip(rows, prompt, strict=True)
+    ]
+    return [(p, len(ids) // rows[0].ids.itemsize) for p, ids in found], np.asarray(number, np.int64)
 
 
 def _is_chat(prompt: Any) -> bool:

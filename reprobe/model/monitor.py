@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reprobe.errors import UsageError
-from reprobe.model.hooks import Observer, Pass, Prompts
+from reprobe.model.hooks import Observer
 from reprobe.model.identity import ModelIdentity
+from reprobe.model.passes import Pass, Prompts
 from reprobe.model.sites import Site
 
 if TYPE_CHECKING:

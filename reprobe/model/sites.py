@@ -9,6 +9,7 @@ description.
 import difflib
 import functools
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -72,6 +73,13 @@ class Site:
     def _text(self) -> str:
         layer = "" if self.layer is None else f"@{self.layer}"
         return self.part + layer + ("" if self.unit is None else f".{self.unit}")
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Where it lies on a token's way through the model: smaller comes first. Units of one vector are equal."""
+        if self.layer is None:
+            return (-1, 0) if self.part == "embed" else (sys.maxsize, 0)
+        return self.layer, LAYER_PARTS.index(self.part)
 
     @property
     def whole(self) -> "Site":

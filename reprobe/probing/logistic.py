@@ -10,9 +10,9 @@ penalty on the weights of z is the penalty u²·v² on the weights v = w / u of 
 problems of a site share one matrix, and what is computed from it.
 
 Only the float64 gradient decides where a problem ends, so steps may be rough:
-- narrow sites, Newton's: the Hessian of each problem by Cholesky, all in one batch, used again while the gradient falls
+- few numbers, Newton's: the Hessian of each problem by Cholesky, all in one batch, used again while the gradient falls
   fast;
-- wide sites, L-BFGS for all problems at once in float32 (`lbfgs`), in rounds about points known in float64,
+- many, L-BFGS for all problems at once in float32 (`lbfgs`), in rounds about points known in float64,
   preconditioned by the eigenvectors of the site's Gram matrix (of rows or of features, whichever are fewer), which are
   computed once for all labels, folds and penalties.
 On a processor, sites are shared out over threads.
@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
@@ -40,8 +40,12 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 NEAR = 1e-6
 #: … or when the largest component of the gradient is below this: optimal weights may be 0.
 FLAT = 1e-10
-#: Sites up to this wide are solved by Cholesky factors. Measured: from about here L-BFGS is faster.
-NARROW = 256
+#: Up to this many products in a Hessian, rows × width², Newton's method is faster than L-BFGS. Measured.
+FEW = 1 << 20
+#: Numbers of the rows' probabilities from which on a site is solved by itself: fewer cost little beside the calls.
+_BESIDE = 1 << 14
+#: Problems that use at most this share of the rows are solved on their own rows.
+_SPARSE = 0.6
 #: The Hessian is formed anew when a step leaves more than this share of the gradient.
 _STALE = 0.2
 _MAX_STEPS = 200
@@ -94,19 +98,35 @@ def solve_many(
     problems = max(len(y), len(omega), penalty.shape[-1] if penalty.ndim else 1)
     y, omega = y.expand(problems, n).T, omega.expand(problems, n).T
     penalty = penalty.expand(sites, problems)
+    sets = _row_sets(omega)
+    newton = n * (width + 1) ** 2 <= FEW
 
     def solve(at: slice) -> list[Tensor]:
-        shared = _Shared.of(X[at])
-        lines = len(shared.mean)
-        per_problem = lines * (n + width if width > NARROW else n + width**2)
-        found = [
-            _solve_chunk(shared, y[:, part], omega[:, part], penalty[at, part])
-            for part in _chunks(problems, 4 * _room(X) // per_problem)
-        ]
-        return [torch.cat(one, dim=1) for one in zip(*found, strict=True)]
+        found = []
+        for rows, of in sets:
+            shared = _Shared.of(X[at] if rows is None else X[at][:, rows])
+            lines, used = shared.A.shape[:2]
+            per_problem = lines * (used + width**2 if newton else used + width)
+            for part in _chunks(len(of), 4 * _room(X) // per_problem):
+                own = of[part]
+                labels, weight = (a[:, own] if rows is None else a[rows][:, own] for a in (y, omega))
+                found.append(_solve_chunk(shared, labels, weight, penalty[at][:, own], newton))
+        return [torch.cat(one, dim=1)[:, back] for one in zip(*found, strict=True)]
 
-    parts = _shared_out(solve, _chunks(sites, 1 if width > NARROW else _room(X) // (n * (width + 1))), X.device)
+    back = torch.argsort(torch.cat([of for _, of in sets]))
+    largest = max((n if rows is None else len(rows)) * len(of) for rows, of in sets)
+    together = _room(X) // (n * (width + 1)) if newton else _BESIDE // largest
+    parts = _shared_out(solve, _chunks(sites, together), X.device)
     return Fits(*(torch.cat(one) for one in zip(*parts, strict=True)))
+
+
+def _row_sets(omega: Float[Tensor, "rows problems"]) -> list[tuple[Tensor | None, Int[Tensor, " problems"]]]:
+    """The problems to be solved over the same rows (None: all): rows that weigh nothing cost as much as others, but few
+    are worth a matrix of their own."""
+    sets, of = torch.unique(omega.T > 0, dim=0, return_inverse=True)
+    if len(sets) == 1 or sets.double().mean(1).max() > _SPARSE:
+        return [(None, torch.arange(omega.shape[1], device=omega.device))]
+    return [(rows.nonzero()[:, 0], (of == k).nonzero()[:, 0]) for k, rows in enumerate(sets)]
 
 
 def _shared_out(
@@ -150,6 +170,7 @@ class _Shared:
     A: Float[Tensor, "sites rows width+1"]
     mean: Float[Tensor, "sites width"]
     scale: Float[Tensor, "sites width"]
+    constant: Bool[Tensor, "sites width"]
 
     @classmethod
     def of(cls, X: Float[Tensor, "sites rows width"]) -> "_Shared":
@@ -158,9 +179,10 @@ class _Shared:
         mean = x.mean(1)
         x -= mean[:, None]
         scale = x.square().mean(1).sqrt()
-        scale = torch.where(constant_features(scale.square(), mean, x.shape[1]), 1.0, scale)
+        constant = constant_features(scale.square(), mean, x.shape[1])
+        scale = torch.where(constant, 1.0, scale)
         x /= scale[:, None]
-        return cls(A, mean, scale)
+        return cls(A, mean, scale, constant)
 
 
 def constant_features(variance: Array, mean: Array, n: Any) -> Array:
@@ -179,6 +201,9 @@ class _Own:
     @classmethod
     def of(cls, shared: _Shared, omega: Float[Tensor, "rows problems"]) -> "_Own":
         x, total = shared.A[..., :-1], omega.sum(0)
+        if bool((omega == 1).all()):  # the very rows that A is standardised by
+            zero = torch.zeros_like(shared.mean)
+            return cls(*(a[..., None].expand(*a.shape, len(total)) for a in (zero, zero + 1, shared.constant)))
         m = x.mT @ omega / total
         variance = x.square().mT @ omega / total - m.square()
         # The difference of two nearly equal numbers has few digits left: there, sum squares about the mean.
@@ -209,6 +234,7 @@ def _solve_chunk(
     y: Float[Tensor, "rows problems"],
     omega: Float[Tensor, "rows problems"],
     C: Float[Tensor, "sites problems"],
+    newton: bool,
 ) -> tuple[Tensor, ...]:
     """The arrays of `Fits`."""
     own = _Own.of(shared, omega)
@@ -216,7 +242,7 @@ def _solve_chunk(
     ridge = torch.where(own.constant, 1e8 * omega.sum(0), own.u.square() / C[:, None])
     task = _Task(shared.A, y.contiguous(), omega.contiguous(), pad(ridge, (0, 0, 0, 1)), C, own)
     theta = torch.zeros_like(task.ridge)
-    if shared.mean.shape[1] <= NARROW:
+    if newton:
         theta, gradient, error = _newton(task, theta)
     else:
         theta, gradient, error = _rounds(task, theta)
@@ -358,32 +384,34 @@ class _Cholesky:
 
 
 def _rounds(task: _Task, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_newton`, of one site, by rounds of L-BFGS."""
-    best, condition, A = _Best(theta), Preconditioner(task.A[0]), task.A[0].float()
+    """As `_newton`, by rounds of L-BFGS."""
+    best, condition, A = _Best(theta), Preconditioner(task.A), task.A.float()
     number = torch.arange(theta.shape[-1], device=theta.device)
     for _ in range(_MAX_ROUNDS):
         margins = task.A @ theta
         p = torch.sigmoid(margins)
         gradient = task.gradient(theta, p)
-        kept = best.keep(task, number, theta, gradient)[0].nonzero()[:, 0]
+        running = best.keep(task, number, theta, gradient)
+        kept = running.any(0).nonzero()[:, 0]
         if not len(kept):
             break
-        number, task, theta = number[kept], task[kept], theta[..., kept]
-        margins, p, gradient = margins[..., kept], p[..., kept], gradient[..., kept]
-        enough = NEAR / 3 * task.own.weights(theta).norm(dim=1) / task.C
+        if len(kept) < len(number):
+            number, task, theta, running = number[kept], task[kept], theta[..., kept], running[:, kept]
+            margins, p, gradient = margins[..., kept], p[..., kept], gradient[..., kept]
+        enough = torch.maximum(_GAIN * gradient.norm(dim=1), 0.7 * NEAR * task.own.weights(theta).norm(dim=1) / task.C)
         about = Around(
             gradient=_lines(gradient),
             p=_lines(p),
-            q=_lines(torch.sigmoid(-margins)),
-            omega=_lines(task.omega[None]),
+            q=_lines(1 - p),
+            omega=_lines(task.omega.expand(margins.shape)),
             ridge=_lines(task.ridge),
             free=_lines(pad(~task.own.constant, (0, 0, 0, 1), value=True)),
             C=_lines(task.C[:, None]),
-            goal=torch.maximum(_GAIN * gradient.norm(dim=1), enough)[0].float(),
+            goal=torch.where(running, enough, torch.inf).float(),
         )
-        theta = theta + descend(A, about, condition).T.double()
+        theta = theta + descend(A, about, condition).mT.double()
     return best.theta, best.gradient, best.error
 
 
-def _lines(array: Float[Tensor, "1 any problems"]) -> Float[Tensor, "problems any"]:
-    return array[0].T.float().contiguous()
+def _lines(array: Float[Tensor, "sites any problems"]) -> Float[Tensor, "sites problems any"]:
+    return array.mT.float().contiguous()

@@ -28,7 +28,7 @@ class Shuffled:
         label = pl.Series("label", np.where(flip == 1, 1 - store.index["label"], store.index["label"]))
         self.index = store.index.with_columns(label)
         self.sites, self.parts, self.manifest = store.sites, store.parts, store.manifest
-        self.unit_width, self.read = store.unit_width, store.read
+        self.width, self.read = store.width, store.read
 
 
 def test_a_logistic_reader_tells_true_from_false_statements_it_has_not_seen(truth):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
-from reprobe.control import Effect, edits_in
+from reprobe.control import EditEffect, edits_in
 from reprobe.control.edits import Matrix
 from reprobe.errors import (
     ArtifactExists,
@@ -206,7 +206,7 @@ def test_keeping_originals_is_settled_before_the_first_edit(fresh):
 def test_an_edit_saves_and_loads_whole(fresh, tmp_path):
     lm = fresh()
     edit = random_edit(
-        lm, facts=(FACT,), effects=(Effect(0.001, 0.9),), after=("ab" * 32,), provenance={"method": "by hand"}
+        lm, facts=(FACT,), effects=(EditEffect(0.001, 0.9),), after=("ab" * 32,), provenance={"method": "by hand"}
     )
     edit.save(tmp_path / "e.safetensors")
     again = rp.WeightEdit.load(tmp_path / "e.safetensors")

@@ -46,7 +46,7 @@ def recipe(store, ranking, C=0.1, sigma_over_all=False):
     found = {}
     for site in ranking.sites:
         whole = np.asarray(store.read(site.whole), dtype=np.float64)
-        width = store.unit_width("attn.heads")
+        width = store.width(site)
         X = whole[:, site.unit * width : (site.unit + 1) * width]
         mean, std = X[train].mean(axis=0), X[train].std(axis=0)
         w, b = newton((X[train] - mean) / std, y[train], C)
@@ -97,7 +97,7 @@ def test_the_recipe_holds_for_the_heads_of_a_model(family, tiny_lm, tmp_path):
     for ranking in iti.head_ranking(store, probe=LogisticReader(C=1.0)):
         agree(store, ranking, C=1.0)
         assert ranking.top(1)[0].identity == lm.identity
-        assert ranking.top(1)[0].width == store.unit_width("attn.heads")
+        assert ranking.top(1)[0].width == store.width(ranking.top(1)[0].site)
 
 
 def test_questions_are_dealt_to_two_folds_and_each_development_fold_80_to_20():

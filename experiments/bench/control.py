@@ -1,0 +1,240 @@
+"""Generation with one direction added at every block, against no steering and against other libraries, in turn.
+
+    uv run --group bench python experiments/bench/control.py [--models M …] [--tokens N] [--repeats N] [--json F] …
+
+Enters: names of models. Leaves: JSON and Markdown with each claim, its target, the measured ratio, and the tokens/s of
+every side, on the machine at hand. Run it on an idle machine: the differences are a few hundredths of a second. All
+sides generate greedily through `lm.generate`, each on its own network of the same weights in memory, and must write the
+same text (those that are steered); peers that are not installed or do not run are left out with a line that says so.
+Steering is entered and left within the time that counts.
+
+one     one prompt at a time
+eight   eight prompts of unequal length, padded
+"""
+
+import argparse
+import copy
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers import does_not_run, float_of_numpy_1
+from race import Side, Timing, race
+from record import Claim, Work, as_json, as_markdown, machine
+
+import reprobe as rp
+from reprobe.provenance import write_durably
+
+UNSTEERED, OURS, FLOOR = "unsteered", "reprobe", "bare hooks that add"
+PEERS = ("repeng", "steering-vectors")
+PROMPTS = {
+    "one": ["The city of Paris is in"],
+    "eight": [
+        "The city of Paris is in",
+        "She opened the letter and",
+        "On",
+        "The library opens at nine in the morning, and on Saturdays",
+        "Water boils when",
+        "My friend told me yesterday that he had never seen the sea, so we",
+        "Once upon a time",
+        "Two trains leave",
+    ],
+}
+#: What is added is this share of a typical row's length: enough to change the text, little enough to leave one.
+SHARE = 0.02
+
+
+def directions(lm: rp.LanguageModel) -> list[rp.Direction]:
+    """One random direction per block, whose step has `SHARE` of the median row's length there."""
+    sites = lm.sites("resid.post@*")
+    seen = rp.capture(lm, lm.inputs(lm.encode(PROMPTS["eight"][3])), sites)
+    rng = np.random.default_rng(0)
+    lengths = [float(seen[site][0].norm(dim=-1).median()) for site in sites]
+    return [
+        rp.Direction.from_vector(site, rng.normal(size=lm.d_model), scale=SHARE * length)
+        for site, length in zip(sites, lengths, strict=True)
+    ]
+
+
+def twin(lm: rp.LanguageModel) -> rp.LanguageModel:
+    """Another network of the same weights in memory, which a peer may change."""
+    memo = {id(t): t for t in (*lm.net.parameters(), *lm.net.buffers())}
+    return rp.LanguageModel(copy.deepcopy(lm.net, memo), lm.tokenizer, name=lm.name)
+
+
+def reprobe_side(lm: rp.LanguageModel, found: Sequence[rp.Direction]) -> Callable[..., list[str]]:
+    items = [rp.Add(d) for d in found]
+
+    def generate(*args, **options):
+        with rp.steer(lm, *items):
+            return lm.generate(*args, **options)
+
+    return generate
+
+
+def bare_side(lm: rp.LanguageModel, found: Sequence[rp.Direction]) -> Callable[..., list[str]]:
+    """The least that can be done: no pads, no caches, no checks."""
+    own = twin(lm)
+    steps = [torch.tensor(d.step, dtype=own.dtype, device=own.device) for d in found]
+
+    def generate(*args, **options):
+        blocks = own.architecture.blocks(own.net)
+        handles = [
+            block.register_forward_hook(lambda module, inputs, out, step=step: out + step)
+            for block, step in zip(blocks, steps, strict=True)
+        ]
+        try:
+            return own.generate(*args, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return generate
+
+
+def repeng_side(lm: rp.LanguageModel, found: Sequence[rp.Direction]) -> Callable[..., list[str]]:
+    own = twin(lm)
+    with float_of_numpy_1():
+        control = importlib.import_module("repeng.control")
+        importlib.import_module("repeng.extract")
+    layers = list(range(own.n_layers))
+    model = control.ControlModel(own.net, layers)
+    steps = {k: torch.tensor(d.step, dtype=own.dtype, device=own.device) for k, d in zip(layers, found, strict=True)}
+
+    def generate(*args, **options):
+        model.set_raw_control(steps)
+        try:
+            return own.generate(*args, **options)
+        finally:
+            model.reset()
+
+    return generate
+
+
+def steering_vectors_side(lm: rp.LanguageModel, found: Sequence[rp.Direction]) -> Callable[..., list[str]]:
+    from steering_vectors import SteeringVector
+
+    own = twin(lm)
+    vector = SteeringVector(
+        {k: torch.tensor(d.step, dtype=own.dtype, device=own.device) for k, d in enumerate(found)}, "decoder_block"
+    )
+
+    def generate(*args, **options):
+        with vector.apply(own.net):
+            return own.generate(*args, **options)
+
+    return generate
+
+
+SIDES = {OURS: reprobe_side, FLOOR: bare_side, "repeng": repeng_side, "steering-vectors": steering_vectors_side}
+
+
+def work_of(model: str, name: str, tokens: int, repeats: int) -> Work:
+    """The race of all sides over `tokens` new tokens of each prompt of a work."""
+    lm = rp.LanguageModel.load(model, dtype="float32")
+    found, prompts = directions(lm), PROMPTS[name]
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    work = Work(
+        f"{name}, {tokens} new tokens",
+        model,
+        f"Greedy generation of {tokens} new tokens for {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}, a "
+        f"direction added at each of the {lm.n_layers} blocks.",
+    )
+    runs: dict[str, Callable[..., list[str]]] = {UNSTEERED: lm.generate}
+    for side, make in SIDES.items():
+        if side in PEERS:
+            try:
+                importlib.metadata.version(side)
+            except importlib.metadata.PackageNotFoundError:
+                work.notes.append(f"{side}: not installed (uv run --group bench …).")
+                continue
+        try:
+            runs[side] = make(lm, found)
+            texts = runs[side](prompts, **options)
+        except Exception as e:  # a peer that breaks with these versions is a result, not an end
+            if side not in PEERS:
+                raise
+            work.notes.append(f"{side} {does_not_run(e)}.")
+            del runs[side]
+            continue
+        if side == OURS:
+            steered = texts
+            same = steered == lm.generate(prompts, **options)
+            work.notes.append("Steering does not change the text: choose a larger share." if same else "")
+        elif texts != steered:
+            work.notes.append(f"{side} writes another text than reprobe does.")
+    work.notes = [note for note in work.notes if note]
+    count = tokens * len(prompts)
+    sides = [Side(side, lambda run=run: run(prompts, **options), count) for side, run in runs.items()]
+    timings = race(sides, repeats, tidy=gc.collect, say=say)
+    work.timings = list(timings.values())
+    base, ours = timings[UNSTEERED], timings[OURS]
+    work.claims.append(Claim("tokens/s against unsteered", base.best / ours.best, "≥", 0.98))
+    for peer in PEERS:
+        if peer in timings:
+            share = overhead(ours, base) / overhead(timings[peer], base)
+            work.claims.append(Claim(f"overhead against {peer}'s", share, "≤", 0.5))
+    work.facts["overhead"] = {side: round(overhead(t, base), 4) for side, t in timings.items()}
+    work.facts["overhead, median over rounds"] = {
+        side: round(statistics.median(a / b for a, b in zip(t.seconds, base.seconds, strict=True)) - 1, 4)
+        for side, t in timings.items()
+    }
+    shown = ", ".join(f"{side} {100 * x:.1f} %" for side, x in work.facts["overhead"].items() if side != UNSTEERED)
+    work.notes.append(f"Overhead over unsteered, fastest rounds: {shown}.")
+    return work
+
+
+def overhead(timing: Timing, base: Timing) -> float:
+    """Extra time as a share of the unsteered time; at least a tenth of a per mille, which is as good as none."""
+    return max(timing.best / base.best - 1, 1e-4)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no side asks a hub for anything
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m"])
+    parser.add_argument("--work", nargs="+", choices=list(PROMPTS), default=list(PROMPTS))
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    chosen = parser.parse_args()
+    shown = ["--models", *chosen.models, "--work", *chosen.work, "--tokens", str(chosen.tokens)]
+    about = {
+        "command": " ".join(
+            ["uv run --group bench python experiments/bench/control.py", *shown, "--repeats", str(chosen.repeats)]
+        ),
+        "machine": machine(),
+        "repeats": chosen.repeats,
+        "load": [os.getloadavg()[0]] * 2,
+        "left out": [],
+    }
+    done = []
+    for model in chosen.models:
+        for name in chosen.work:
+            say(f"== {name}, {model}")
+            done.append(work_of(model, name, chosen.tokens, chosen.repeats))
+            about["load"][1] = os.getloadavg()[0]
+            record = as_json(done, about)
+            if chosen.json is not None:
+                write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+            if chosen.markdown is not None:
+                write_durably(chosen.markdown, as_markdown(record, "Control").encode())
+    print(as_markdown(record, "Control"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
