@@ -10,13 +10,11 @@ The way of the data, station by station:
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
                 (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
                 (compare: several readers in the same folds; LEACE: a concept erased)
-    control     steer with Add, Ablate, Affine: a direction (or a map) put back into the model
-    evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
-                multiple_choice: TruthfulQA's MC1, MC2, MC3
-                (LEACE: a concept erased)
     control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
                 bundles them: a direction (or a map, or activations) put back into the model
-    evaluation  dose_response, divergence: what that does
+                WeightEdit, edited, ledger_of: weights changed, and changed back (made by reprobe.methods.rome, memit)
+    evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
+                multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
 
 Importing reprobe loads no model library; names are fetched when they are first used.
@@ -38,7 +36,13 @@ if TYPE_CHECKING:
         Scale,
         Scope,
         Steering,
+        WeightEdit,
         When,
+        apply_edits,
+        edited,
+        export_edited,
+        ledger_of,
+        load_edited,
         steer,
     )
     from reprobe.errors import ReprobeError
@@ -86,7 +90,7 @@ if TYPE_CHECKING:
         push,
         transfer,
     )
-    from reprobe.prompts import Position, PromptSet
+    from reprobe.prompts import Fact, Position, PromptSet
     from reprobe.report import write_report
     from reprobe.store import ActivationStore
 
@@ -105,6 +109,7 @@ _HOME = {
     "Comparison": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "Fact": "prompts",
     "KSparseReader": "probing",
     "LDAReader": "probing",
     "LEACE": "probing",
@@ -138,15 +143,21 @@ _HOME = {
     "TTPDReader": "probing",
     "TransferGrid": "probing",
     "Tuned": "evaluation",
+    "WeightEdit": "control",
     "When": "control",
+    "apply_edits": "control",
     "capture": "model",
     "compare": "probing",
     "divergence": "evaluation",
     "dose_response": "evaluation",
+    "edited": "control",
+    "export_edited": "control",
     "extract": "extraction",
     "extract_on_ray": "extraction",
     "import_vllm": "extraction",
     "intervene": "model",
+    "ledger_of": "control",
+    "load_edited": "control",
     "log_odds": "evaluation",
     "multiple_choice": "evaluation",
     "observe": "model",
@@ -178,6 +189,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Comparison",
     "Contrast",
     "Direction",
+    "Fact",
     "KSparseReader",
     "LDAReader",
     "LEACE",
@@ -211,15 +223,21 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "TTPDReader",
     "TransferGrid",
     "Tuned",
+    "WeightEdit",
     "When",
+    "apply_edits",
     "capture",
     "compare",
     "divergence",
     "dose_response",
+    "edited",
+    "export_edited",
     "extract",
     "extract_on_ray",
     "import_vllm",
     "intervene",
+    "ledger_of",
+    "load_edited",
     "log_odds",
     "multiple_choice",
     "observe",

@@ -1,9 +1,12 @@
-"""Control: directions, maps and activations put back into a model (operator × site × scope × gate)."""
+"""Control: directions, maps and activations put into a model (operator × site × scope × gate); edits of weights."""
 
 from reprobe.control.along import Ablate, Add, Clamp, Scale
 from reprobe.control.bundle import Steering
+from reprobe.control.edited_model import edits_in, export_edited, load_edited, save_edits
+from reprobe.control.edits import EditEffect, WeightEdit
 from reprobe.control.effects import Done, Effect
 from reprobe.control.gates import When
+from reprobe.control.ledger import EditLedger, apply_edits, edited, ledger_of
 from reprobe.control.maps import Affine, LowRank
 from reprobe.control.operators import Operator
 from reprobe.control.scopes import Scope
@@ -16,6 +19,8 @@ __all__ = [
     "Affine",
     "Clamp",
     "Done",
+    "EditEffect",
+    "EditLedger",
     "Effect",
     "LowRank",
     "Noise",
@@ -24,6 +29,14 @@ __all__ = [
     "Scale",
     "Scope",
     "Steering",
+    "WeightEdit",
     "When",
+    "apply_edits",
+    "edited",
+    "edits_in",
+    "export_edited",
+    "ledger_of",
+    "load_edited",
+    "save_edits",
     "steer",
 ]

@@ -184,6 +184,18 @@ class Architecture:
         scale = self.row.residual_scale(net.config) if site.part in ("attn.out", "mlp.out") else 1.0
         return Tap(_find(block, place.path, self.family), place.side, scale, place.flat)
 
+    def projection(self, net: Any, layer: int) -> nn.Module:
+        """The down projection of block `layer`, which reads `mlp.neurons`. Raises `UnknownSite` if it has none."""
+        return self.tap(net, Site("mlp.neurons", layer)).module
+
+    def after_projection(
+        self, net: Any, layer: int, raw: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        """`mlp.out` of block `layer`, given what its down projection returns: after the post-norm, if there is one."""
+        tap = self.tap(net, Site("mlp.out", layer))
+        out: Tensor = tap.module(raw) if self.post_norms else raw
+        return out * tap.scale
+
     def width(self, net: Any, site: Site) -> int:
         """Components of the vector at `site`: of one head or neuron, where the site is narrowed to one."""
         if site.part == "mlp.neurons":

@@ -400,9 +400,10 @@ class LanguageModel:
         prompts: Prompt | Sequence[Prompt],
         continuations: Sequence[str] | Sequence[Sequence[str]],
         *,
+        mean: bool = False,
         batch_tokens: int | None = None,
     ) -> list[np.ndarray]:
-        """Log-probability (nats) of continuations, summed over their tokens.
+        """Log-probability (nats) of continuations, summed over their tokens, or with `mean` averaged over them.
 
         One list of continuations per prompt → one float64 array per prompt. A continuation is tokenised together
         with its prompt and found again by character offsets, so a token that straddles the seam counts as the
@@ -418,13 +419,29 @@ class LanguageModel:
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
         rows = self._continue([(batch[i], c) for i, c in flat])
-        scores = iter(self._scores(rows, np.asarray([i for i, _ in flat]), len(batch), batch_tokens))
+        each = self._scores(rows, np.asarray([i for i, _ in flat]), len(batch), batch_tokens)
+        scores = (own.mean() if mean else own.sum() for own in each)
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
+
+    @torch.no_grad()
+    def perplexity(self, texts: str | Sequence[str], *, batch_tokens: int | None = None) -> float:
+        """exp of the mean surprisal (nats) per token of texts, each token given those of its text before it.
+
+        A text's first token has nothing before it and does not count; a beginning-of-text token is such a first
+        token. Texts beyond the context are cut at its end. Raises `UsageError` if no text has two tokens.
+        """
+        self._need_decoder("perplexity")
+        rows = tokenise(self.tokenizer, _batch(texts), context=self.context, truncate="right")
+        scored = [replace(row, suffix=1) for row in rows if len(row.ids) > 1]
+        if not scored:
+            raise UsageError("perplexity needs a text of two tokens or more")
+        each = self._scores(scored, np.arange(len(scored)), len(scored), batch_tokens)
+        return float(np.exp(-np.concatenate(each).mean()))
 
     def _scores(
         self, rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"], n_prompts: int, batch_tokens: int | None
-    ) -> Float[np.ndarray, " rows"]:
-        """Summed log-probability of each row's tokens from `suffix` on; row i is of prompt `prompt[i]`."""
+    ) -> list[Float[np.ndarray, " tokens"]]:
+        """Log-probability of each of a row's tokens from `suffix` on, in float64; row i is of prompt `prompt[i]`."""
         board = board_of(self)
         # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
         # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
@@ -435,7 +452,7 @@ class LanguageModel:
         )
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(numbers, starts, budget=batch_tokens)
-        out = np.zeros(len(rows))
+        out = [np.zeros(0)] * len(rows)
         memory: dict[Any, Any] = {}
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
@@ -458,8 +475,9 @@ class LanguageModel:
             targets = layout.ids.ravel()[layout.at[asked]]
             states = hidden.last_hidden_state.flatten(0, 1)
             each = self._token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
-            owner = np.repeat(prompts, [len(rows[p].ids) - rows[p].suffix for p in prompts])
-            np.add.at(out, owner, each)
+            cuts = np.cumsum([len(rows[p].ids) - rows[p].suffix for p in prompts])[:-1]
+            for p, own in zip(prompts, np.split(each, cuts), strict=True):
+                out[p] = own
         return out
 
     def _roles_of(self, layout: Layout, sequences: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ tokenizer and a `Position` its `TokenTable`. Does not know models.
 
 from reprobe.prompts.catalog import bundled
 from reprobe.prompts.content import Format
+from reprobe.prompts.fact import Fact, Neighbour, facts_of
 from reprobe.prompts.facts import CounterFact, CounterFactFlat, KnownFacts, Relations
 from reprobe.prompts.formats import FORMATS, Table
 from reprobe.prompts.positions import Position
@@ -20,8 +21,10 @@ __all__ = [
     "CounterFactFlat",
     "Description",
     "Emotions",
+    "Fact",
     "Format",
     "KnownFacts",
+    "Neighbour",
     "Persona",
     "Position",
     "PromptSet",
@@ -35,6 +38,7 @@ __all__ = [
     "TruthfulQAChoices",
     "bundled",
     "concat",
+    "facts_of",
     "index_frame",
     "token_frame",
     "token_table",

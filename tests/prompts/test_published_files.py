@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reprobe.prompts import PromptSet
+from reprobe.prompts import PromptSet, facts_of
 
 FOLDER = os.environ.get("REPROBE_DATA")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="REPROBE_DATA does not name a folder with the published files")
@@ -70,3 +70,12 @@ def test_persona() -> None:
     told = load("persona/agreeableness.jsonl").describe()
     assert (told.prompts, told.pairs, told.labels) == (2000, 1000, {0: 1000, 1: 1000})
     assert told.spans["statement"] == 2000
+
+
+def test_counterfact_and_the_known_facts_are_facts_to_edit_and_to_trace() -> None:
+    edits = facts_of(load("counterfact/counterfact-edit-2000.json"))
+    assert len(edits) == 2000
+    assert all(f.new and f.true and f.paraphrases and f.neighbours for f in edits)
+    known = facts_of(load("counterfact/known_1000.json"))
+    assert len(known) == 1209
+    assert all(f.true and f.new is None for f in known)

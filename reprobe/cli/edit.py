@@ -1,0 +1,360 @@
+"""The verbs of `reprobe edit`: facts written into weights, taken out, counted and scored."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from reprobe.cli.app import (
+    AsJson,
+    Data,
+    Device,
+    Dtype,
+    Mismatch,
+    Model,
+    Overwrite,
+    Revision,
+    _load,
+    _refuse_existing,
+    _say,
+    _show,
+    _table,
+    app,
+    verb,
+)
+from reprobe.errors import UsageError
+
+edit_app = typer.Typer(help="Facts written into weights: ROME, MEMIT; apply, revert, list, eval.", no_args_is_help=True)
+app.add_typer(edit_app, name="edit")
+
+Text = Annotated[
+    str | None,
+    typer.Option(help="Ordinary text for the second moments: .txt, a data set file, hf:NAME; default: sampled."),
+]
+Tokens = Annotated[int, typer.Option(help="Tokens that the second moments are taken of.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N facts.")]
+Layers = Annotated[str | None, typer.Option(help="Blocks, e.g. 6,7,8 or 6-10; default: those known for the model.")]
+
+
+@verb(
+    'reprobe edit rome smollm2-135m --subject "Eiffel Tower" --prompt "The {} is in the city of" --target Rome '
+    "--to tower.safetensors",
+    on=edit_app,
+    name="rome",
+)
+def edit_rome(
+    model: Model,
+    subject: Annotated[str, typer.Option(help="What the fact is about.")],
+    prompt: Annotated[str, typer.Option(help="A text that stops where the object begins; {} is the subject.")],
+    target: Annotated[str, typer.Option(help="The new object.")],
+    to: Annotated[Path, typer.Option(help="The edit to write (.safetensors).")],
+    layer: Annotated[int | None, typer.Option(help="Block to edit; default: the one known for the model.")] = None,
+    original: Annotated[
+        bool, typer.Option("--original", help="The published form instead of r-ROME (see reprobe.methods.rome).")
+    ] = False,
+    text: Text = None,
+    tokens: Tokens = 40_000,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the edit that writes one fact, and say what it does. The model stays as it is: see `reprobe edit apply`."""
+    from reprobe.methods import rome
+    from reprobe.progress import terminal
+
+    _refuse_existing(to, overwrite)
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    with terminal() as progress:
+        edit = rome.edit(
+            lm,
+            subject=subject,
+            prompt=prompt,
+            target=target,
+            layer=layer,
+            moment=_text(text, tokens),
+            settings=rome.Settings(compat="rome" if original else None),
+            progress=progress,
+        )
+    edit.save(to, overwrite=overwrite)
+    _show(_told(edit) | {"saved": str(to)}, as_json)
+
+
+@verb("reprobe edit memit smollm2-135m facts --limit 20 --to edits", on=edit_app, name="memit")
+def edit_memit(
+    model: Model,
+    data: Data,
+    to: Annotated[Path, typer.Option(help="A new folder for the edits, one file a block.")],
+    layers: Layers = None,
+    limit: Limit = None,
+    null_space: Annotated[
+        bool, typer.Option("--null-space", help="AlphaEdit: write only where ordinary text does not.")
+    ] = False,
+    text: Text = None,
+    tokens: Tokens = 40_000,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the edits that write many facts at once, and say how many of them hold."""
+    from reprobe.control import save_edits
+    from reprobe.methods import memit
+    from reprobe.progress import terminal
+    from reprobe.prompts import facts_of
+
+    _refuse_existing(to, False)
+    facts = facts_of(data, limit=limit)
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    settings = memit.Settings(null_space=memit.NullSpace() if null_space else None)
+    with terminal() as progress:
+        edits = memit.edit(
+            lm, facts, layers=_layers(layers), moments=_text(text, tokens), settings=settings, progress=progress
+        )
+    save_edits(edits, to)
+    effects = edits[0].effects
+    _show(
+        {
+            "facts": len(facts),
+            "with an effect": sum(e.found for e in effects),
+            "probability before": sum(e.before for e in effects) / len(effects),
+            "probability after": sum(e.after for e in effects) / len(effects),
+            "edits": ", ".join(f"{e.parameter} (rank {e.rank}, norm {e.norm:.3g})" for e in edits),
+            "saved": str(to),
+        },
+        as_json,
+    )
+
+
+@verb("reprobe edit apply smollm2-135m tower.safetensors --to edited-model", on=edit_app, name="apply")
+def edit_apply(
+    model: Annotated[str, typer.Argument(help="The model the edits are for, or one that `edit apply` wrote.")],
+    edits: Annotated[list[Path], typer.Argument(help="Edits (.safetensors), or folders of them.")],
+    to: Annotated[Path, typer.Option(help="The folder to write: a transformers model that remembers its edits.")],
+    originals: Annotated[
+        bool, typer.Option(help="Keep the edited matrices as they were, so that reverting is exact.")
+    ] = True,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    allow_mismatch: Mismatch = False,
+) -> None:
+    """Put edits into a model and save it. Raises on edits of another model."""
+    from reprobe.control import apply_edits, edits_in, export_edited
+
+    _refuse_existing(to, False)
+    found = [edit for path in edits for edit in edits_in(path)]
+    lm = _open(model, dtype=dtype, device=device, revision=revision)
+    ledger = apply_edits(lm, found, allow_mismatch=allow_mismatch)
+    export_edited(lm, to, originals=originals)
+    _say(f"{to}: {lm.name} with {len(ledger.applied)} edits; take them out with `reprobe edit revert {to}`")
+
+
+@verb("reprobe edit revert edited-model --edit 3f2a --to model-again", on=edit_app, name="revert")
+def edit_revert(
+    model: Annotated[Path, typer.Argument(help="A folder that `reprobe edit apply` wrote.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    edit: Annotated[
+        list[str] | None, typer.Option(help="First letters of an edit's digest (see `list`); default: all edits.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Take edits out of a saved model, in any order, and save what is left."""
+    from reprobe.control import export_edited, ledger_of, load_edited
+
+    _refuse_existing(to, False)
+    lm = load_edited(model, dtype=dtype, device=device)
+    ledger = ledger_of(lm)
+    ledger.revert(edit or None)
+    export_edited(lm, to)
+    _say(f"{to}: {len(ledger.applied)} edits left")
+
+
+@verb("reprobe edit list edited-model", on=edit_app, name="list")
+def edit_list(
+    paths: Annotated[list[Path], typer.Argument(help="Edits, folders of edits, or models that `edit apply` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show edits: what they write, where, and what was measured."""
+    from reprobe.control import edits_in
+
+    found = [edit for path in paths for edit in edits_in(path)]
+    if as_json:
+        _table([_told(e) | {"provenance": dict(e.provenance), "base": e.base.to_json()} for e in found], True)
+        return
+    _table([{k: v for k, v in _told(e).items() if k != "parameter"} for e in found], False)
+
+
+@verb("reprobe edit moments smollm2-135m --sample 40000 --layers 5-10", on=edit_app, name="moments")
+def edit_moments(
+    model: Model,
+    layers: Layers = None,
+    sample: Annotated[int, typer.Option(help="Sample this many tokens from the model itself.")] = 40_000,
+    text: Text = None,
+    tokens: Annotated[int | None, typer.Option(help="With --text: at most this many tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the second moments that edits need, all blocks in one pass, into the cache (or find them there)."""
+    import numpy as np
+
+    from reprobe.methods import editing
+    from reprobe.methods.moments import Corpus, Sample, second_moments
+    from reprobe.progress import terminal
+
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    known = _layers(layers)
+    if known is None:
+        defaults = editing.default_layers(lm)
+        known = sorted({defaults.rome, *defaults.memit})
+    source = Sample(sample, seed) if text is None else Corpus.load(text, tokens=tokens)
+    with terminal() as progress:
+        found = second_moments(lm, known, source, progress=progress)
+    rows: list[dict[str, Any]] = []
+    for layer, moment in found.items():
+        eigenvalues = np.linalg.eigvalsh(moment.matrix)
+        rows.append(
+            {
+                "block": layer,
+                "tokens": moment.n,
+                "width": moment.width,
+                "mean eigenvalue": f"{eigenvalues.mean():.4g}",
+                "least": f"{eigenvalues[0]:.4g}",
+                "greatest": f"{eigenvalues[-1]:.4g}",
+                "digest": moment.digest[:12],
+            }
+        )
+    _table(rows, as_json)
+
+
+@verb("reprobe edit eval smollm2-135m facts --method rome --limit 20", on=edit_app, name="eval")
+def edit_eval(
+    model: Model,
+    data: Data,
+    method: Annotated[
+        Literal["rome", "memit", "finetune"], typer.Option(help="rome and finetune: one at a time; memit: together.")
+    ] = "rome",
+    limit: Limit = None,
+    layers: Layers = None,
+    original: Annotated[bool, typer.Option("--original", help="ROME as published.")] = False,
+    null_space: Annotated[bool, typer.Option("--null-space", help="MEMIT in AlphaEdit's null space.")] = False,
+    perplexity: Annotated[
+        str | None, typer.Option(help="Ordinary text whose perplexity is measured too: .txt, a data set, hf:NAME.")
+    ] = None,
+    write: Annotated[
+        int, typer.Option(help="Write a text of N tokens about each subject, without and with edits: fluency.")
+    ] = 0,
+    text: Text = None,
+    tokens: Tokens = 40_000,
+    to: Annotated[Path | None, typer.Option(help="Save one line per prompt here (.parquet).")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Edit every fact of a data set and score the edits: efficacy, paraphrase, neighbourhood, with intervals."""
+    import warnings
+
+    import polars as pl
+
+    from reprobe.evaluation import editing as scores
+    from reprobe.methods import editing, finetune, memit, rome
+    from reprobe.methods.moments import Corpus, second_moments
+    from reprobe.progress import terminal
+    from reprobe.prompts import facts_of
+
+    _refuse_existing(to, overwrite)
+    facts = facts_of(data, limit=limit)
+    ordinary = () if perplexity is None else Corpus.load(perplexity).texts
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    chosen = _layers(layers)
+    with terminal() as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what has no effect is in the table
+        if method == "memit":
+            how = memit.Settings(null_space=memit.NullSpace() if null_space else None)
+            moments = _text(text, tokens)
+            edits = memit.edit(lm, facts, layers=chosen, moments=moments, settings=how, progress=progress)
+            result = scores.evaluate_together(lm, facts, edits, texts=ordinary, write=write)
+        else:
+            if chosen is not None and len(chosen) != 1:
+                raise UsageError(f"--layers {layers}: {method} edits one block")
+            layer = editing.default_layers(lm).rome if chosen is None else chosen[0]
+            if method == "rome":
+                moment = second_moments(lm, [layer], _text(text, tokens), progress=progress)[layer]
+                form = rome.Settings(compat="rome" if original else None)
+
+                def make(fact: Any) -> Any:
+                    return rome.edit(lm, fact, layer=layer, moment=moment, settings=form)
+            else:
+
+                def make(fact: Any) -> Any:
+                    return finetune.edit(lm, fact, layer=layer)
+
+            result = scores.evaluate(lm, facts, make, texts=ordinary, write=write, progress=progress)
+    if to is not None:
+        states = (("before", result.before), ("after", result.after))
+        pl.concat([s.prompts.with_columns(state=pl.lit(name)) for name, s in states]).write_parquet(to)
+    rows = result.table.to_dicts()
+    for name, one, two in (
+        ("perplexity", result.perplexity_before, result.perplexity_after),
+        ("fluency", result.fluency_before, result.fluency_after),
+    ):
+        if one is not None:
+            rows.append(dict.fromkeys(rows[0]) | {"measure": name, "before": one, "after": two})
+    _table(rows, as_json)
+
+
+def _told(edit: Any) -> dict[str, Any]:
+    """An edit in short."""
+    shown = [f"{f.prompt} → {f.new}" for f in edit.facts[:2]]
+    if len(edit.facts) > 2:
+        shown.append(f"… {len(edit.facts)} facts")
+    effects = edit.effects
+    told: dict[str, Any] = {
+        "digest": edit.digest[:12],
+        "method": edit.provenance.get("method", "unknown"),
+        "block": edit.provenance.get("layer"),
+        "parameter": edit.parameter,
+        "rank": edit.rank,
+        "norm": round(edit.norm, 4),
+        "facts": "; ".join(shown),
+    }
+    if effects:
+        told["probability before"] = round(sum(e.before for e in effects) / len(effects), 4)
+        told["probability after"] = round(sum(e.after for e in effects) / len(effects), 4)
+    return told
+
+
+def _open(model: str, *, dtype: str | None, device: str | None, revision: str | None) -> Any:
+    """A model, with its edits in the ledger if it was exported with some."""
+    from reprobe.control import load_edited
+    from reprobe.control.edited_model import FOLDER
+
+    if (Path(model) / FOLDER).is_dir():
+        return load_edited(model, dtype=dtype, device=device)
+    return _load(model, dtype=dtype, device=device, revision=revision)
+
+
+def _text(text: str | None, tokens: int) -> Any:
+    from reprobe.methods.moments import Corpus, Sample
+
+    return Sample(tokens) if text is None else Corpus.load(text, tokens=tokens)
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """6,7,8 or 6-10, or both."""
+    if text is None:
+        return None
+    out: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise UsageError(f"--layers {text}: write blocks as 6,7,8 or 6-10")
+        out += range(int(first), int(last if dash else first) + 1)
+    return out

@@ -1,0 +1,117 @@
+"""`reprobe edit` as a user meets it, on a small model in a folder."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_net, tiny_tokenizer
+from typer.testing import CliRunner
+
+from reprobe.cli.app import app
+
+VERBS = ("rome", "memit", "apply", "revert", "list", "moments", "eval")
+PROMPT = ("--subject", "cat", "--prompt", "the {} is on the", "--target", "mat", "--layer", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("edit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPROBE_CACHE", str(path / "cache"))
+        tiny_net("llama").save_pretrained(path / "model")
+        tiny_tokenizer().save_pretrained(path / "model")
+        (path / "text.txt").write_text("the cat is on the mat and a dog is in the other hat. " * 20)
+        facts = [
+            {"case_id": i, "prompt": f"the {s} is on the", "subject": s, "target_new": "mat", "ground_truth": "roof",
+             "rephrase_prompt": f"on is a {s}", "locality_prompt": "the dog is", "locality_ground_truth": "red"}
+            for i, s in enumerate(["cat", "horse", "theory"])
+        ]  # fmt: skip
+        (path / "facts.json").write_text(json.dumps(facts))
+        yield path
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def call(*arguments, code=0):
+        result = CliRunner().invoke(app, ["edit", *(str(a) for a in arguments)])
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_shows_an_example(verb):
+    result = CliRunner().invoke(app, ["edit", verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0
+    assert f"reprobe edit {verb}" in result.output.split("Example")[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*have no effect")
+def test_an_edit_is_made_applied_listed_and_reverted(run, folder):
+    told = json.loads(run("rome", "model", *PROMPT, "--text", "text.txt", "--to", "a.safetensors", "--json").stdout)
+    assert told["facts"] == "the cat is on the → mat"
+    run("rome", "model", *PROMPT[:-1], 0, "--text", "text.txt", "--to", "b.safetensors", "--original")
+    run("apply", "model", "a.safetensors", "--to", "once")
+    run("apply", "once", "b.safetensors", "--to", "twice")
+    listed = json.loads(run("list", "twice", "--json").stdout)
+    assert listed[0]["digest"] == told["digest"]
+    assert [e["block"] for e in listed] == [1, 0]
+    assert listed[1]["provenance"]["settings"]["compat"] == "rome"
+    run("revert", "twice", "--edit", told["digest"], "--to", "b-only")
+    run("revert", "b-only", "--to", "none")
+    plain, again, edited = (load_file(folder / name / "model.safetensors") for name in ("model", "none", "twice"))
+    assert all(torch.equal(plain[k], again[k]) for k in plain)
+    assert not all(torch.equal(plain[k], edited[k]) for k in plain)
+    assert json.loads(run("list", "none", "--json").stdout) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*have no effect")
+def test_many_facts_are_written_at_once(run, folder):
+    told = json.loads(
+        run("memit", "model", "facts.json", "--layers", "0-1", "--text", "text.txt", "--to", "edits", "--json").stdout
+    )
+    assert told["facts"] == 3
+    assert len(list((folder / "edits").glob("*.safetensors"))) == 2
+    run("apply", "model", "edits", "--to", "many")
+    assert "no such" in run("list", "nowhere", code=2).output
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "finetune"])
+def test_edits_are_scored(run, folder, method):
+    told = run(
+        *("eval", "model", "facts.json", "--method", method, "--layers", "1", "--text", "text.txt", "--json"),
+        *("--perplexity", "text.txt", "--write", "4", "--to", f"{method}.parquet"),
+    )
+    measures = {row["measure"]: row for row in json.loads(told.stdout)}
+    assert {"efficacy", "paraphrase", "neighbourhood", "score", "perplexity", "fluency"} <= set(measures)
+    assert (folder / f"{method}.parquet").is_file()
+
+
+def test_moments_are_shown(run):
+    rows = json.loads(run("moments", "model", "--layers", "0,2", "--text", "text.txt", "--json").stdout)
+    assert [row["block"] for row in rows] == [0, 2]
+    assert len(json.loads(run("moments", "model", "--layers", "1", "--sample", 200, "--json").stdout)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["rome", "model", *PROMPT[:-2], "--to", "x"], "say layer"),
+        (["rome", "model", "--subject", "dog", *PROMPT[2:3], "a cat", "--target", "x", "--to", "x"], "does not stand"),
+        (["rome", "model", *PROMPT[:-1], 9, "--to", "x"], "blocks 0–2"),
+        (["rome", "model", *PROMPT, "--to", "facts.json"], "--overwrite"),
+        (["memit", "model", "facts.json", "--layers", "1-0", "--to", "x"], "6-10"),
+        (["apply", "model", "text.txt", "--to", "x"], "safetensors"),
+        (["revert", "model", "--to", "x"], "remembers no edits"),
+        (["eval", "model", "facts.json", "--layers", "0,1", "--text", "text.txt"], "one block"),
+        (["moments", "model"], "say layer"),
+    ],
+)
+def test_a_wrong_call_fails_and_says_what_to_do(run, arguments, says):
+    result = CliRunner().invoke(app, ["edit", *(str(a) for a in arguments)])
+    assert says in result.output
+    assert result.exit_code in (1, 2)
