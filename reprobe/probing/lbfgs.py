@@ -7,8 +7,8 @@ What is computed in float32 are differences to the point only: how probabilities
 round gains as many digits as float32 has in differences, about four, and a few rounds give a float64 solution.
 
 Float32 halves the time of every product (TF32, where a device is told to use it, costs steps and no digits). Problems
-are the rows of all arrays, so that sums run along memory. Source: Nocedal and Wright, Numerical Optimization, chapter 7;
-the triangular form of the two loops is that of Byrd, Nocedal and Schnabel (1994).
+are the rows of all arrays, so that sums run along memory. Source: Nocedal and Wright, Numerical Optimization, chapter
+7; the triangular form of the two loops is that of Byrd, Nocedal and Schnabel (1994).
 """
 
 from dataclasses import dataclass, fields
