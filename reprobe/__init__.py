@@ -16,6 +16,7 @@ The way of the data, station by station:
                 (LEACE: a concept erased)
     control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
                 bundles them: a direction (or a map, or activations) put back into the model
+    methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
     evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
 

@@ -5,6 +5,7 @@ of it. Leaves: a `Search` over positions and blocks, and a `Steering` that takes
 the stream. Does not know what the behaviour is.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from reprobe.progress import Progress, silent
 
 #: Where the stream is written to; the input of a block is what all before it have written.
 WRITES = ("resid.pre", "attn.out", "mlp.out")
+
+#: A mean difference of this share of the mean is rounding.
+_NOTHING = 1e-6
 
 #: How much of the behaviour the model, as it is at the moment, shows after each prompt.
 Behaviour = Callable[[LanguageModel, Sequence[Prompt]], Float[np.ndarray, " prompts"]]
@@ -192,8 +196,8 @@ def search(
     for done, (i, position, site) in enumerate(candidates):
         layer = site.layer or 0
         difference = high[site][i] - low[site][i]
-        if not np.any(difference):  # the same tokens up to here, as a template's at block 0
-            continue
+        if np.linalg.norm(difference) <= _NOTHING * np.linalg.norm(high[site][i]):
+            continue  # the same tokens up to here, as a template's at block 0
         said = {"position": position, "rows": [len(side) for side in training]}
         r = Direction.from_vector(site, difference, identity=identity, provenance=said)
         with steer(lm, *_ablations(lm, r)):
@@ -205,7 +209,7 @@ def search(
         rows.append(
             {"position": position, "layer": layer, "bypass": bypass, "induce": induce, "kl": kl, "allowed": allowed}
         )
-        directions[position, layer] = r
+        directions[position, layer] = dataclasses.replace(r, metrics={"bypass": bypass, "induce": induce, "kl": kl})
         progress("refusal", done + 1, len(candidates))
     if not rows:
         raise UsageError("the two sides do not differ at any position and block: are they the same prompts?")

@@ -108,6 +108,7 @@ def test_after_ablation_nothing_lies_along_the_direction_anywhere(family, tiny_l
     back = rp.Steering.load(steering.save(tmp_path / "r.safetensors"))
     assert near(steered(lm, back, OTHERS, 2)[0][1], steered(lm, steering, OTHERS, 2)[0][1], 0.0)
     assert (len(back), back.identity) == (3 * lm.n_layers, lm.identity)
+    assert back.provenance["direction"]["metrics"] == r.metrics
     with pytest.raises(IdentityMismatch), rp.steer(tiny_lm("gpt2"), back):
         pass
 
@@ -118,6 +119,10 @@ def test_candidates_of_messages_are_all_tokens_that_the_template_puts_behind_the
     found = refusal.search(lm, *sides, lambda lm, prompts: np.zeros(len(prompts)), layers=[1], held_out=0.4)
     behind = len(lm.tokenizer("\n<|assistant|>", add_special_tokens=False)["input_ids"])
     assert found.table["position"].to_list() == list(range(-behind, 0))
+    # At the input of block 0 these tokens hold the same on both sides, up to the rounding of means of 2 and 4.
+    more = [[{"role": "user", "content": text}] for text in OTHERS]
+    with pytest.raises(UsageError, match="do not differ"):
+        refusal.search(lm, sides[0], more, lambda lm, prompts: np.zeros(len(prompts)), layers=[0])
 
 
 def test_a_behaviour_may_be_any_function_and_bad_input_is_refused(tiny_lm):
