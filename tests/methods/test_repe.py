@@ -134,10 +134,10 @@ def state(lm, sequence, site, edits):
     return seen[0]
 
 
-def three_runs(lm, sequences, alpha, compounding):
+def three_runs(lm, sequences, alpha, compounding, sites=SITES):
     """Logits of the base run, with contrasts from two other runs: three whole passes without a cache per block."""
     edits = []
-    for site in lm.sites(SITES):
+    for site in lm.sites(sites):
         high, low = (state(lm, s, site, edits if compounding else []) for s in sequences[1:])
         n = [s.n_prompt for s in sequences]
         # By the distance from the prompt's end, from its last token on.
@@ -178,6 +178,20 @@ def test_three_cached_streams_are_three_uncached_runs(family, compat, tiny_lm):
         for row in (i, i + 2, i + 4):
             assert found[row][0] == tokens[:-1], "all three go on with the base row's tokens"
         assert texts[i] == lm.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_the_streams_of_a_real_model_are_three_uncached_runs(real_lm, name):
+    lm, sites = real_lm(name), "resid.post@7, resid.post@11"
+    prompts = [prompt for rows in STREAMS.rows for prompt in rows]
+    found = steered(
+        lm, None, prompts, 2, lambda **options: repe.generate(lm, repe.contrast(lm, sites, 0.5), STREAMS, **options)
+    )
+    for i in range(2):
+        for k in range(2):
+            wanted = three_runs(lm, streams_of(lm, i, found[i][0][:k]), 0.5, False, sites)[-1]
+            assert near(found[i][1][k], wanted)
 
 
 def test_the_compounding_original_differs_and_its_streams_too(tiny_lm):
