@@ -8,11 +8,13 @@ The way of the data, station by station:
                 (import_vllm: from vLLM's files; replay: are they the model's?)
     store       ActivationStore: rows on disk with their provenance
     probing     probe: readers (MeanDifference, PCAReader, LogisticReader) at every site → ProbeGrid → Direction
-                (LEACE: a concept erased; push, pull: a folder with a model card, here or on the hub)
-                (compare: several readers in the same folds; LEACE: a concept erased)
+                (compare: several readers in the same folds; LEACE: a concept erased; push, pull: a folder with a
+                model card, here or on the hub)
     control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
                 bundles them: a direction (or a map, or activations) put back into the model
-                WeightEdit, edited, ledger_of: weights changed, and changed back (made by reprobe.methods.rome, memit)
+                WeightEdit, edited, ledger_of: weights changed, and changed back
+    methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
+                rome, memit: edits of facts
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page

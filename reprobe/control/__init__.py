@@ -11,11 +11,13 @@ from reprobe.control.maps import Affine, LowRank
 from reprobe.control.operators import Operator
 from reprobe.control.scopes import Scope
 from reprobe.control.steering import steer
+from reprobe.control.streams import AddContrast
 from reprobe.control.values import Noise, Replace
 
 __all__ = [
     "Ablate",
     "Add",
+    "AddContrast",
     "Affine",
     "Clamp",
     "Done",

@@ -18,6 +18,7 @@ from reprobe.control.gates import When
 from reprobe.control.maps import Affine, LowRank
 from reprobe.control.operators import Operator
 from reprobe.control.scopes import Scope
+from reprobe.control.streams import AddContrast
 from reprobe.control.values import Noise, Replace
 from reprobe.errors import CorruptArtifact, UsageError
 from reprobe.model.identity import ModelIdentity
@@ -27,7 +28,7 @@ from reprobe.probing.direction import Direction
 
 KIND = "steering"
 #: The operators that a file may name.
-_OPERATORS = {c.__name__: c for c in (Ablate, Add, Affine, Clamp, LowRank, Noise, Replace, Scale)}
+_OPERATORS = {c.__name__: c for c in (Ablate, Add, AddContrast, Affine, Clamp, LowRank, Noise, Replace, Scale)}
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reprobe.control.gates import When
@@ -102,6 +102,15 @@ class Operator(ABC):
     def step(self) -> Float[np.ndarray, " width"] | None:
         """What is added to every row, strength included, where that is the same for all; None where it is not."""
         return None
+
+    @property
+    def scope_key(self) -> str:
+        """A name for what `choose` chooses: operators with one name choose the same tokens of a pass."""
+        return str(self.tokens)
+
+    def choose(self, tokens: Tokens) -> Bool[Tensor, "rows now"] | bool:
+        """The tokens of a pass that it is to change: those of its scope, unless it reaches fewer."""
+        return self.tokens.choose(tokens)
 
     # -- what follows from it ----------------------------------------------------------------------------------
 

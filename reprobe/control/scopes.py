@@ -1,7 +1,7 @@
 """Scopes: on which tokens an intervention acts.
 
-Enters: text (`all`, `prompt`, `generated`, `last`, `span:NAME`, `positions:0,3,5:9`) and, at run time, the `Tokens` of
-a forward pass. Leaves: a mask. Pads are never in a scope. Does not know sites or operators.
+Enters: text (`all`, `prompt`, `generated`, `last`, `span:NAME`, `positions:0,3,5:9`, `prompt:0,3`) and, at run time,
+the `Tokens` of a forward pass. Leaves: a mask. Pads are never in a scope. Does not know sites or operators.
 """
 
 import re
@@ -14,22 +14,24 @@ from torch import Tensor
 from reprobe.errors import UsageError
 from reprobe.model.passes import Tokens
 
-KINDS = ("all", "prompt", "generated", "last", "span", "positions")
-_HELP = "all, prompt, generated, last, span:NAME, positions:0,3,5:9"
+_HELP = "all, prompt, generated, last, span:NAME, positions:0,3,5:9, prompt:0,3,5:9"
+_FORM = re.compile(r"all|prompt|generated|last|(?:span|positions|prompt):.+")
+#: Kinds that take a list of positions.
+_LISTED = ("positions", "prompt")
 _PIECE = re.compile(r"(?P<at>-?\d+)|(?P<start>-?\d+)?:(?P<stop>-?\d+)?")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Which tokens: `kind`, and for `span` its name, for `positions` the list.
+    """Which tokens: `kind`, and for `span` its name, for `positions` (or `prompt`) the list.
 
     `all` real tokens; `prompt` those given; `generated` those after the prompt (in `lm.logprobs`: the
     continuation); `last` the prompt's last token and every generated one (with a key-value cache that is the newest
     token of each pass; without, the earlier ones stay steered, so both ways agree); `span` the prompt's tokens that
     overlap the named character range; `positions` tokens by number, 0 the prompt's first real token (a beginning-of-
     text token counts), whatever the padding and the cache: numbers and slices as Python indexes a prompt, −1 its last
-    token, `5:` from the sixth to its end. Numbers beyond the prompt are generated tokens. What a prompt does not have
-    is not touched.
+    token, `5:` from the sixth to its end. Numbers beyond the prompt are generated tokens, which `prompt:0,3,5:9` leaves
+    out. What a prompt does not have is not touched.
     """
 
     kind: str
@@ -41,14 +43,13 @@ class Scope:
         if isinstance(text, Scope):
             return text
         kind, _, name = text.partition(":")
-        if kind not in KINDS or (kind in ("span", "positions")) != bool(name):
+        if not _FORM.fullmatch(text):
             raise UsageError(f"unknown scope {text!r}; one of {_HELP}")
-        if kind == "positions":
+        if name and kind in _LISTED:
             pieces = [piece.strip() for piece in name.split(",")]
             if bad := [piece for piece in pieces if not _PIECE.fullmatch(piece)]:
                 raise UsageError(
-                    f"{text!r}: {bad[0]!r} is neither a position nor a slice; write e.g. positions:0,3,5:9 or "
-                    "positions:-1"
+                    f"{text!r}: {bad[0]!r} is neither a position nor a slice; write e.g. {kind}:0,3,5:9 or {kind}:-1"
                 )
             name = ",".join(pieces)
         return cls(kind, name)
@@ -64,7 +65,7 @@ class Scope:
     @property
     def by_prompt(self) -> bool:
         """Whether it matters which prompt a token belongs to: its length, or its spans."""
-        return self.kind == "span" or (self.kind == "positions" and self._relative)
+        return self.kind == "span" or (self.kind in _LISTED and bool(self.name) and self._relative)
 
     def choose(self, tokens: Tokens) -> Bool[Tensor, "rows now"] | bool:
         """The tokens of a pass that are in scope: a mask, or True for all and False for none of them."""
@@ -73,6 +74,9 @@ class Scope:
         match self.kind:
             case "all":
                 return tokens.trivial or tokens.real
+            case "prompt" if self.name:
+                found = self._positions(tokens)
+                return found if tokens.none_generated else found & ~tokens.generated
             case "prompt":
                 if tokens.none_generated:
                     return tokens.trivial or tokens.real

@@ -62,14 +62,14 @@ class _Active:
     def __init__(self, item: Operator, gate: GateReader | None, tally: Tally) -> None:
         self.item, self.gate, self.tally = item, gate, tally
         self.site, self.by_role, self.by_prompt = item.site, item.by_role, item.by_prompt
-        self._scope = str(item.tokens)  # as a key: what a scope chooses is the same for all interventions of a pass
+        self._scope = item.scope_key  # as a key: what a scope chooses is the same for all interventions of a pass
         self._step = item.step
         self._added: Tensor | None = None  # the step, where it was last needed
 
     def apply(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         scope: Chosen | None = tokens.once.get(self._scope)
         if scope is None:
-            scope = tokens.once[self._scope] = Chosen(self.item.tokens.choose(tokens), tokens)
+            scope = tokens.once[self._scope] = Chosen(self.item.choose(tokens), tokens)
         if self._step is None or self.gate is not None or scope.where is not True:
             return self._chosen(h, tokens, scope)
         # The same for every token of the pass, which is the rule while generating: nothing but the sum.

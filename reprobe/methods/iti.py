@@ -1,7 +1,8 @@
-"""Inference-time intervention (Li et al. 2023, arXiv:2306.03341): which heads know, and along which direction.
+"""Inference-time intervention (Li et al. 2023, arXiv:2306.03341): push the heads that know along what they know.
 
-Enters: a store of `attn.heads` at the last token of question-and-answer prompts, each question a group. Leaves: one
-`HeadRanking` per fold of questions. Does not know how heads are steered.
+Enters: a store of `attn.heads` at the last token of question-and-answer prompts, each question a group. Leaves: a
+`Steering`, or, for an evaluation on questions that were not used, one `HeadRanking` per fold, each with its steering.
+Does not know models or tokens.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import polars as pl
 from jaxtyping import Float, Integer
 from sklearn.base import clone
 
+from reprobe.control import Add, Scope, Steering
 from reprobe.errors import UnknownSite, UsageError
 from reprobe.model.sites import Site
 from reprobe.probing import LogisticReader, MeanDifference, Reader
@@ -57,6 +59,66 @@ class HeadRanking:
             raise UsageError(f"k={k}: a number of heads from 1 to {len(self.directions)}, which were ranked")
         return tuple(self.directions.values())[:k]
 
+    def steering(self, *, K: int, alpha: float, tokens: Scope | str = "last") -> Steering:
+        """x_h += α·σ_h·θ_h at the `K` best heads, `alpha` standard deviations along each head's own direction.
+
+        One `Add` per block, at its whole `attn.heads`, with the heads' steps side by side. `tokens="last"` is the last
+        position of every forward pass of a generation, as published; for multiple choice the published code acts from
+        the answer's first token on, which is `tokens="generated"`. Raises `UsageError` unless there are K heads and
+        `alpha` is a number.
+        """
+        chosen = tuple(zip(self.sites, self.top(K), strict=False))
+        provenance = dict(chosen[0][1].provenance)
+        adds = []
+        for layer in sorted({site.layer or 0 for site in self.sites}):
+            here = [(site.unit or 0, d) for site, d in chosen if site.layer == layer]
+            if not here:
+                continue
+            n_heads = 1 + max(site.unit or 0 for site in self.sites if site.layer == layer)
+            steps = np.zeros((n_heads, here[0][1].width))
+            for unit, d in here:
+                steps[unit] = d.step
+            said = {"identity": provenance.get("identity"), "heads": [unit for unit, _ in here]}
+            whole = Direction.from_vector(Site("attn.heads", layer), steps.ravel(), provenance=said)
+            adds.append(Add(whole, alpha, tokens=tokens))
+        made = {"method": "iti", "K": K, "alpha": alpha, "heads": [str(site) for site, _ in chosen]}
+        return Steering(*adds, name=f"ITI, {K} heads", provenance=provenance | made)
+
+
+def fit(
+    store: Source,
+    *,
+    K: int,
+    alpha: float,
+    tokens: Scope | str = "last",
+    probe: Reader | None = None,
+    direction: Reader | None = None,
+    label: str = "label",
+    positive: Label | None = None,
+    where: pl.Expr | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Steering:
+    """ITI from all questions of a store: the K best heads, each pushed α of its standard deviations towards the truth.
+
+    The paper has K=48 of 1024 heads and α=15 for LLaMA-7B. Heads are ranked on a fifth of the questions; arguments,
+    departures and errors are those of `head_ranking` and `HeadRanking.steering`. To evaluate on questions that the
+    steering has not seen, take one per development fold instead:
+    `[(r.steering(K=48, alpha=15), r.test) for r in head_ranking(store)]`.
+    """
+    (ranking,) = head_ranking(
+        store,
+        probe=probe,
+        direction=direction,
+        label=label,
+        positive=positive,
+        where=where,
+        folds=1,
+        seed=seed,
+        progress=progress,
+    )
+    return ranking.steering(K=K, alpha=alpha, tokens=tokens)
+
 
 def head_ranking(
     store: Source,
@@ -73,11 +135,12 @@ def head_ranking(
 ) -> tuple[HeadRanking, ...]:
     """Rank the heads of a store by how well truth is read from each, and find the direction of each.
 
-    Whole questions (groups) are dealt to `folds`; ranking k is made from the questions outside fold k, its
-    development fold. Of these 80 %, drawn by `seed`, fit a `probe` per head (default: `LogisticReader`), the others
-    measure it. The direction θ is found in the whole development fold by `direction` (default: `MeanDifference`, the
-    paper's "mass mean shift"; also `LogisticReader()` for probe weights, `CCSReader()`, `RandomReader()`), and σ is the
-    standard deviation of the development fold's projections on it.
+    Whole questions (groups) are dealt to `folds`; ranking k is made from the questions outside fold k, its development
+    fold; with `folds=1` that is all questions, and none is left to test on. Of these 80 %, drawn by `seed`, fit a
+    `probe` per head (default: `LogisticReader`), the others measure it. The direction θ is found in the whole
+    development fold by `direction` (default: `MeanDifference`, the paper's "mass mean shift"; also `LogisticReader()`
+    for probe weights, `CCSReader()`, `RandomReader()`), and σ is the standard deviation of the development fold's
+    projections on it.
 
     Departures from the published code: features are standardised for the probes, by their training rows, and the
     penalty is that of `probe`; σ knows no test question. With `compat="honest_llama"` σ is over all rows, as there.
@@ -133,7 +196,7 @@ class _Split:
 
 
 def _splits(rows: ProbeRows, folds: int, seed: int) -> list[_Split]:
-    fold = group_folds(rows.groups, rows.positive, folds, seed)
+    fold = np.full(len(rows), -1) if folds == 1 else group_folds(rows.groups, rows.positive, folds, seed)
     splits = []
     for k in range(folds):
         questions = np.unique(rows.groups[fold != k])

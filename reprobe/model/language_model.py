@@ -574,11 +574,13 @@ class LanguageModel:
         *,
         site: Site | str = "final",
         batch_tokens: int | None = None,
+        in_step: bool = False,
     ) -> list[Continued]:
         """States at one site along given continuations, one continuation per prompt.
 
         Tokens and their roles are those of `logprobs`: for interventions the continuation's count as generated.
-        `batch_tokens` bounds the tokens of one forward pass. Raises `UnknownSite`, `PromptTooLong`.
+        `batch_tokens` bounds the tokens of one forward pass; with `in_step` all texts run in one, in the order given.
+        Raises `UnknownSite`, `PromptTooLong`.
         """
         self._need_decoder("continued")
         batch = _batch(prompts)
@@ -589,16 +591,16 @@ class LanguageModel:
         rows = self._continue(list(zip(batch, given, strict=True)))
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(np.concatenate([r.ids for r in rows]), starts, packing="padded", budget=batch_tokens)
+        packs = [np.arange(len(rows))] if in_step else [plan.pack(k) for k in range(plan.n_packs)]
         found: dict[int, Tensor] = {}
         with observe(self, where) as seen:
-            for k in range(plan.n_packs):
-                numbers = plan.pack(k)
+            for numbers in packs:
                 texts = [rows[i] for i in numbers]
                 # Pads on both sides, so that all continuations begin at one column.
                 width = max(r.suffix for r in texts)
                 columns = width + max(len(r.ids) - r.suffix for r in texts)
                 padded = self._lay(texts, [width - r.suffix for r in texts], columns)
-                with board_of(self).told(Prompts(padded.real, width, {})):
+                with board_of(self).told(Prompts(padded.real, width, {}, padded.input_ids)):
                     self.architecture.trunk(self.net)(**self.inputs(padded), **self.no_cache)
                 for states, i, r in zip(seen[where], numbers, texts, strict=True):
                     found[int(i)] = states[width - 1 : width + len(r.ids) - r.suffix].clone()

@@ -144,15 +144,21 @@ class Tokens:
     def _columns(self) -> Int[Tensor, " now"]:
         return torch.arange(self._past, self._past + self.now, device=self._prompts.real.device)
 
-    def _window(self, mask: Tensor, beyond: bool) -> Tensor:
-        """The columns of this pass, one row per row; columns that `mask` lacks are `beyond`."""
-        held = mask[:, self._past : self._past + self.now].repeat_interleave(self._copies, 0)
+    def _window(self, columns: Tensor, beyond: bool | int) -> Tensor:
+        """The columns of this pass, one row per row; columns that are lacking are `beyond`."""
+        held = columns[:, self._past : self._past + self.now].repeat_interleave(self._copies, 0)
         return nn.functional.pad(held, (0, self.now - held.shape[1]), value=beyond)
 
     @cached_property
     def real(self) -> Bool[Tensor, "rows now"]:
         """False on pads."""
         return self._window(self._prompts.real, True)
+
+    @cached_property
+    def ids(self) -> Int[Tensor, "rows now"] | None:
+        """The tokens themselves, −1 where they were not given but generated; None where they are not known."""
+        known = self._prompts.ids
+        return None if known is None else self._window(known, -1)
 
     @cached_property
     def generated(self) -> Bool[Tensor, "rows now"]:
@@ -245,6 +251,7 @@ class PackedTokens(Tokens):
         self.memory, self.once = memory, {}
         self.all_generated = self.none_generated = False
         self.whole_prompts, self.all_prompts = True, False
+        self.ids = None
         self._at, self._of, self._sequence = at, of, sequence
         if prompt is not None:
             self.prompt = prompt

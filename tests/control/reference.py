@@ -30,7 +30,7 @@ class Sequence:
         """Token numbers; written from the words of the documentation."""
         every, n = range(len(self.ids)), self.n_prompt
         kind, _, name = scope.partition(":")
-        if kind == "positions":
+        if kind == "positions" or (kind == "prompt" and name):
             chosen = set()
             for piece in name.split(","):
                 if ":" in piece:
@@ -39,7 +39,7 @@ class Sequence:
                     chosen |= {*explicit, *list(range(n))[slice(start, stop)]}
                 else:
                     chosen.add(int(piece) if int(piece) >= 0 else n + int(piece))
-            return {t for t in every if t in chosen}
+            return {t for t in every if t in chosen and (kind == "positions" or t < n)}
         return {
             "all": set(every),
             "prompt": set(range(n)),

@@ -17,6 +17,7 @@ import reprobe as rp
 PROMPTS = ["the cat", "a dog is on the mat and", "in the end"]
 SPANS = [{"who": (4, 7)}, {"who": (2, 5)}, {"who": (0, 2)}]
 SCOPES = ["all", "prompt", "generated", "last", "span:who", "positions:0,2", "positions:-1,-3", "positions:2:11"]
+SCOPES += ["prompt:1,3:"]
 GATES = ["none", "prompt mean", "prompt last", "token"]
 SITES = ["resid.post@1", "attn.heads@1", "resid.mid@1", "mlp.neurons@1.7", "attn.out@1", "resid.pre@1", "mlp.out@1"]
 SITES += ["attn.heads@1.2", "embed", "mlp.neurons@1", "final"]
@@ -254,7 +255,7 @@ def test_steered_logits_are_those_of_a_plain_loop(tiny_lm, name):
     lm, turn = tiny_lm(name), DECODERS.index(name)
     sites = sites_of(lm)
     for k, operator in enumerate(OPERATORS):
-        site, scope = sites[(turn + k) % len(sites)], SCOPES[(3 * turn + k) % len(SCOPES)]
+        site, scope = sites[(turn + k) % len(sites)], SCOPES[(4 * turn + k) % len(SCOPES)]
         gate, way = GATES[(turn + k // 2) % len(GATES)], WAYS[(2 * turn + k) % len(WAYS)]
         check(lm, operator, site, scope, gate, [way])
 

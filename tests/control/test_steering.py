@@ -369,7 +369,7 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm):
     for bad in ([1.0, float("inf")], [[1.0, 2.0]], []):
         with pytest.raises(UsageError, match="strength"):
             rp.Add(d, bad)
-    for text in ("positions:", "positions:a", "positions:1:2:3", "span", "last:3"):
+    for text in ("positions:", "positions:a", "positions:1:2:3", "span", "last:3", "prompt:", "prompt:b", "promptly"):
         with pytest.raises(UsageError, match=r"positions:0,3,5:9|neither a position"):
             rp.Add(d, tokens=text)
 

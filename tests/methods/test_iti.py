@@ -1,12 +1,17 @@
-"""ITI's fitting half: the recipe of the paper, written out once more in NumPy."""
+"""ITI: the recipe of the paper, written out once more in NumPy, and put into the model by plain hooks."""
+
+from functools import cache
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from control.reference import Sequence, logits
+from methods.plain import ids_of, near, same_run, steered
 from probing.conftest import make_store
 
 import reprobe as rp
-from reprobe.errors import UnknownSite, UsageError
+from reprobe.errors import IdentityMismatch, UnknownSite, UsageError
 from reprobe.methods import iti
 from reprobe.model.sites import Site
 from reprobe.probing.readers import LogisticReader, PCAReader, RandomReader
@@ -85,15 +90,8 @@ def test_ranking_and_directions_are_those_of_the_recipe(seed, compat):
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "qwen3"])
 def test_the_recipe_holds_for_the_heads_of_a_model(family, tiny_lm, tmp_path):
-    subjects, truth = ("a cat", "the sea", "an owl", "iron", "the moon", "a fox"), ("alive", "an animal", "cold", "old")
-    records = [
-        {"id": f"{i}-{j}", "text": f"Q: what is {s}? A: {t}", "label": (i + j) % 2, "group": s}
-        for i, s in enumerate(subjects * 3)
-        for j, t in enumerate(truth)
-    ]
-    records = [r | {"group": f"{r['group']} {int(r['id'].split('-')[0]) // 6}"} for r in records]
     lm = tiny_lm(family)
-    store = rp.extract(lm, rp.PromptSet.from_records(records), to=tmp_path / "s", sites="attn.heads@*", at="last")
+    store = rp.extract(lm, questions(), to=tmp_path / "s", sites="attn.heads@*", at="last")
     for ranking in iti.head_ranking(store, probe=LogisticReader(C=1.0)):
         agree(store, ranking, C=1.0)
         assert ranking.top(1)[0].identity == lm.identity
@@ -181,3 +179,98 @@ def test_readers_of_pairs_get_the_pairs_of_the_development_fold():
     names[1] = None
     with pytest.raises(UsageError, match="1 rows have no pair"):
         iti.head_ranking(make_store({"attn.heads@0": X}, y, pair=names), direction=PCAReader())
+
+
+def questions(copies=3):
+    subjects, truth = ("a cat", "the sea", "an owl", "iron", "the moon", "a fox"), ("alive", "an animal", "cold", "old")
+    records = [
+        {"id": f"{i}-{j}", "text": f"Q: what is {s}? A: {t}", "label": (i + j) % 2, "group": f"{s} {i}"}
+        for i, s in enumerate(subjects * copies)
+        for j, t in enumerate(truth)
+    ]
+    return rp.PromptSet.from_records(records)
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_lm, tmp_path_factory):
+    """`heads(family)`: a tiny model with a store of its heads."""
+
+    @cache
+    def make(family):
+        lm = tiny_lm(family)
+        path = tmp_path_factory.mktemp("heads") / "s"
+        return lm, rp.extract(lm, questions(), to=path, sites="attn.heads@*", at="last")
+
+    return make
+
+
+ASKED = ["Q: what is a dog? A:", "Q: what is the old man on the mat? A:"]
+
+
+def pushes(store, ranking, K, alpha, scope):
+    """The intervention as the paper writes it, head by head."""
+    wanted = recipe(store, ranking, C=1.0)
+    edits = []
+    for site in sorted(wanted, key=lambda site: (-wanted[site][0], site.layer, site.unit))[:K]:
+        _, theta, sigma = wanted[site]
+        step = torch.tensor(alpha * sigma * theta)
+        edits.append((site, scope, None, lambda h, s, step=step: h + step))
+    return edits
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "qwen3"])
+def test_the_k_best_heads_are_pushed_by_alpha_sigma_theta_at_the_last_position_of_every_pass(family, heads):
+    lm, store = heads(family)
+    for ranking in iti.head_ranking(store, probe=LogisticReader(C=1.0)):
+        steering = ranking.steering(K=7, alpha=6.0)
+        layers = [item.site.layer for item in steering.interventions]
+        assert layers == sorted(set(layers)), "one hook per block"
+        assert len(layers) == len({site.layer for site in ranking.sites[:7]})
+        edits = pushes(store, ranking, 7, 6.0, "last")
+        same_run(lm, steered(lm, steering, ASKED, 4), ASKED, lambda i, edits=edits: edits, 4)
+        assert not near(steered(lm, steering, ASKED, 1)[0][1], steered(lm, rp.Steering(), ASKED, 1)[0][1], 1e-2)
+
+
+def test_in_multiple_choice_it_acts_from_the_first_token_of_the_answer_on(heads):
+    lm, store = heads("qwen3")
+    ranking = iti.head_ranking(store, probe=LogisticReader(C=1.0))[0]
+    answers = [" a dog is an animal", " cold"]
+    with rp.steer(lm, ranking.steering(K=5, alpha=9.0, tokens="generated")):
+        found = lm.logprobs(ASKED, [answers] * 2)
+    edits = pushes(store, ranking, 5, 9.0, "generated")
+    for i, asked in enumerate(ASKED):
+        for j, answer in enumerate(answers):
+            n, ids = len(ids_of(lm, asked)), ids_of(lm, asked + answer)
+            logp = logits(lm, Sequence(0, ids, n, {}), *edits).double().log_softmax(-1)
+            assert found[i][j] == pytest.approx(sum(float(logp[t - 1, ids[t]]) for t in range(n, len(ids))), abs=1e-3)
+
+
+def test_fit_takes_all_questions_and_what_it_makes_saves_composes_and_knows_its_model(heads, tiny_lm, tmp_path):
+    lm, store = heads("gemma3_text")
+    made = iti.fit(store, K=6, alpha=4.0, probe=LogisticReader(C=1.0))
+    (ranking,) = iti.head_ranking(store, probe=LogisticReader(C=1.0), folds=1)
+    assert not len(ranking.test)
+    assert len(ranking.train) + len(ranking.validation) == len(store.index)
+    same_run(lm, steered(lm, made, ASKED, 3), ASKED, lambda i: pushes(store, ranking, 6, 4.0, "last"), 3)
+    back = rp.Steering.load(made.save(tmp_path / "iti.safetensors"))
+    assert (back.identity, back.provenance["method"], len(back.provenance["heads"])) == (lm.identity, "iti", 6)
+    for other in (back, 0.5 * back + 0.5 * back):
+        assert torch.allclose(steered(lm, other, ASKED, 3)[1][1], steered(lm, made, ASKED, 3)[1][1], atol=1e-4)
+    with pytest.raises(IdentityMismatch), rp.steer(tiny_lm("gpt2"), made):
+        pass
+
+
+def test_the_leak_of_the_published_code_changes_the_length_of_the_pushes_alone():
+    store = answers()
+    for site in store.sites:
+        store.arrays[site][iti.head_ranking(store)[0].test] *= 3
+    sound, leaky = (iti.head_ranking(store, compat=c)[0].steering(K=4, alpha=2.0) for c in (None, "honest_llama"))
+    assert [i.site for i in sound.interventions] == [i.site for i in leaky.interventions]
+    for a, b in zip(sound.interventions, leaky.interventions, strict=True):
+        assert np.linalg.norm(b.step) > 1.5 * np.linalg.norm(a.step)
+
+
+def test_k_and_alpha_must_be_numbers_that_there_are():
+    for bad, why in (({"K": 0, "alpha": 1.0}, "from 1 to 10"), ({"K": 2, "alpha": np.nan}, "no number")):
+        with pytest.raises(UsageError, match=why):
+            iti.fit(answers(), **bad)
