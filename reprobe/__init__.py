@@ -16,6 +16,7 @@ The way of the data, station by station:
                 (LEACE: a concept erased)
     control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
                 bundles them: a direction (or a map, or activations) put back into the model
+                (bake: into its weights; export, read_control_vector: the files of other programs)
     evaluation  dose_response, divergence: what that does
     report      write_report: one self-contained HTML page
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Ablate,
         Add,
         Affine,
+        Baked,
         Clamp,
         LowRank,
         Noise,
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
         Scope,
         Steering,
         When,
+        bake,
+        export,
+        read_control_vector,
         steer,
     )
     from reprobe.errors import ReprobeError
@@ -96,6 +101,7 @@ _HOME = {
     "Add": "control",
     "Affine": "control",
     "AttentionReader": "probing",
+    "Baked": "control",
     "CCSReader": "probing",
     "ChoiceScore": "evaluation",
     "Choices": "evaluation",
@@ -139,10 +145,12 @@ _HOME = {
     "TransferGrid": "probing",
     "Tuned": "evaluation",
     "When": "control",
+    "bake": "control",
     "capture": "model",
     "compare": "probing",
     "divergence": "evaluation",
     "dose_response": "evaluation",
+    "export": "control",
     "extract": "extraction",
     "extract_on_ray": "extraction",
     "import_vllm": "extraction",
@@ -155,6 +163,7 @@ _HOME = {
     "probe_sequences": "probing",
     "pull": "probing",
     "push": "probing",
+    "read_control_vector": "control",
     "replay": "extraction",
     "side_effects": "evaluation",
     "steer": "control",
@@ -169,6 +178,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Add",
     "Affine",
     "AttentionReader",
+    "Baked",
     "CCSReader",
     "ChoiceScore",
     "Choices",
@@ -212,10 +222,12 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "TransferGrid",
     "Tuned",
     "When",
+    "bake",
     "capture",
     "compare",
     "divergence",
     "dose_response",
+    "export",
     "extract",
     "extract_on_ray",
     "import_vllm",
@@ -228,6 +240,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "probe_sequences",
     "pull",
     "push",
+    "read_control_vector",
     "replay",
     "side_effects",
     "steer",

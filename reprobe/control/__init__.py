@@ -1,8 +1,10 @@
 """Control: directions, maps and activations put back into a model (operator × site × scope × gate)."""
 
 from reprobe.control.along import Ablate, Add, Clamp, Scale
+from reprobe.control.baking import Baked, bake
 from reprobe.control.bundle import Steering
 from reprobe.control.effects import Done, Effect
+from reprobe.control.export import export, read_control_vector
 from reprobe.control.gates import When
 from reprobe.control.maps import Affine, LowRank
 from reprobe.control.operators import Operator
@@ -14,6 +16,7 @@ __all__ = [
     "Ablate",
     "Add",
     "Affine",
+    "Baked",
     "Clamp",
     "Done",
     "Effect",
@@ -25,5 +28,8 @@ __all__ = [
     "Scope",
     "Steering",
     "When",
+    "bake",
+    "export",
+    "read_control_vector",
     "steer",
 ]
