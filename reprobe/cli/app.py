@@ -670,13 +670,13 @@ def steer(
 
     steerer = run.load(direction, ablate=ablate, site=site, tokens=tokens)
     item = steerer(strength)
-    texts = None if prompts is None else run.load_prompts(prompts)
+    texts = [prompt or ""] if prompts is None else run.load_prompts(prompts)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "allow_mismatch": allow_mismatch}
     lm = _load(model, dtype=dtype, device=device, revision=revision)
     if chat:
         run.chat(lm, steerer, strength, read=_typed, show=typer.echo, say=_say, **options)
         return
-    results = run.compared(lm, [prompt] if texts is None else texts, item, **options)
+    results = run.compared(lm, texts, item, **options)
     rows = [
         {
             "unsteered": r.unsteered,
@@ -686,7 +686,7 @@ def steer(
         }
         for r in results
     ]
-    if texts is None:
+    if prompts is None:
         _show(rows[0], as_json)
         return
     rows = [{"prompt": r.prompt, **row} for r, row in zip(results, rows, strict=True)]

@@ -141,9 +141,7 @@ def compared(
     for start in range(0, len(prompts), _AT_ONCE):
         some = prompts[start : start + _AT_ONCE]
         plain = lm.generate(some, max_new_tokens=max_new_tokens)
-        steered = replies(
-            lm, some, steering, directions, max_new_tokens=max_new_tokens, allow_mismatch=allow_mismatch
-        )
+        steered = replies(lm, some, steering, directions, max_new_tokens=max_new_tokens, allow_mismatch=allow_mismatch)
         for prompt, text, reply in zip(some, plain, steered, strict=True):
             # What was generated counts as generated, so that every scope has its price.
             base = Baseline.of(lm, [rp.Passage(prompt, text) if text else prompt])

@@ -194,9 +194,8 @@ class _Branch:
         self._inputs_first = hasattr(module, "nx")  # Conv1D of transformers (GPT-2) stores its matrix like that
         self._wide: dict[str, Tensor] = {}  # what was read, in float64, outputs first
         self._changed: set[str] = set()
-        stored: Tensor | None = getattr(module, "bias", None)
-        self._bias = None if stored is None else _double(f"{what}.bias", stored)
-        self._had_bias = stored is not None
+        self._stored_bias: Tensor | None = getattr(module, "bias", None)
+        self._bias = None if self._stored_bias is None else _double(f"{what}.bias", self._stored_bias)
 
     def reads(self, f: _Map, part: slice) -> None:
         """Let `f` act on the columns `part` of what the projection reads."""
@@ -245,9 +244,9 @@ class _Branch:
                 out.append(_Change(name, (W.T if self._inputs_first else W).to(self._stored[name].dtype)))
         if self._bias is not None:
             any_weight = next(iter(self._stored.values()))
-            bias = self._bias.to(any_weight)
-            if not self._had_bias or not torch.equal(bias, self._module.bias):  # type: ignore[union-attr]
-                out.append(_Change(f"{self.what}.bias", bias, added=not self._had_bias))
+            bias, was = self._bias.to(any_weight), self._stored_bias
+            if was is None or not torch.equal(bias, was):
+                out.append(_Change(f"{self.what}.bias", bias, added=was is None))
         return out
 
     def _weight(self, name: str) -> Tensor:
@@ -288,12 +287,10 @@ def _planned(lm: LanguageModel, items: Sequence[Operator], untie: bool) -> _Plan
     last = max((layer for _, layer in at if layer is not None), default=-1)
     for layer in range(last + 1):
         attn, mlp = (_branch(lm, part, layer, names) for part in ("attn.out", "mlp.out"))
-        for f, part in at.get(("attn.heads", layer), []):
-            attn.reads(f, part)
-        for f, part in at.get(("mlp.neurons", layer), []):
-            mlp.reads(f, part)
-        for branch, part in ((attn, "attn.out"), (mlp, "mlp.out")):
-            for f in maps(part, layer):
+        for branch, read, returned in ((attn, "attn.heads", "attn.out"), (mlp, "mlp.neurons", "mlp.out")):
+            for f, columns in at.get((read, layer), []):
+                branch.reads(f, columns)
+            for f in maps(returned, layer):
                 branch.returns(f)
         for f in maps("resid.mid", layer):
             _require_leaves(f, gone, layer)
@@ -373,7 +370,7 @@ def _embedding(
     scale = row.embedding_scale(lm.net.config)
     if scale is None:
         return []
-    tables = [(lm.net.get_input_embeddings(), scale)]
+    tables: list[tuple[Any, float | None]] = [(lm.net.get_input_embeddings(), scale)]
     if row.positions is not None:
         tables.append((lm.architecture.stack(lm.net).get_submodule(row.positions), None))
     left = list(gone)

@@ -66,10 +66,7 @@ def export(
     if path.is_dir() or (path.exists() and not overwrite):
         raise ArtifactExists(f"{path} exists; choose another name or pass overwrite=True")
     steering = _steering(what)
-    if format == "tensors":
-        data = _tensors(steering)
-    else:
-        data = _WRITERS[format](block_vectors(steering), steering.identity)
+    data = _tensors(steering) if format == "tensors" else _WRITERS[format](block_vectors(steering), steering.identity)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, data)
     return path

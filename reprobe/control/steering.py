@@ -101,9 +101,7 @@ class _Active:
         return found
 
 
-def fitting(
-    lm: LanguageModel, given: Sequence[Operator | Steering], *, allow_mismatch: bool = False
-) -> list[Operator]:
+def fitting(lm: LanguageModel, given: Sequence[Operator | Steering], *, allow_mismatch: bool = False) -> list[Operator]:
     """The interventions of what was given, in their order; raises as `steer` does if one does not fit the model."""
     if wrong := [x for x in given if not isinstance(x, Operator | Steering)]:
         raise UsageError(

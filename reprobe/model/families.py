@@ -12,6 +12,7 @@ What the words of a row mean in the forward pass of a block (x is the stream; no
 - `sum_norms` (the original post-norm Transformer): mid = norm(x + attn.out); post = norm(mid + mlp.out).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -61,7 +62,7 @@ def _embeddings_normed(config: Any) -> float | None:
 
 
 def _root_of_width(config: Any) -> float:
-    return float(config.hidden_size) ** 0.5
+    return math.sqrt(config.hidden_size)
 
 
 def _max_positions(config: Any) -> int | None:

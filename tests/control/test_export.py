@@ -226,7 +226,8 @@ def installed(name):
     return pytest.importorskip(name, reason=f"{name} is not installed (uv run --group bench pytest has it)")
 
 
-def test_repeng_reads_the_file_and_steers_the_same(tiny_lm, tmp_path):
+def test_repeng_reads_the_file_and_steers_the_same(tiny_lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)  # repeng 0.4 uses this name of NumPy 1
     repeng = installed("repeng")
     lm = tiny_lm("llama")
     item = made(lm) + rp.Add(direction(lm, "resid.post@0", 8), 0.7)
@@ -272,7 +273,5 @@ def test_the_files_do_what_they_say_on_a_plain_network(tmp_path):
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     found = load_file(rp.export(made(lm), tmp_path / "v.safetensors", format="steering-vectors"))
     for block, vector in found.items():
-        net.transformer.h[int(block)].register_forward_hook(
-            lambda module, args, out, v=torch.from_numpy(vector): out + v
-        )
+        net.transformer.h[int(block)].register_forward_hook(lambda module, args, out, v=vector: out + torch.tensor(v))
     require_same(through(lm, net), logits(lm, made(lm)))
