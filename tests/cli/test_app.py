@@ -362,7 +362,19 @@ def test_a_steering_steers_from_its_file_as_it_was_saved(run, made):
             assert told["steered"] == lm.generate("the end", max_new_tokens=6)[0]
     assert "says itself" in run(*line, "--tokens", "all", code=2).output
     assert "says itself" in run(*line, "--ablate", code=2).output
-    costs = ["evaluate", "side-effects", "model", "--data", "none", "--max-new-tokens", 0, "--json"]
+    (made / "short.txt").write_text("the thing is on the land\n")
+    costs = [
+        "evaluate",
+        "side-effects",
+        "model",
+        "--texts",
+        "short.txt",
+        "--data",
+        "none",
+        "--max-new-tokens",
+        0,
+        "--json",
+    ]
     assert json.loads(run(*costs, "--direction", "bundle.safetensors").stdout)[0]["change"] > 0
 
 
@@ -380,17 +392,20 @@ def test_a_file_of_prompts_is_steered_like_its_prompts_one_by_one(run, made, fol
         assert [s["score"] for s in row["scores"]] == pytest.approx([s["score"] for s in alone["scores"]], abs=2e-3)
     assert json.loads(run("steer", "model", "--prompts", "some.jsonl", *line, "--json").stdout) == rows
     shown = run("steer", "model", "--prompts", "some.txt", *line).stdout
-    assert shown.count("unsteered") == len(texts)
+    assert shown.count("\nunsteered ") == len(texts)
 
 
 def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
     lm, d = rp.LanguageModel.load(made / "model"), rp.Direction.load(made / "d.safetensors")
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"  # the context is short
+    d = rp.Direction.from_vector(d.site, d.vector, scale=d.scale, offset=d.offset)
+    d.save(made / "plain.safetensors", overwrite=True)
     monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
     typed = ["the end", "", "/strength 9", "/off", "is it", "/on", "of a"]
     typed += ["/strength x", "/strength inf", "/jump", "/quit"]
     result = CliRunner().invoke(
         app,
-        ["steer", "model", "--chat", "--direction", "d.safetensors", "--max-new-tokens", "5"],
+        ["steer", "model", "--chat", "--direction", "plain.safetensors", "--max-new-tokens", "5"],
         input="\n".join([*typed, "never read"]),
     )
     assert result.exit_code == 0, result.output
@@ -416,17 +431,17 @@ def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
 
 def test_a_chat_without_a_template_continues_each_line_and_survives_one_that_is_too_long(run, made, monkeypatch):
     lm = rp.LanguageModel.load(made / "model")
-    lm.tokenizer.chat_template = None
+    lm.tokenizer.chat_template, mismatch = None, ["--allow-mismatch"]  # the template is a part of the identity
     monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
     result = CliRunner().invoke(
         app,
-        ["steer", "model", "--chat", "--ablate", "--direction", "d.safetensors", "--max-new-tokens", "4"],
+        ["steer", "model", "--chat", "--ablate", "--direction", "d.safetensors", "--max-new-tokens", "4", *mismatch],
         input="the " * 80 + "\nthe end",
     )
     assert result.exit_code == 0, result.output
     assert "no chat template" in result.stderr
     assert "PromptTooLong" in result.stderr
-    with rp.steer(lm, rp.Ablate(rp.Direction.load(made / "d.safetensors"))):
+    with rp.steer(lm, rp.Ablate(rp.Direction.load(made / "d.safetensors")), allow_mismatch=True):
         assert lm.generate("the end", max_new_tokens=4)[0] in result.stdout
 
 

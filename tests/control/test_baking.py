@@ -55,9 +55,8 @@ def state(net):
 
 
 def settings(net):
-    return {
-        name: value for name, value in net.config.to_dict().items() if name != "architectures"
-    }  # saving fills it in
+    """The config, but for what saving fills in."""
+    return {name: value for name, value in net.config.to_dict().items() if name != "architectures"}
 
 
 def require_same_state(net, before):
