@@ -105,8 +105,8 @@ def fitting(lm: LanguageModel, given: Sequence[Operator | Steering], *, allow_mi
     """The interventions of what was given, in their order; raises as `steer` does if one does not fit the model."""
     if wrong := [x for x in given if not isinstance(x, Operator | Steering)]:
         raise UsageError(
-            f"interventions and Steerings are given one argument each, not as a {type(wrong[0]).__name__}; of a list "
-            "write steer(lm, *items)"
+            f"interventions and Steerings come one argument each, not a {type(wrong[0]).__name__}; of a list write "
+            "steer(lm, *items)"
         )
     items = [x for item in given for x in (item.interventions if isinstance(item, Steering) else (item,))]
     here = None
