@@ -670,7 +670,7 @@ def steer(
 
     steerer = run.load(direction, ablate=ablate, site=site, tokens=tokens)
     item = steerer(strength)
-    texts = [prompt or ""] if prompts is None else run.load_prompts(prompts)
+    texts = [prompt or ""] if prompts is None else _prompts(prompts)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "allow_mismatch": allow_mismatch}
     lm = _load(model, dtype=dtype, device=device, revision=revision)
     if chat:
@@ -1013,10 +1013,22 @@ def _texts(path: Path | None) -> Any:
 
     if path is None:
         return NEUTRAL
+    return [Passage.of(line) for line in _lines(path)]
+
+
+def _prompts(path: Path) -> list[str]:
+    """The texts of a prompt file, or of any other file one a line."""
+    from reprobe.prompts import PromptSet
+    from reprobe.prompts.load import SUFFIXES
+
+    return PromptSet.load(str(path)).texts if path.suffix in SUFFIXES else _lines(path)
+
+
+def _lines(path: Path) -> list[str]:
     lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"{path} holds no text")
-    return [Passage.of(line) for line in lines]
+    return lines
 
 
 def _read_text(path: Path) -> str:

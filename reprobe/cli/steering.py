@@ -15,7 +15,6 @@ import reprobe as rp
 from reprobe.errors import ReprobeError, UsageError
 from reprobe.evaluation.effect import Baseline
 from reprobe.probing import artifact
-from reprobe.prompts.load import SUFFIXES
 
 #: Prompts that are continued together.
 _AT_ONCE = 16
@@ -53,19 +52,6 @@ def load(path: Path, *, ablate: bool, site: str | None, tokens: str | None, othe
         return rp.Steering(operator(direction, strength, site=site, tokens=tokens or otherwise), name=path.stem)
 
     return Steerer(of, 1.0 if ablate else 4.0)
-
-
-def load_prompts(path: Path) -> list[str]:
-    """The texts of a prompt file (.jsonl, .json, .csv, .parquet), or of any other file one a line."""
-    if path.suffix in SUFFIXES:
-        return rp.PromptSet.load(str(path)).texts
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} cannot be read as text: {e}") from e
-    if not lines:
-        raise UsageError(f"{path} holds no prompt")
-    return lines
 
 
 def read_by(steering: rp.Steering) -> list[rp.Direction]:
