@@ -222,8 +222,8 @@ def test_the_layout_of_vllm_lens_is_its_json(tiny_lm, tmp_path):
 # -- the programs themselves ---------------------------------------------------------------------------------------
 
 
-def installed(name):
-    return pytest.importorskip(name, reason=f"{name} is not installed (uv run --group bench pytest has it)")
+def installed(name, how="uv run --group bench pytest has it"):
+    return pytest.importorskip(name, reason=f"{name} is not installed ({how})")
 
 
 def test_repeng_reads_the_file_and_steers_the_same(tiny_lm, tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_steering_vectors_reads_the_file_and_steers_the_same(tiny_lm, tmp_path):
 
 
 def test_vllm_lens_reads_the_file(tiny_lm, tmp_path):
-    library = installed("vllm_lens")
+    library = installed("vllm_lens", "pip install --no-deps vllm-lens is enough")
     lm = tiny_lm("llama")
     text = rp.export(made(lm), tmp_path / "v.json", format="vllm-lens").read_text()
     vector = library.SteeringVector.model_validate_json(text)
