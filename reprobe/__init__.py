@@ -12,6 +12,7 @@ The way of the data, station by station:
                 model card, here or on the hub)
     control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
                 bundles them: a direction (or a map, or activations) put back into the model
+                (bake: into its weights; export, read_control_vector: the files of other programs)
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
                 rome, memit: edits of facts
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Ablate,
         Add,
         Affine,
+        Baked,
         Clamp,
         LowRank,
         Noise,
@@ -41,10 +43,13 @@ if TYPE_CHECKING:
         WeightEdit,
         When,
         apply_edits,
+        bake,
         edited,
+        export,
         export_edited,
         ledger_of,
         load_edited,
+        read_control_vector,
         steer,
     )
     from reprobe.errors import ReprobeError
@@ -102,6 +107,7 @@ _HOME = {
     "Add": "control",
     "Affine": "control",
     "AttentionReader": "probing",
+    "Baked": "control",
     "CCSReader": "probing",
     "ChoiceScore": "evaluation",
     "Choices": "evaluation",
@@ -148,11 +154,13 @@ _HOME = {
     "WeightEdit": "control",
     "When": "control",
     "apply_edits": "control",
+    "bake": "control",
     "capture": "model",
     "compare": "probing",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "edited": "control",
+    "export": "control",
     "export_edited": "control",
     "extract": "extraction",
     "extract_on_ray": "extraction",
@@ -168,6 +176,7 @@ _HOME = {
     "probe_sequences": "probing",
     "pull": "probing",
     "push": "probing",
+    "read_control_vector": "control",
     "replay": "extraction",
     "side_effects": "evaluation",
     "steer": "control",
@@ -182,6 +191,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Add",
     "Affine",
     "AttentionReader",
+    "Baked",
     "CCSReader",
     "ChoiceScore",
     "Choices",
@@ -228,11 +238,13 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "WeightEdit",
     "When",
     "apply_edits",
+    "bake",
     "capture",
     "compare",
     "divergence",
     "dose_response",
     "edited",
+    "export",
     "export_edited",
     "extract",
     "extract_on_ray",
@@ -248,6 +260,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "probe_sequences",
     "pull",
     "push",
+    "read_control_vector",
     "replay",
     "side_effects",
     "steer",

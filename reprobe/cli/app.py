@@ -53,10 +53,17 @@ Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16 or
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands there.")]
-Push = Annotated[float, typer.Option(help="In units of the direction's scale; negative steers away.")]
+Act = Annotated[Path, typer.Option(help="A direction or a steering (.safetensors).")]
+Push = Annotated[
+    float | None,
+    typer.Option(
+        help="In units of the direction's scale, by default 4; negative steers away. A steering's own strengths are "
+        "multiplied by it, by default by 1."
+    ),
+]
 Remove = Annotated[bool, typer.Option("--ablate", help="Remove the direction instead of adding it.")]
 ActAt = Annotated[str | None, typer.Option(help="Act here instead of where the direction was read.")]
-Scope = Annotated[str, typer.Option(help="all, prompt, generated or last")]
+Scope = Annotated[str | None, typer.Option(help="all, prompt, generated or last; default: all.")]
 Texts = Annotated[Path | None, typer.Option(help="Ordinary texts, one a line; default: sixteen of our own.")]
 ReaderName = Literal[
     "mean-difference", "whitened", "cluster-mean", "pca", "logistic", "lda", "ccs", "k-sparse", "random"
@@ -633,12 +640,18 @@ def scan(
 )
 def steer(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    direction: Annotated[Path, typer.Option(help="A direction (.safetensors).")],
-    strength: Push = 4.0,
+    direction: Act,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of texts to continue: one a line, or .jsonl, .json, .csv, .parquet.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer what is typed; /strength X, /off and /on change the steering.")
+    ] = False,
+    strength: Push = None,
     ablate: Remove = False,
     site: ActAt = None,
-    tokens: Scope = "all",
+    tokens: Scope = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
     dtype: Dtype = None,
     device: Device = None,
@@ -646,20 +659,68 @@ def steer(
     allow_mismatch: Mismatch = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt with and without steering, and say how far apart the two models are.
+    """Continue a prompt with and without steering, with a score per token, and say how far apart the two models are.
 
-    `reprobe steer tune` finds the strength of a wanted price.
+    The file is a direction or a steering. With --chat, talk to the steered model. `reprobe steer tune` finds the
+    strength of a wanted price.
+    """
+    if (prompt is not None) + (prompts is not None) + chat != 1:
+        raise UsageError("give one of these: a PROMPT, --prompts FILE, or --chat")
+    from reprobe.cli import steering as run
+
+    steerer = run.load(direction, ablate=ablate, site=site, tokens=tokens)
+    item = steerer(strength)
+    texts = [prompt or ""] if prompts is None else _prompts(prompts)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "allow_mismatch": allow_mismatch}
+    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    if chat:
+        run.chat(lm, steerer, strength, read=_typed, show=typer.echo, say=_say, **options)
+        return
+    results = run.compared(lm, texts, item, **options)
+    rows = [
+        {
+            "unsteered": r.unsteered,
+            "steered": r.steered.text,
+            "scores": r.steered.to_json() if as_json else r.steered.scored,
+            "KL on the unsteered text, nats per token": round(r.kl, 4),
+        }
+        for r in results
+    ]
+    if prompts is None:
+        _show(rows[0], as_json)
+        return
+    rows = [{"prompt": r.prompt, **row} for r, row in zip(results, rows, strict=True)]
+    if as_json:
+        _table(rows, True)
+        return
+    for i, row in enumerate(rows):
+        typer.echo(nl=i > 0)
+        _show(row, False)
+
+
+@verb("reprobe export happiness.safetensors --format gguf --strength 4 --to happiness.gguf")
+def export(
+    file: Annotated[Path, typer.Argument(help="A direction or a steering (.safetensors).")],
+    to: Annotated[Path, typer.Option(help="The file to write.")],
+    format: Annotated[  # noqa: A002
+        Literal["gguf", "repeng", "steering-vectors", "vllm-lens", "tensors"], typer.Option(help="Who reads it.")
+    ] = "gguf",
+    strength: Annotated[
+        float, typer.Option(help="In units of a direction's scale; times a steering's own strengths.")
+    ] = 1.0,
+    site: ActAt = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write what a direction or a steering adds, as a file that another program reads.
+
+    gguf: a control vector of llama.cpp; repeng: the same for repeng; steering-vectors and tensors: safetensors;
+    vllm-lens: JSON. A file multiplied by 1 there is the strength given here.
     """
     import reprobe as rp
+    from reprobe.cli.steering import load
 
-    item = _intervention(direction, strength, ablate=ablate, site=site, tokens=tokens)
-    lm = _load(model, dtype=dtype, device=device, revision=revision)
-    plain = lm.generate(prompt, max_new_tokens=max_new_tokens)[0]
-    with rp.steer(lm, item, allow_mismatch=allow_mismatch):
-        steered = lm.generate(prompt, max_new_tokens=max_new_tokens)[0]
-    # What was generated counts as generated, so that every scope has its price.
-    kl = rp.divergence(lm, [rp.Passage(prompt, plain) if plain else prompt], item)
-    _show({"unsteered": plain, "steered": steered, "KL on the unsteered text, nats per token": round(kl, 4)}, as_json)
+    item = load(file, ablate=False, site=site, tokens=None)(strength)
+    typer.echo(rp.export(item, to, format=format, overwrite=overwrite))
 
 
 @verb("reprobe push truth.safetensors hf:OWNER/truth --private")
@@ -697,7 +758,7 @@ def steer_tune(
     target_kl: Annotated[float, typer.Option(help="KL from the unsteered model, in nats per token.")],
     away: Annotated[bool, typer.Option("--away", help="Steer away: look among negative strengths.")] = False,
     site: ActAt = None,
-    tokens: Scope = "all",
+    tokens: Scope = None,
     texts: Texts = None,
     to_table: ToTable = None,
     dtype: Dtype = None,
@@ -721,7 +782,7 @@ def steer_tune(
     with terminal() as progress:
         found = rp.tune(
             lm,
-            lambda strength: rp.Add(vector, strength, site=site, tokens=tokens),
+            lambda strength: rp.Add(vector, strength, site=site, tokens=tokens or "all"),
             target_kl,
             texts=given,
             start=-1.0 if away else 1.0,
@@ -745,11 +806,13 @@ def evaluate_truthfulqa(
         str | None,
         typer.Option(help="misconceptions (ours), or TruthfulQA's file; default: that in the folder REPROBE_DATA."),
     ] = None,
-    direction: Annotated[Path | None, typer.Option(help="Steer with this direction, and compare.")] = None,
-    strength: Push = 4.0,
+    direction: Annotated[
+        Path | None, typer.Option(help="Steer with this direction or steering (.safetensors), and compare.")
+    ] = None,
+    strength: Push = None,
     ablate: Remove = False,
     site: ActAt = None,
-    tokens: Scope = "generated",
+    tokens: Annotated[str | None, typer.Option(help="all, prompt, generated or last; default: generated.")] = None,
     primer: Annotated[
         Path | None, typer.Option(help="Text before each question, e.g. the benchmark's; default: six of our own.")
     ] = None,
@@ -768,6 +831,7 @@ def evaluate_truthfulqa(
     --to-table saves a line per question.
     """
     import reprobe as rp
+    from reprobe.cli.steering import load
     from reprobe.evaluation import PRIMER, compare
     from reprobe.probing import write_table
     from reprobe.progress import terminal
@@ -780,7 +844,7 @@ def evaluate_truthfulqa(
         prompts = prompts.where(group=first.to_list())
     item = None
     if direction is not None:
-        item = _intervention(direction, strength, ablate=ablate, site=site, tokens=tokens)
+        item = load(direction, ablate=ablate, site=site, tokens=tokens, otherwise="generated")(strength)
     lm = _load(model, dtype=dtype, device=device, revision=revision)
     with terminal() as progress:
         plain = rp.multiple_choice(lm, prompts, primer=before, progress=progress)
@@ -804,11 +868,11 @@ def evaluate_truthfulqa(
 )
 def evaluate_side_effects(
     model: Model,
-    direction: Annotated[Path, typer.Option(help="A direction (.safetensors).")],
-    strength: Push = 4.0,
+    direction: Act,
+    strength: Push = None,
     ablate: Remove = False,
     site: ActAt = None,
-    tokens: Scope = "all",
+    tokens: Scope = None,
     texts: Texts = None,
     data: Annotated[
         str | None, typer.Option(help="Unrelated knowledge: facts, misconceptions, a file like them, or none.")
@@ -825,11 +889,12 @@ def evaluate_side_effects(
 ) -> None:
     """What steering costs: ordinary text, variety of what is written, unrelated knowledge, with intervals."""
     import reprobe as rp
+    from reprobe.cli.steering import load
     from reprobe.probing import write_table
     from reprobe.progress import terminal
 
     _refuse_existing(to_table, overwrite)
-    item = _intervention(direction, strength, ablate=ablate, site=site, tokens=tokens)
+    item = load(direction, ablate=ablate, site=site, tokens=tokens)(strength)
     unrelated = None if data == "none" else data
     given = _texts(texts)
     lm = _load(model, dtype=dtype, device=device, revision=revision)
@@ -934,13 +999,12 @@ def _load(model: str, *, dtype: str | None, device: str | None, revision: str | 
         return LanguageModel.load(model, dtype=dtype, device=device, revision=revision, progress=progress)
 
 
-def _intervention(direction: Path, strength: float, *, ablate: bool, site: str | None, tokens: str) -> Any:
-    import reprobe as rp
-
-    vector = rp.Direction.load(direction)
-    if ablate:
-        return rp.Ablate(vector, site=site, tokens=tokens)
-    return rp.Add(vector, strength, site=site, tokens=tokens)
+def _typed() -> str | None:
+    """A line from the terminal or a pipe; None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
 
 
 def _texts(path: Path | None) -> Any:
@@ -949,10 +1013,22 @@ def _texts(path: Path | None) -> Any:
 
     if path is None:
         return NEUTRAL
+    return [Passage.of(line) for line in _lines(path)]
+
+
+def _prompts(path: Path) -> list[str]:
+    """The texts of a prompt file, or of any other file one a line."""
+    from reprobe.prompts import PromptSet
+    from reprobe.prompts.load import SUFFIXES
+
+    return PromptSet.load(str(path)).texts if path.suffix in SUFFIXES else _lines(path)
+
+
+def _lines(path: Path) -> list[str]:
     lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"{path} holds no text")
-    return [Passage.of(line) for line in lines]
+    return lines
 
 
 def _read_text(path: Path) -> str:

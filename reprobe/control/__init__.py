@@ -1,10 +1,12 @@
 """Control: directions, maps and activations put into a model (operator × site × scope × gate); edits of weights."""
 
 from reprobe.control.along import Ablate, Add, Clamp, Scale
+from reprobe.control.baking import Baked, bake
 from reprobe.control.bundle import Steering
 from reprobe.control.edited_model import edits_in, export_edited, load_edited, save_edits
 from reprobe.control.edits import EditEffect, WeightEdit
 from reprobe.control.effects import Done, Effect
+from reprobe.control.export import export, read_control_vector
 from reprobe.control.gates import When
 from reprobe.control.ledger import EditLedger, apply_edits, edited, ledger_of
 from reprobe.control.maps import Affine, LowRank
@@ -19,6 +21,7 @@ __all__ = [
     "Add",
     "AddContrast",
     "Affine",
+    "Baked",
     "Clamp",
     "Done",
     "EditEffect",
@@ -34,11 +37,14 @@ __all__ = [
     "WeightEdit",
     "When",
     "apply_edits",
+    "bake",
     "edited",
     "edits_in",
+    "export",
     "export_edited",
     "ledger_of",
     "load_edited",
+    "read_control_vector",
     "save_edits",
     "steer",
 ]

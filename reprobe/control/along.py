@@ -101,6 +101,10 @@ class Add(AlongDirection):
         return self.unit != "norm" and not self.piecewise and not self.keep_norm
 
     @property
+    def affine(self) -> bool:
+        return self.constant
+
+    @property
     def _unit_length(self) -> float:
         return self.direction.scale if self.unit == "scale" else 1.0
 
@@ -148,6 +152,10 @@ class Ablate(AlongDirection):
         keep_norm: bool = False,
     ) -> None:
         super().__init__(direction, strength=strength, site=site, tokens=tokens, when=when, keep_norm=keep_norm)
+
+    @property
+    def affine(self) -> bool:
+        return True
 
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         wide = widened(h)
@@ -203,6 +211,10 @@ class Clamp(AlongDirection):
     def needs_prompt(self) -> bool:
         return isinstance(self.value, np.ndarray)
 
+    @property
+    def affine(self) -> bool:
+        return isinstance(self.value, float)
+
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         wide = widened(h)
         v = self._vector(wide)
@@ -256,6 +268,10 @@ class Scale(Operator):
     @property
     def needs_prompt(self) -> bool:
         return isinstance(self.factor, np.ndarray)
+
+    @property
+    def affine(self) -> bool:
+        return not self.needs_prompt
 
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         wide = widened(h)

@@ -56,6 +56,10 @@ class Affine(Operator):
     def width(self) -> int:
         return len(self.b)
 
+    @property
+    def affine(self) -> bool:
+        return True
+
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         wide = widened(h)
         return (wide @ self.copy("A", self.A, wide).T + self.copy("b", self.b, wide)).to(h.dtype)
@@ -98,6 +102,10 @@ class LowRank(Operator):
     @property
     def width(self) -> int:
         return len(self.U)
+
+    @property
+    def affine(self) -> bool:
+        return True
 
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         wide = widened(h)

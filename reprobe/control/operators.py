@@ -99,6 +99,11 @@ class Operator(ABC):
         return False
 
     @property
+    def affine(self) -> bool:
+        """Whether `change` is one affine map of a row, h ↦ M h + c, the same for every token of every prompt."""
+        return False
+
+    @property
     def step(self) -> Float[np.ndarray, " width"] | None:
         """What is added to every row, strength included, where that is the same for all; None where it is not."""
         return None

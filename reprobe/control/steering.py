@@ -36,13 +36,7 @@ def steer(lm: LanguageModel, *interventions: Operator | Steering, allow_mismatch
     Raises `UnknownSite`, `IdentityMismatch` if an operator was made with another model (unless `allow_mismatch`),
     `UsageError` if its width does not fit the site. The model is then as it was.
     """
-    if wrong := [x for x in interventions if not isinstance(x, Operator | Steering)]:
-        raise UsageError(
-            f"steer takes interventions and Steerings, one argument each, not a {type(wrong[0]).__name__}; of a list "
-            "write steer(lm, *items)"
-        )
-    items = [x for item in interventions for x in (item.interventions if isinstance(item, Steering) else (item,))]
-    _check(lm, interventions, items, allow_mismatch)
+    items = fitting(lm, interventions, allow_mismatch=allow_mismatch)
     tallies = [Tally(str(item), item.site, item.when is not None, item.step) for item in items]
     readers: dict[When, GateReader] = {}
     steps: list[Intervention] = []
@@ -107,12 +101,14 @@ class _Active:
         return found
 
 
-def _check(
-    lm: LanguageModel,
-    given: Sequence[Operator | Steering],
-    items: Sequence[Operator],
-    allow_mismatch: bool,
-) -> None:
+def fitting(lm: LanguageModel, given: Sequence[Operator | Steering], *, allow_mismatch: bool = False) -> list[Operator]:
+    """The interventions of what was given, in their order; raises as `steer` does if one does not fit the model."""
+    if wrong := [x for x in given if not isinstance(x, Operator | Steering)]:
+        raise UsageError(
+            f"interventions and Steerings come one argument each, not a {type(wrong[0]).__name__}; of a list write "
+            "steer(lm, *items)"
+        )
+    items = [x for item in given for x in (item.interventions if isinstance(item, Steering) else (item,))]
     here = None
     gates = [item.when for item in items if item.when is not None]
     for one in (*given, *gates):
@@ -132,3 +128,4 @@ def _check(
             raise UsageError(
                 f"a gate of width {gate.direction.width} does not fit {gate.site} of {lm.name}, which is {width} wide"
             )
+    return items

@@ -71,6 +71,10 @@ class Replace(Operator):
         return self.values.ndim == 3
 
     @property
+    def affine(self) -> bool:
+        return self.values.ndim == 1
+
+    @property
     def needs_length(self) -> bool:
         return self.values.ndim > 1 and self.align == "end"
 

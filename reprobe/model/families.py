@@ -12,6 +12,7 @@ What the words of a row mean in the forward pass of a block (x is the stream; no
 - `sum_norms` (the original post-norm Transformer): mid = norm(x + attn.out); post = norm(mid + mlp.out).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -56,6 +57,14 @@ def _one(config: Any) -> float:
     return 1.0
 
 
+def _embeddings_normed(config: Any) -> float | None:
+    return None
+
+
+def _root_of_width(config: Any) -> float:
+    return math.sqrt(config.hidden_size)
+
+
 def _max_positions(config: Any) -> int | None:
     return int(config.max_position_embeddings)
 
@@ -98,8 +107,15 @@ class Family:
     residual_scale: Callable[[Any], float] = _one
     post_norms: bool = False
     sum_norms: tuple[str, str] | None = None
+    #: `embed` is this many times the token's row of the embedding (plus that of its position); None where a norm
+    #: stands between.
+    embedding_scale: Callable[[Any], float | None] = _one
+    #: Learned embeddings of positions, from the stack.
+    positions: str | None = None
     #: A block with a module at this path is a mixture of experts, whose fused weights are no modules.
     experts: str | None = None
+    #: The parameters of such a block that write mlp.out, from the block: (…, d_model, inputs).
+    expert_outputs: tuple[str, ...] = ()
     #: Tokens mix through the attention mask and position_ids alone, and none sees a later one.
     forest: When = _always
     #: A token sees this many tokens back, itself included; None for all.
@@ -138,7 +154,7 @@ _LLAMA = Family(
         mlp="mlp",
     )
 )
-_MOE = replace(_LLAMA, experts="mlp.experts")
+_MOE = replace(_LLAMA, experts="mlp.experts", expert_outputs=("mlp.experts.down_proj",))
 _WINDOWED = replace(_LLAMA, window=_sliding_window)
 _MIXED = replace(_LLAMA, window=_sliding_window, mask_per_layer_type=True)
 _GEMMA2 = Family(
@@ -150,6 +166,7 @@ _GEMMA2 = Family(
         mlp="post_feedforward_layernorm",
     ),
     post_norms=True,
+    embedding_scale=_root_of_width,
     logits=_soft_capped,
     window=_sliding_window,
     mask_per_layer_type=True,
@@ -180,6 +197,7 @@ FAMILIES: Mapping[str, Family] = {
         _sequential(heads="attn.c_proj", attn="attn", mid="ln_2", neurons="mlp.c_proj", mlp="mlp"),
         blocks="h",
         final="ln_f",
+        positions="wpe",
         not_covered={"it has cross-attention (add_cross_attention)": lambda c: bool(c.add_cross_attention)},
     ),
     "gptj": Family(
@@ -214,6 +232,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         stack="decoder",
         final="final_layer_norm",
+        positions="embed_positions",
         not_covered={
             "its norms follow the residual sums (do_layer_norm_before=False)": lambda c: not c.do_layer_norm_before,
             "its embeddings are projected to another width (word_embed_proj_dim)": lambda c: (
@@ -233,6 +252,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         blocks="h",
         final="ln_f",
+        embedding_scale=_embeddings_normed,
         forest=_never,  # ALiBi counts columns, not position_ids
         takes_positions=False,
         context=lambda c: None,
@@ -265,7 +285,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": _MIXED,
     "qwen3": _MIXED,
     "qwen3_moe": replace(_MOE, window=_sliding_window),
-    "gemma": replace(_LLAMA, not_covered=_BIDIRECTIONAL),
+    "gemma": replace(_LLAMA, embedding_scale=_root_of_width, not_covered=_BIDIRECTIONAL),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "phi": Family(
@@ -292,6 +312,7 @@ FAMILIES: Mapping[str, Family] = {
     "granite": replace(
         _LLAMA,
         residual_scale=lambda c: float(c.residual_multiplier),
+        embedding_scale=lambda c: float(c.embedding_multiplier),
         logits=lambda logits, c: logits / c.logits_scaling,
     ),
     "stablelm": replace(_LLAMA, parallel=lambda c: bool(c.use_parallel_residual)),
@@ -310,7 +331,7 @@ FAMILIES: Mapping[str, Family] = {
         parallel=_always,
         logits=lambda logits, c: logits * c.logit_scale,
     ),
-    "deepseek_v3": _MOE,
+    "deepseek_v3": replace(_MOE, expert_outputs=(*_MOE.expert_outputs, "mlp.shared_experts.down_proj.weight")),
     "bert": _BERT,
     "roberta": replace(
         _BERT,

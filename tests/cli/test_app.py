@@ -20,7 +20,8 @@ from reprobe.cli.app import ReaderName, app
 from reprobe.probing import READERS
 
 VERBS = (
-    "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "push", "pull", "report",
+    "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "export", "push", "pull",
+    "report",
 )  # fmt: skip
 
 
@@ -116,6 +117,14 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["scan", "model", "a text", "--grid", "g.safetensors", "--part", "mlp.out"], "attn.heads, resid.post"),
         (["steer", "model", "a text", "--direction", "nothing.safetensors"], "nothing.safetensors"),
         (["steer", "model", "a text", "--direction", "d.safetensors", "--tokens", "some"], "generated"),
+        (["steer", "model", "--direction", "d.safetensors"], "--prompts FILE"),
+        (["steer", "model", "a text", "--chat", "--direction", "d.safetensors"], "give one of these"),
+        (["steer", "model", "--prompts", "none.txt", "--direction", "d.safetensors"], "none.txt"),
+        (["steer", "model", "a text", "--direction", "g.safetensors"], "not a direction"),
+        (["export", "d.safetensors", "--to", "d.safetensors"], "choose another name"),
+        (["export", "d.safetensors", "--to", "x", "--format", "pickle"], "vllm-lens"),
+        (["export", "d.safetensors", "--to", "x", "--site", "resid.post@0"], "begin at block 1"),
+        (["export", "d.safetensors", "--to", "x", "--site", "attn.out@1"], "outputs of blocks only"),
         (["push", "nothing.safetensors", "x"], "nothing.safetensors"),
         (["push", "d.safetensors", "hf:x"], "hf:OWNER/NAME"),
         (["push", "d.safetensors", "s.reprobe"], "choose another name"),
@@ -326,6 +335,129 @@ def test_steer_shows_both_texts_and_the_price(run, made):
     kl = next(v for k, v in told.items() if k.startswith("KL"))
     assert kl > 0
     assert told["unsteered"] == still["unsteered"]
+
+
+def test_steer_scores_the_tokens_that_it_makes(run, made):
+    line = ["steer", "model", "the end", "--direction", "d.safetensors", "--max-new-tokens", 5]
+    told = json.loads(run(*line, "--strength", 3, "--json").stdout)
+    lm, d = rp.LanguageModel.load(made / "model"), rp.Direction.load(made / "d.safetensors")
+    with rp.steer(lm, rp.Add(d, 3)), lm.monitor(d) as monitor:
+        text = lm.generate("the end", max_new_tokens=5)[0]
+    (reading,) = monitor.readings
+    assert told["steered"] == text
+    want = reading.scores[0, reading.generated]
+    assert [pair["score"] for pair in told["scores"]] == pytest.approx(list(want), abs=1e-3)
+    assert len(want) == 4
+    assert f"({want[0]:+.1f})" in run(*line, "--strength", 3).stdout
+
+
+def test_a_steering_steers_from_its_file_as_it_was_saved(run, made):
+    lm, d = rp.LanguageModel.load(made / "model"), rp.Direction.load(made / "d.safetensors")
+    bundle = rp.Steering(rp.Add(d, 2.0, tokens="prompt"), rp.Scale("attn.heads@1.2", 0.0), identity=lm.identity)
+    bundle.save(made / "bundle.safetensors", overwrite=True)
+    line = ["steer", "model", "the end", "--direction", "bundle.safetensors", "--max-new-tokens", 6, "--json"]
+    for arguments, item in (([], bundle), (["--strength", 0.5], 0.5 * bundle)):
+        told = json.loads(run(*line, *arguments).stdout)
+        with rp.steer(lm, item):
+            assert told["steered"] == lm.generate("the end", max_new_tokens=6)[0]
+    assert "says itself" in run(*line, "--tokens", "all", code=2).output
+    assert "says itself" in run(*line, "--ablate", code=2).output
+    (made / "short.txt").write_text("the thing is on the land\n")
+    costs = [
+        "evaluate",
+        "side-effects",
+        "model",
+        "--texts",
+        "short.txt",
+        "--data",
+        "none",
+        "--max-new-tokens",
+        0,
+        "--json",
+    ]
+    assert json.loads(run(*costs, "--direction", "bundle.safetensors").stdout)[0]["change"] > 0
+
+
+def test_a_file_of_prompts_is_steered_like_its_prompts_one_by_one(run, made, folder):
+    texts = ["the end", "and a thing is in it"] * 9  # more than run together
+    (folder / "some.txt").write_text("\n\n".join(texts) + "\n")
+    rows = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["--direction", "d.safetensors", "--strength", 5, "--max-new-tokens", 4]
+    rows = json.loads(run("steer", "model", "--prompts", "some.txt", *line, "--json").stdout)
+    assert [row["prompt"] for row in rows] == texts
+    for row in rows[:2]:
+        alone = json.loads(run("steer", "model", row["prompt"], *line, "--json").stdout)
+        assert {k: row[k] for k in ("unsteered", "steered")} == {k: alone[k] for k in ("unsteered", "steered")}
+        assert [s["score"] for s in row["scores"]] == pytest.approx([s["score"] for s in alone["scores"]], abs=2e-3)
+    assert json.loads(run("steer", "model", "--prompts", "some.jsonl", *line, "--json").stdout) == rows
+    shown = run("steer", "model", "--prompts", "some.txt", *line).stdout
+    assert shown.count("\nunsteered ") == len(texts)
+
+
+def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
+    lm, d = rp.LanguageModel.load(made / "model"), rp.Direction.load(made / "d.safetensors")
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"  # the context is short
+    d = rp.Direction.from_vector(d.site, d.vector, scale=d.scale, offset=d.offset)
+    d.save(made / "plain.safetensors", overwrite=True)
+    monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
+    typed = ["the end", "", "/strength 9", "/off", "is it", "/on", "of a"]
+    typed += ["/strength x", "/strength inf", "/jump", "/quit"]
+    result = CliRunner().invoke(
+        app,
+        ["steer", "model", "--chat", "--direction", "plain.safetensors", "--max-new-tokens", "5"],
+        input="\n".join([*typed, "never read"]),
+    )
+    assert result.exit_code == 0, result.output
+    messages, want = [], []
+    for said, strength in (("the end", 4), ("is it", 0), ("of a", 9)):
+        messages.append({"role": "user", "content": said})
+        with rp.steer(lm, rp.Add(d, strength)), lm.monitor(d) as monitor:
+            text = lm.generate([messages], max_new_tokens=5)[0].strip()
+        messages.append({"role": "assistant", "content": text})
+        (reading,) = monitor.readings
+        scores = reading.scores[0, reading.generated]
+        want.append((text, [f"({s:+.1f})" for s in scores]))
+    at = 0
+    for text, scores in want:
+        at = result.stdout.index(text, at)
+        for score in scores:
+            at = result.stdout.index(score, at)
+    expected = ("steering is off", "steering is on, strength 9", "give a number", "no number to steer with", "no /jump")
+    for told in expected:
+        assert told in result.stderr
+    assert "never read" not in result.output
+
+
+def test_a_chat_without_a_template_continues_each_line_and_survives_one_that_is_too_long(run, made, monkeypatch):
+    lm = rp.LanguageModel.load(made / "model")
+    lm.tokenizer.chat_template, mismatch = None, ["--allow-mismatch"]  # the template is a part of the identity
+    monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
+    result = CliRunner().invoke(
+        app,
+        ["steer", "model", "--chat", "--ablate", "--direction", "d.safetensors", "--max-new-tokens", "4", *mismatch],
+        input="the " * 80 + "\nthe end",
+    )
+    assert result.exit_code == 0, result.output
+    assert "no chat template" in result.stderr
+    assert "PromptTooLong" in result.stderr
+    with rp.steer(lm, rp.Ablate(rp.Direction.load(made / "d.safetensors")), allow_mismatch=True):
+        assert lm.generate("the end", max_new_tokens=4)[0] in result.stdout
+
+
+def test_export_writes_what_a_direction_adds_and_refuses_to_write_over(run, made):
+    for file in ("v.gguf", "v.json"):
+        (made / file).unlink(missing_ok=True)
+    line = ["export", "d.safetensors", "--site", "resid.post@1", "--strength", 3, "--to"]
+    assert "v.gguf" in run(*line, "v.gguf").stdout
+    d = rp.Direction.load(made / "d.safetensors")
+    (add,) = rp.read_control_vector(made / "v.gguf").interventions
+    assert str(add.site) == "resid.post@1"
+    assert add.step == pytest.approx(3 * d.step, rel=1e-6)
+    assert "choose another name" in run(*line, "v.gguf", code=2).output
+    run(*line, "v.gguf", "--overwrite", "--format", "repeng")
+    run(*line, "v.json", "--format", "vllm-lens")
+    assert json.loads((made / "v.json").read_text())["layer_indices"] == [1]
 
 
 def test_what_is_pushed_can_be_pulled_bit_for_bit(run, made, tmp_path):
