@@ -9,6 +9,7 @@ README.md. Stores are made anew unless --stores has them.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import tempfile
@@ -41,7 +42,16 @@ def data_sets(limit: int | None) -> dict[str, rp.PromptSet]:
         }
     else:
         print("Geometry-of-Truth is left out: REPROBE_DATA is not set", file=sys.stderr)
-    return found if limit is None else {name: prompts.head(limit) for name, prompts in found.items()}
+    if limit is not None:
+        found = {name: prompts.head(limit) for name, prompts in found.items()}
+    return {name: all_in_pairs(prompts) for name, prompts in found.items()}
+
+
+def all_in_pairs(prompts: rp.PromptSet) -> rp.PromptSet:
+    """Without pairs where some rows have none: readers of pairs then match rows at random, and say so."""
+    if prompts.frame["pair"].null_count() in (0, len(prompts)):
+        return prompts
+    return dataclasses.replace(prompts, frame=prompts.frame.with_columns(pl.lit(None, pl.String).alias("pair")))
 
 
 def store_of(lm: rp.LanguageModel, prompts: rp.PromptSet, path: Path) -> rp.ActivationStore:

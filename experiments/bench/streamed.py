@@ -44,7 +44,7 @@ def main(path: str, limit: str) -> None:
     fold = group_folds(rows.groups, rows.positive, 2, seed=0)
     counted, found = Counted(store), 0
     start = time.perf_counter()
-    for _site, folds in read_moments(counted, store.sites, rows, fold=fold, memory=int(limit) // 2):
+    for _site, folds in read_moments(counted, store.sites, rows, fold=fold, memory=int(limit) // 16):
         for moments in (folds.total, folds.without(0), folds.without(1)):
             for reader in (rp.MeanDifference(), rp.LDAReader(), rp.PCAReader(), rp.LEACE()):
                 reader.fit_moments(moments)
