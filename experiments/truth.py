@@ -48,8 +48,9 @@ def data_sets(limit: int | None) -> dict[str, rp.PromptSet]:
 
 
 def all_in_pairs(prompts: rp.PromptSet) -> rp.PromptSet:
-    """Without pairs where some rows have none: readers of pairs then match rows at random, and say so."""
-    if prompts.frame["pair"].null_count() in (0, len(prompts)):
+    """Without pairs unless every row is one of two sides: readers of pairs then match rows at random, and say so."""
+    sides = prompts.frame.group_by("pair").agg(pl.col("label").n_unique())
+    if sides["pair"].null_count() == 0 and (sides["label"] == 2).all():
         return prompts
     return dataclasses.replace(prompts, frame=prompts.frame.with_columns(pl.lit(None, pl.String).alias("pair")))
 
