@@ -66,15 +66,18 @@ def stream(
 ) -> Iterator[Streamed]:
     """Fit `reader` at every site once for each of `left_out`, on the rows outside those folds, and score all rows.
 
-    `memory` bounds, in bytes, what is held of sums, factors and rows; beside it are the scores, 4 · fits for each row
-    and site that is read at the same time. Raises `UsageError` for NaN and infinity, and for readers that need all rows
+    `memory` bounds, in bytes, what is held of sums, factors, rows and scores: as many sites are read side by side as
+    have room. Raises `UsageError` for NaN and infinity, and for readers that need all rows
     at once.
     """
+    fits, scored = len(left_out), 4 * len(rows) * len(left_out)
     if isinstance(reader, MomentsReader):
-        yield from _by_moments(store, reader, sites, rows, fold, left_out, memory, batch_rows)
+        sizes = {s: 16 * (int(fold.max()) + 1) * store.width(s) ** 2 + scored for s in sites}
+        for pack in packs(sizes, memory):
+            yield from _by_moments(store, reader, pack, rows, fold, left_out, memory, batch_rows)
     elif isinstance(reader, LogisticReader):
         # Of each fit a Hessian in float64 and its factor in float32; and as many rows as say something about it.
-        sizes = {s: (12 * len(left_out) + 48) * (store.width(s) + 1) ** 2 for s in sites}
+        sizes = {s: (12 * fits + 48) * (store.width(s) + 1) ** 2 + scored for s in sites}
         for pack in packs(sizes, memory):
             yield from _by_passes(store, reader, pack, rows, fold, left_out, memory // len(pack), batch_rows)
     else:
