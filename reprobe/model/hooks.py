@@ -451,6 +451,17 @@ def intervene(lm: "LanguageModel", interventions: Iterable[Intervention]) -> Ite
         yield
 
 
+@contextlib.contextmanager
+def called(
+    modules: Iterable[nn.Module], keep: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """Tell `keep` of every call of these modules inside the context, with its arguments. Changes nothing of the run."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        yield
+
+
 def capture(
     lm: "LanguageModel",
     inputs: Mapping[str, Any],

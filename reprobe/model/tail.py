@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedOperation
-from reprobe.model.hooks import board_of, observe
+from reprobe.model.hooks import board_of, called, observe
 from reprobe.model.sites import Site
 
 if TYPE_CHECKING:
@@ -143,8 +143,5 @@ def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[_Call]]:
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         calls.append(_Call(block, args[1:], rest, named=not args))
 
-    with contextlib.ExitStack() as stack:
-        for block in blocks:
-            handle = block.register_forward_pre_hook(keep, with_kwargs=True)
-            stack.callback(handle.remove)
+    with called(blocks, keep):
         yield calls

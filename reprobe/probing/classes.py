@@ -23,6 +23,7 @@ from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.probe_grid import COLUMNS, site_columns, store_provenance
+from reprobe.probing.reader import without_direction
 from reprobe.probing.readers.multiclass import MultiClassReader
 from reprobe.probing.rows import ClassRows, select_classes
 from reprobe.progress import Progress, silent
@@ -153,7 +154,7 @@ def _probe_site(
             scores[fold == k] = fit(fold != k).scores(X[fold == k])
         return scores, fit(np.ones(len(X), dtype=bool)).directions_
     except UsageError as error:
-        raise UsageError(f"{reader!r} at {site}: {error} (leave the site out with sites=)") from error
+        raise without_direction(repr(reader), site, error) from error
 
 
 def _table(

@@ -27,7 +27,7 @@ from reprobe.probing.grid import Source, probe, site_rows
 from reprobe.probing.intervals import ClusterBootstrap, share_interval
 from reprobe.probing.metrics import Weighted, calibration_error, fold_auroc, recall_at_fpr, weighted_auroc
 from reprobe.probing.probe_grid import ProbeGrid, draw_curves
-from reprobe.probing.reader import Reader
+from reprobe.probing.reader import Reader, without_direction
 from reprobe.probing.refit import scores_inside
 from reprobe.probing.rows import ProbeRows, select_rows
 from reprobe.progress import Progress, silent
@@ -315,7 +315,7 @@ def _judge(
                 scores_inside(reader, X, rows.positive, rows.pairs, grid.fold), grid.oof[:, j], grid.positive, grid.fold
             )
         except UsageError as error:
-            raise UsageError(f"{name} at {grid.sites[j]}: {error} (leave the site out with sites=)") from error
+            raise without_direction(name, grid.sites[j], error) from error
         found.append(_Judged(plain, platt, _further(grid.oof[:, j], platt, grid, bootstrap)))
     return found
 

@@ -24,7 +24,7 @@ from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected, site_columns, store_provenance
-from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of
+from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of, without_direction
 from reprobe.probing.rows import ClassRows, ProbeRows, require_pairs, select_rows
 from reprobe.probing.streaming import can_stream, stream
 from reprobe.progress import Progress, silent
@@ -212,7 +212,7 @@ def _fit_and_judge(
         try:
             found.append(clone(reader).fit_rows(chosen).direction_)
         except UsageError as error:
-            raise _no_direction(reader, site, error) from error
+            raise without_direction(type(reader).__name__, site, error) from error
     scores = X @ np.stack([d.vector for d in found]).T - np.array([d.offset for d in found])
     return _judge(scores, found[-1], rows, fold, bootstrap)
 
@@ -232,7 +232,7 @@ def _fit_together(
                     planes = reader.fit_batch(np.stack([X for _, X in batch]), rows.positive, rows.groups, kept)
                 found = next(planes)
             except UsageError as error:
-                raise _no_direction(reader, site, error) from error
+                raise without_direction(type(reader).__name__, site, error) from error
             lengths = np.array([np.linalg.norm(p.normal) for p in found])
             normals = np.stack([p.normal for p in found]) / lengths[:, None]
             direction = direction_of(found[-1], float(np.std(X @ normals[-1])), reader, (False, True))
@@ -252,10 +252,6 @@ def _batches(
                 batch = []
         if batch:
             yield batch
-
-
-def _no_direction(reader: Reader, site: Site, error: UsageError) -> UsageError:
-    return UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)")
 
 
 def _judge(

@@ -223,6 +223,11 @@ def direction_of(plane: Plane, scale: float, reader: Any, classes: tuple[Any, An
     )
 
 
+def without_direction(reader: str, site: object, error: UsageError) -> UsageError:
+    """What to say of a site at which a reader found no direction."""
+    return UsageError(f"{reader} at {site}: {error} (leave the site out with sites=)")
+
+
 def require_direction(v: Float[np.ndarray, " width"], magnitude: float, why: str) -> None:
     """Raise `UsageError` with `why` if `v` is as short as the rounding error of sums of rows of this magnitude (the
     largest absolute value in them)."""

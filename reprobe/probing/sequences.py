@@ -23,6 +23,7 @@ from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, site_columns, store_provenance
+from reprobe.probing.reader import without_direction
 from reprobe.probing.readers.attention import AttentionReader, TokenRows
 from reprobe.probing.rows import ProbeRows, select_rows
 from reprobe.progress import Progress, silent
@@ -177,5 +178,5 @@ def _probe_site(reader: AttentionReader, site: Site, rows: TokenRows, fold: Inte
                 right[judged] += ((score(inner, fold == tested) > 0) == rows.positive[fold == tested]).sum()
         direction = fit(np.ones(len(fold), dtype=bool)).direction_
     except UsageError as error:
-        raise UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)") from error
+        raise without_direction(type(reader).__name__, site, error) from error
     return _Found(oof, right / (len(fold) - np.bincount(fold)) if folds > 2 else np.empty(0), direction)

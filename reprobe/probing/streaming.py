@@ -26,7 +26,7 @@ from reprobe.probing.direction import Direction
 from reprobe.probing.lbfgs import Memory
 from reprobe.probing.logistic import FLAT, NEAR, constant_features
 from reprobe.probing.moments import Batches, ClassMoments, FoldMoments, finite_batches, packs, read_moments
-from reprobe.probing.reader import Plane, Reader, as_array, direction_of
+from reprobe.probing.reader import Plane, Reader, as_array, direction_of, without_direction
 from reprobe.probing.readers.from_moments import MomentsReader
 from reprobe.probing.readers.logistic import LogisticReader
 from reprobe.probing.rows import ProbeRows
@@ -99,7 +99,7 @@ def _by_moments(
         try:
             directions[site] = [clone(reader).fit_moments(_without(moments, out)).direction_ for out in left_out]
         except UsageError as error:
-            raise _at(reader, site, error) from error
+            raise without_direction(type(reader).__name__, site, error) from error
     normals = {s: np.stack([d.vector for d in found]).T for s, found in directions.items()}
     offsets = {s: np.array([d.offset for d in found]) for s, found in directions.items()}
     scores = {s: np.empty((len(rows), len(left_out)), dtype=np.float32) for s in directions}
@@ -185,7 +185,7 @@ def _by_passes(
         try:
             going[site] = _start(store, reader, site, moments, rows, omega, left_out, memory)
         except UsageError as error:
-            raise _at(reader, site, error) from error
+            raise without_direction(type(reader).__name__, site, error) from error
     total = torch.from_numpy(omega.sum(0)).double()
     done: dict[Site, Streamed] = {}
     order = np.argsort(rows.rows, kind="stable")
@@ -218,8 +218,8 @@ def _by_passes(
             yield from (done[site] for site in sites)
             return
     site, one = next(iter(going.items()))
-    raise _at(
-        reader,
+    raise without_direction(
+        type(reader).__name__,
         site,
         UsageError(
             f"logistic regression did not end within {_MAX_PASSES} passes over the store (error of the weights up to "
@@ -325,12 +325,12 @@ def _finished(reader: LogisticReader, site: Site, one: _Site) -> Streamed:
     intercept = one.theta[:, -1].numpy() - weights @ one.mean
     length = np.linalg.norm(weights, axis=1)
     if (one.theta[:, :-1] * one.u).abs().amax(1).min() <= 1e-12:
-        raise _at(reader, site, UsageError("the two classes do not differ in any feature: every weight is zero"))
+        raise without_direction(
+            type(reader).__name__,
+            site,
+            UsageError("the two classes do not differ in any feature: every weight is zero"),
+        )
     plane = Plane(weights[-1], -float(intercept[-1]), "the positive class has the higher log-odds")
     scores = one.scores / length.astype(np.float32)
     direction = direction_of(plane, float(np.std(scores[:, -1], dtype=np.float64)), reader, (False, True))
     return Streamed(site, scores, direction)
-
-
-def _at(reader: Reader, site: Site, error: UsageError) -> UsageError:
-    return UsageError(f"{type(reader).__name__} at {site}: {error} (leave the site out with sites=)")
