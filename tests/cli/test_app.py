@@ -16,7 +16,8 @@ from tiny import tiny_net, tiny_tokenizer
 from typer.testing import CliRunner
 
 import reprobe as rp
-from reprobe.cli.app import ReaderName, app
+from reprobe.cli.app import app
+from reprobe.cli.probing import ReaderName
 from reprobe.probing import READERS
 
 VERBS = (
@@ -400,7 +401,7 @@ def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
     lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"  # the context is short
     d = rp.Direction.from_vector(d.site, d.vector, scale=d.scale, offset=d.offset)
     d.save(made / "plain.safetensors", overwrite=True)
-    monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
+    monkeypatch.setattr("reprobe.cli.steer.load_model", lambda model, **options: lm)
     typed = ["the end", "", "/strength 9", "/off", "is it", "/on", "of a"]
     typed += ["/strength x", "/strength inf", "/jump", "/quit"]
     result = CliRunner().invoke(
@@ -432,7 +433,7 @@ def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
 def test_a_chat_without_a_template_continues_each_line_and_survives_one_that_is_too_long(run, made, monkeypatch):
     lm = rp.LanguageModel.load(made / "model")
     lm.tokenizer.chat_template, mismatch = None, ["--allow-mismatch"]  # the template is a part of the identity
-    monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
+    monkeypatch.setattr("reprobe.cli.steer.load_model", lambda model, **options: lm)
     result = CliRunner().invoke(
         app,
         ["steer", "model", "--chat", "--ablate", "--direction", "d.safetensors", "--max-new-tokens", "4", *mismatch],
