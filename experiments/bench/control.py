@@ -39,7 +39,9 @@ from reprobe.methods import repe
 from reprobe.provenance import write_durably
 
 UNSTEERED, OURS, FLOOR = "unsteered", "reprobe", "bare hooks that add"
-BAKED, STREAMS, FORWARDS = "baked", "reprobe, three cached streams", "three uncached forwards per token"
+BAKED, STREAMS = "baked", "reprobe, three cached streams"
+#: As published, and with the logits that nobody asks for left out.
+FORWARDS, LEAN = "three uncached forwards per token", "the same, logits of the next token only"
 PEERS = ("repeng", "steering-vectors")
 PROMPTS = {
     "one": ["The city of Paris is in"],
@@ -173,11 +175,13 @@ def baked(model: str, tokens: int, repeats: int) -> Work:
 
 
 @torch.inference_mode()
-def three_forwards(lm: rp.LanguageModel, layers: Sequence[int], tokens: int) -> list[str]:
+def three_forwards(lm: rp.LanguageModel, layers: Sequence[int], tokens: int, *, lean: bool = False) -> list[str]:
     """Contrast vectors as published: for each new token the positive, the negative and the steered run from the start.
 
-    Block outputs get α(h⁺ − h⁻) from the prompt's last token on. Only the steered run computes logits, of one token.
+    Block outputs get α(h⁺ − h⁻) from the prompt's last token on. `lean`: only the steered run computes logits, of one
+    token.
     """
+    reads = lm.architecture.trunk(lm.net) if lean else lm.net
     blocks = lm.architecture.blocks(lm.net)
     rows = [lm.encode(prompts[0]).input_ids for prompts in PERSONAS.rows]
     begun = [ids.shape[1] for ids in rows]
@@ -189,7 +193,7 @@ def three_forwards(lm: rp.LanguageModel, layers: Sequence[int], tokens: int) -> 
                 seen[layer] = h[:, -since:].clone()
 
             with hooked(blocks, layers, keep):
-                lm.architecture.trunk(lm.net)(input_ids=ids, use_cache=False)
+                reads(input_ids=ids, use_cache=False)
 
         def contrasted(layer: int, h: torch.Tensor, kept: list = kept, since: int = step + 1) -> torch.Tensor:
             out = h.clone()
@@ -197,7 +201,8 @@ def three_forwards(lm: rp.LanguageModel, layers: Sequence[int], tokens: int) -> 
             return out
 
         with hooked(blocks, layers, contrasted):
-            chosen = lm.net(input_ids=rows[0], use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)[:, None]
+            logits = lm.net(input_ids=rows[0], use_cache=False, logits_to_keep=int(lean)).logits
+        chosen = logits[:, -1].argmax(-1)[:, None]
         rows = [torch.cat([ids, chosen], 1) for ids in rows]
     return lm.tokenizer.batch_decode(rows[0][:, begun[0] :], skip_special_tokens=True)
 
@@ -241,11 +246,13 @@ def contrast(model: str, tokens: int, repeats: int) -> Work:
     sides = [
         Side(STREAMS, ours, tokens),
         Side(FORWARDS, lambda: three_forwards(own, layers, tokens), tokens),
+        Side(LEAN, lambda: three_forwards(own, layers, tokens, lean=True), tokens),
         Side(UNSTEERED, lambda: lm.generate(PERSONAS.base, max_new_tokens=tokens), tokens),
     ]
     timings = race(sides, repeats, tidy=gc.collect, say=say)
     work.timings = list(timings.values())
-    work.claims.append(Claim(f"times as fast as {FORWARDS}", timings[FORWARDS].best / timings[STREAMS].best, "≥", 5.0))
+    for side in (FORWARDS, LEAN):
+        work.claims.append(Claim(f"times as fast as {side}", timings[side].best / timings[STREAMS].best, "≥", 5.0))
     return work
 
 
