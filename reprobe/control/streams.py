@@ -79,8 +79,8 @@ class AddContrast(Operator):
         if tokens.n_prompts % 3 or not tokens.all_prompts:
             raise UsageError(
                 f"{type(self).__name__} at {self.site} takes texts three times, with their own, the positive and the "
-                f"negative prompt, all in one pass, and this run has {tokens.n_prompts} prompts, {tokens.rows} rows now: "
-                "use repe.generate or repe.logprobs"
+                f"negative prompt, all in one pass, and this run has {tokens.n_prompts} prompts, {tokens.rows} rows in "
+                "this pass: use repe.generate or repe.logprobs"
             )
         chosen = self.tokens.choose(tokens)
         if chosen is False:

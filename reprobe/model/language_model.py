@@ -605,8 +605,10 @@ class LanguageModel:
                 width = max(r.suffix for r in texts)
                 columns = width + max(len(r.ids) - r.suffix for r in texts)
                 padded = self._lay(texts, [width - r.suffix for r in texts], columns)
-                part = {} if in_step else {"numbers": self._put(np.asarray(numbers, np.int64)), "given": len(rows)}
-                with board_of(self).told(Prompts(padded.real, width, {}, padded.input_ids, **part)):
+                told = Prompts(padded.real, width, {}, padded.input_ids)
+                if not in_step:
+                    told = replace(told, numbers=self._put(np.asarray(numbers, np.int64)), given=len(rows))
+                with board_of(self).told(told):
                     self.architecture.trunk(self.net)(**self.inputs(padded), **self.no_cache)
                 for states, i, r in zip(seen[where], numbers, texts, strict=True):
                     found[int(i)] = states[width - 1 : width + len(r.ids) - r.suffix].clone()
