@@ -12,7 +12,7 @@ The way of the data, station by station:
                 model card, here or on the hub)
     control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
                 bundles them: a direction (or a map, or activations) put back into the model
-                (bake: into its weights; export, read_control_vector: the files of other programs)
+                (bake, export_baked: into its weights; export, read_control_vector: the files of other programs)
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
                 rome, memit: edits of facts
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         bake,
         edited,
         export,
+        export_baked,
         export_edited,
         ledger_of,
         load_edited,
@@ -161,6 +162,7 @@ _HOME = {
     "dose_response": "evaluation",
     "edited": "control",
     "export": "control",
+    "export_baked": "control",
     "export_edited": "control",
     "extract": "extraction",
     "extract_on_ray": "extraction",
@@ -245,6 +247,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "dose_response",
     "edited",
     "export",
+    "export_baked",
     "export_edited",
     "extract",
     "extract_on_ray",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 
+from reprobe.cli.bake import bake
 from reprobe.cli.data import data_app
 from reprobe.cli.edit import edit_app
 from reprobe.cli.evaluate import evaluate_app
@@ -26,6 +27,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     compare,
     transfer,
     scan,
+    bake,
     export,
     push,
     pull,

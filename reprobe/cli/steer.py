@@ -107,7 +107,7 @@ def steer(
 @verb("reprobe steer tune smollm2-135m --direction happiness.safetensors --target-kl 0.1")
 def steer_tune(
     model: Model,
-    direction: Annotated[Path, typer.Option(help="A direction (.safetensors).")],
+    direction: Act,
     target_kl: Annotated[float, typer.Option(help="KL from the unsteered model, in nats per token.")],
     away: Annotated[bool, typer.Option("--away", help="Steer away: look among negative strengths.")] = False,
     site: ActAt = None,
@@ -123,19 +123,20 @@ def steer_tune(
 ) -> None:
     """Find the strength at which adding a direction costs a given KL on ordinary text (± 5 %, 8 evaluations).
 
-    Exit 1 if no strength reaches it.
+    Of a steering it is the factor by which all its strengths are multiplied. Exit 1 if no strength reaches the KL.
     """
     import reprobe as rp
+    from reprobe.cli import steering as run
     from reprobe.probing import write_table
     from reprobe.progress import terminal
 
     refuse_existing(to_table, overwrite)
-    vector, given = rp.Direction.load(direction), passages(texts)
+    steerer, given = run.load(direction, ablate=False, site=site, tokens=tokens), passages(texts)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     with terminal() as progress:
         found = rp.tune(
             lm,
-            lambda strength: rp.Add(vector, strength, site=site, tokens=tokens or "all"),
+            steerer,
             target_kl,
             texts=given,
             start=-1.0 if away else 1.0,

@@ -76,10 +76,11 @@ class AddContrast(Operator):
                 "lm.logprobs computes beginnings that texts share once, so its rows are not prompts and no contrast "
                 "can be taken between them: use repe.logprobs"
             )
-        if tokens.n_prompts % 3:
+        if tokens.n_prompts % 3 or not tokens.all_prompts:
             raise UsageError(
                 f"{type(self).__name__} at {self.site} takes texts three times, with their own, the positive and the "
-                f"negative prompt, and this run has {tokens.n_prompts} prompts: use repe.generate or repe.logprobs"
+                f"negative prompt, all in one pass, and this run has {tokens.n_prompts} prompts, {tokens.rows} rows in "
+                "this pass: use repe.generate or repe.logprobs"
             )
         chosen = self.tokens.choose(tokens)
         if chosen is False:

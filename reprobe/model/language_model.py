@@ -241,8 +241,7 @@ class LanguageModel:
         room: int = 0,
     ) -> list[TokenisedText]:
         batch = _batch(prompts)
-        if spans is not None and len(spans) != len(batch):
-            raise UsageError(f"{len(batch)} prompts but {len(spans)} span mappings; give one mapping per prompt")
+        _require_spans(spans, batch)
         limit = None if self.context is None else self.context - room
         if limit is not None and limit < 1:
             raise PromptTooLong(
@@ -401,6 +400,7 @@ class LanguageModel:
         continuations: Sequence[str] | Sequence[Sequence[str]],
         *,
         mean: bool = False,
+        spans: Sequence[Mapping[str, Span]] | None = None,
         batch_tokens: int | None = None,
     ) -> list[np.ndarray]:
         """Log-probability (nats) of continuations, summed over their tokens, or with `mean` averaged over them.
@@ -409,7 +409,8 @@ class LanguageModel:
         with its prompt and found again by character offsets, so a token that straddles the seam counts as the
         continuation's. For interventions the continuation's tokens count as generated, and what differs from prompt to
         prompt (a gate, a strength per row) is the prompt's. A leading blank belongs to the continuation. Beginnings
-        that texts share are computed once, where the architecture allows it.
+        that texts share are computed once, where the architecture allows it. `spans` names character ranges, one
+        mapping per prompt, for interventions on them.
         `batch_tokens` bounds the tokens of one forward pass. Raises `PromptTooLong`.
         """
         self._need_decoder("logprobs")
@@ -417,8 +418,9 @@ class LanguageModel:
         lists: list[Any] = [continuations] if isinstance(prompts, str) or _is_chat(prompts) else list(continuations)
         if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
+        _require_spans(spans, batch)
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
-        rows = self._continue([(batch[i], c) for i, c in flat])
+        rows = self._continue([(batch[i], c) for i, c in flat], None if spans is None else [spans[i] for i, _ in flat])
         each = self._scores(rows, np.asarray([i for i, _ in flat]), len(batch), batch_tokens)
         scores = (own.mean() if mean else own.sum() for own in each)
         return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
@@ -452,15 +454,18 @@ class LanguageModel:
         )
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(numbers, starts, budget=batch_tokens)
+        named = sorted(set.intersection(*(set(r.spans) for r in rows)))
         out = [np.zeros(0)] * len(rows)
         memory: dict[Any, Any] = {}
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
+            texts = [rows[p] for p in plan.pack(k)]
             told = PackedTokens(
                 at=self._put(layout.at),
                 of=self._put(np.repeat(prompt[plan.pack(k)], np.diff(layout.starts))),
                 n_prompts=n_prompts,
                 memory=memory,
+                spans={name: self._put(_in_pack(layout, [r.spans[name] for r in texts])) for name in named},
                 **self._roles_of(layout, sequences),
             )
             layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
@@ -600,21 +605,26 @@ class LanguageModel:
                 width = max(r.suffix for r in texts)
                 columns = width + max(len(r.ids) - r.suffix for r in texts)
                 padded = self._lay(texts, [width - r.suffix for r in texts], columns)
-                with board_of(self).told(Prompts(padded.real, width, {}, padded.input_ids)):
+                told = Prompts(padded.real, width, {}, padded.input_ids)
+                if not in_step:
+                    told = replace(told, numbers=self._put(np.asarray(numbers, np.int64)), given=len(rows))
+                with board_of(self).told(told):
                     self.architecture.trunk(self.net)(**self.inputs(padded), **self.no_cache)
                 for states, i, r in zip(seen[where], numbers, texts, strict=True):
                     found[int(i)] = states[width - 1 : width + len(r.ids) - r.suffix].clone()
         return [Continued(row.ids[row.suffix :], found[i]) for i, row in enumerate(rows)]
 
-    def _continue(self, pairs: Sequence[tuple[Prompt, str]]) -> list[TokenisedText]:
-        """Prompts, tokenised together with a continuation each."""
+    def _continue(
+        self, pairs: Sequence[tuple[Prompt, str]], spans: Sequence[Mapping[str, Span]] | None = None
+    ) -> list[TokenisedText]:
+        """Prompts, tokenised together with a continuation each; spans are of the prompts, one mapping per pair."""
         if any(not continuation for _, continuation in pairs):
             raise UsageError("an empty continuation has no log-probability")
         rows = tokenise(
             self.tokenizer,
             [prompt for prompt, _ in pairs],
             suffixes=[continuation for _, continuation in pairs],
-            spans=None,
+            spans=spans,
             context=self.context,
             truncate=None,
         )
@@ -726,6 +736,14 @@ def _roles(row: TokenisedText) -> np.ndarray:
     return roles
 
 
+def _in_pack(layout: Layout, tokens: Sequence[Int[np.ndarray, " in_span"]]) -> Bool[np.ndarray, "rows columns"]:
+    """Which places of a pack hold the given tokens of its texts."""
+    mask = np.zeros(layout.real.size, np.bool_)
+    for start, own in zip(layout.starts, tokens, strict=False):
+        mask[layout.at[start + np.asarray(own, np.int64)]] = True
+    return mask.reshape(layout.real.shape)
+
+
 def _beginnings(
     rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"]
 ) -> tuple[list[tuple[int, int]], Int[np.ndarray, " rows"]]:
@@ -735,6 +753,11 @@ def _beginnings(
         found.setdefault((int(p), r.ids[: r.suffix].tobytes()), len(found)) for r, p in zip(rows, prompt, strict=True)
     ]
     return [(p, len(ids) // rows[0].ids.itemsize) for p, ids in found], np.asarray(number, np.int64)
+
+
+def _require_spans(spans: Sequence[Mapping[str, Span]] | None, batch: Sequence[Prompt]) -> None:
+    if spans is not None and len(spans) != len(batch):
+        raise UsageError(f"{len(batch)} prompts but {len(spans)} span mappings; give one mapping per prompt")
 
 
 def _is_chat(prompt: Any) -> bool:
