@@ -1,7 +1,7 @@
 """`reprobe extract` and `reprobe import`: what a model computes, or another program computed, becomes a store."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -71,6 +71,17 @@ def extract(
     from reprobe.prompts import PromptSet
 
     prompts = PromptSet.load(data, limit=limit)
+    work: dict[str, Any] = {
+        "sites": sites,
+        "at": at,
+        "pack": pack,
+        "dtype": store_dtype,
+        "batch_tokens": batch_tokens,
+        "truncate": truncate,
+        "shard_rows": shard_rows,
+        "format": format,
+        "compression": compression,
+    }
     if ray is None and workers is not None:
         raise UsageError("--workers counts those of a Ray cluster: say which with --ray (local starts one here)")
     if ray is not None:
@@ -84,15 +95,7 @@ def extract(
                 load={"dtype": dtype, "device": device, "revision": revision},
                 address=ray,
                 workers=workers,
-                sites=sites,
-                at=at,
-                pack=pack,
-                dtype=store_dtype,
-                batch_tokens=batch_tokens,
-                truncate=truncate,
-                shard_rows=shard_rows,
-                format=format,
-                compression=compression,
+                **work,
                 resume=resume,
                 overwrite=overwrite,
                 progress=progress,
@@ -100,19 +103,7 @@ def extract(
         say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, complete")
         return
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    job = prepare(
-        lm,
-        prompts,
-        sites=sites,
-        at=at,
-        pack=pack,
-        dtype=store_dtype,
-        batch_tokens=batch_tokens,
-        truncate=truncate,
-        shard_rows=shard_rows,
-        format=format,
-        compression=compression,
-    )
+    job = prepare(lm, prompts, **work)
     share = Share.of_environment() if rank is None and world is None else Share(rank or 0, world or 1)
     if resume or share.world > 1:
         job = job.as_begun_at(to)
