@@ -108,8 +108,8 @@ class Answer:
 class Trace:
     """One fact. `tokens` are those of its prompt, tokens `subject[0]` … `subject[1]` − 1 the subject's.
 
-    `clean` and `corrupted` are the probabilities of the object, `restored[k, i, t]` that with kind k restored at token t
-    and the i-th layer traced.
+    `clean` and `corrupted` are the probabilities of the object, `restored[k, i, t]` that with the k-th kind restored at
+    token t and the i-th layer traced.
     """
 
     fact: Fact
@@ -200,23 +200,18 @@ class TraceGrid:
         the mean over its own, with its 95 % interval over groups of facts (null where there is one group only)."""
         lines: list[dict[str, Any]] = []
         for role in ROLES:
-            have = [(i, [r == role for r in t.roles]) for i, t in enumerate(self.traces) if role in t.roles]
+            have = [i for i, t in enumerate(self.traces) if role in t.roles]
             if not have:
                 continue
-            means = np.stack([self.traces[i].effects[:, :, mask].mean(-1) for i, mask in have])
-            interval = _Interval([self._groups[i] for i, _ in have])
-            for (k, kind), (j, layer) in (
-                (a, b) for a in enumerate(self.settings.kinds) for b in enumerate(self.layers)
-            ):
-                mean, low, high = interval.of(means[:, k, j])
-                lines.append(
-                    {"kind": kind, "role": role, "layer": layer, "n": len(have), "effect": mean}
-                    | {"effect_low": low, "effect_high": high}
-                )
-        numbers = {name: pl.Float64 for name in ("effect", "effect_low", "effect_high")}
-        return pl.DataFrame(lines, schema_overrides=numbers).sort(
-            pl.col("kind").replace_strict(list(KINDS), range(len(KINDS))), maintain_order=True
-        )
+            own = [self.traces[i].effects[..., [r == role for r in self.traces[i].roles]].mean(-1) for i in have]
+            interval = _Interval([self._groups[i] for i in have])
+            for k, j in np.ndindex(len(self.settings.kinds), len(self.layers)):
+                mean, low, high = interval.of(np.array([effects[k, j] for effects in own]))
+                where = {"kind": self.settings.kinds[k], "role": role, "layer": self.layers[j], "n": len(have)}
+                lines.append(where | {"effect": mean, "effect_low": low, "effect_high": high})
+        numbers = dict.fromkeys(("effect", "effect_low", "effect_high"), pl.Float64)
+        order = pl.col("kind").replace_strict(list(KINDS), range(len(KINDS)))
+        return pl.DataFrame(lines, schema_overrides=numbers).sort(order, maintain_order=True)
 
     @cached_property
     def totals(self) -> pl.DataFrame:
@@ -270,7 +265,9 @@ class TraceGrid:
         found = read(Path(path), KIND)
         try:
             header = dict(found.header)
-            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in header["settings"].items()}
+            settings: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in header["settings"].items()
+            }
             return cls(
                 tuple(
                     Trace(
@@ -376,7 +373,7 @@ def _require_known(lm: LanguageModel, facts: Sequence[Fact]) -> None:
         if len(unknown) > _LISTED:
             listed.append(f"… and {len(unknown) - _LISTED} more")
         raise UsageError(
-            f"{lm.name} does not know {len(unknown)} of {len(facts)} facts, and what it does not know cannot be traced:\n"
+            f"{lm.name} does not know {len(unknown)} of {len(facts)} facts, and there is nothing to trace then:\n"
             + "\n".join(f"  {line}" for line in listed)
             + "\nTrace those that it knows (tracing.known(lm, facts); --unknown drop), or these too (unknown='keep')"
         )

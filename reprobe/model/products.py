@@ -2,9 +2,9 @@
 
 Enters: float32 tensors, as the network's linear layers multiply them. Leaves: the same products, by oneDNN instead of
 MKL. MKL uses the wide instructions (AVX-512) on Intel's processors only, oneDNN on all that have them: on an AMD
-processor with them it was 2.3 times as fast (245 against 104 GFLOP/s a core). Both compute in float32; the order of
-summation differs, so results differ by rounding. Does not know models: layers that multiply in another way (transformers'
-Conv1D), other dtypes, other devices, and whatever needs a gradient stay as they are.
+processor with them it was 2.3 times as fast (240 against 104 GFLOP/s a core). Both compute in float32; the order of
+summation differs, so results differ by rounding. Does not know models: layers that multiply in another way (Conv1D of
+transformers), other dtypes, other devices, and whatever needs a gradient stay as they are.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ class FastProducts(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+        onednn: Any = torch.backends.mkldnn  # torch's name for it is of old
+        wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and onednn.is_available()
         self._linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if wide else None
 
     def __torch_function__(

@@ -240,7 +240,7 @@ class _Taken:
         raise _Enough
 
 
-def _copies(held: Float[Tensor, "held *rest"], n: int) -> Float[Tensor, "rows *rest"]:
+def _copies(held: Tensor, n: int) -> Tensor:
     return held.repeat(n, *(1 for _ in held.shape[1:]))
 
 

@@ -94,12 +94,13 @@ def naive(lm, fact, settings, std, *, whole_logits=True):
         return float(probability([corrupt, *((site, put) for site in sites)])[1:].mean())
 
     both = probability([corrupt])
-    out = np.zeros((len(settings.kinds), lm.n_layers, n))
+    layers = settings.layers or range(lm.n_layers)
+    out = np.zeros((len(settings.kinds), len(layers), n))
     for k, kind in enumerate(settings.kinds):
-        for layer in range(lm.n_layers):
+        for i, layer in enumerate(layers):
             half = settings.window // 2
             blocks = [layer] if kind == "resid.post" else range(layer - half, layer - half + settings.window)
             sites = [rp.Site(kind, b) for b in blocks if 0 <= b < lm.n_layers]
             for t in range(n):
-                out[k, layer, t] = restored(sites, t)
+                out[k, i, t] = restored(sites, t)
     return float(both[0]), float(both[1:].mean()), out
