@@ -4,8 +4,8 @@ Every verb is one library call with the same names. Nothing heavy is imported be
 `reprobe --help` answers at once.
 """
 
-import reprobe.cli.edit
-import reprobe.cli.trace  # (registers `reprobe trace`)
+import reprobe.cli.edit  # (registers the verbs of `reprobe edit`)
+import reprobe.cli.trace  # noqa: F401 (registers `reprobe trace`)
 from reprobe.cli.app import main
 
 __all__ = ["main"]
