@@ -113,7 +113,7 @@ def trace_curves(grid: TraceGrid, *, title: str | None = None) -> Plot:
                     alpha=0.16,
                     linewidth=0,
                 )
-            name = f"{role} token (n = {lines['n'][0]})"
+            name = f"{role} (n={lines['n'][0]})"
             axes.plot(lines["layer"], lines["effect"], markersize=3.2, linewidth=1.4, label=name, **look)
             for row in lines.iter_rows(named=True):
                 bounds = "" if row["effect_low"] is None else f" [{row['effect_low']:+.4f}, {row['effect_high']:+.4f}]"
