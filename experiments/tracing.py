@@ -6,8 +6,8 @@ Enters: names of models, facts (the bundled ones; one of each subject, and such 
 averages.csv (kind × role × block with intervals), facts.csv, curves.svg, roles.svg, maps of the first facts, and
 results.md. The one-page reading of them is experiments/tracing/README.md.
 
-The control of "this token, this block": the block is chosen on half of the facts and its effect taken on the other half,
-beside that of the tokens between subject and end at the same block.
+The control of "this token, this block": the block is chosen on half of the facts and its effect taken on the other
+half, beside that of the tokens between subject and end at the same block.
 """
 
 import argparse
@@ -73,8 +73,8 @@ def results(lm, grid, seconds, command, drawn_from):
     out += [
         "",
         f"ROME edits block {layers.rome} of this model, MEMIT blocks {', '.join(map(str, layers.memit))}. At the "
-        f"subject's last token, windows of MLPs around block {layers.rome} have {share:.0%} of the greatest mean effect; "
-        f"blocks whose interval reaches that: {', '.join(map(str, near))}.",
+        f"subject's last token, MLPs around block {layers.rome} have {share:.0%} of the greatest mean effect; blocks "
+        f"whose interval reaches that: {', '.join(map(str, near))}.",
     ]
     return "\n".join(out) + "\n"
 

@@ -434,6 +434,16 @@ def trace(
     )
 
 
+def corruption(fact: Fact, subject: tuple[int, int], settings: Settings, std: float) -> Noise:
+    """The noise on a fact's subject, its tokens `subject[0]` … `subject[1]` − 1, in a batch of one row per draw.
+
+    Seeded by the setting's seed and the prompt alone: facts have draws of their own.
+    """
+    digest = hashlib.blake2b(f"{settings.seed} {fact.prompt}".encode(), digest_size=6).digest()
+    seeds = tuple(int.from_bytes(digest, "little") + i for i in range(settings.samples))
+    return Noise(std, site="embed", seed=seeds, tokens=f"positions:{subject[0]}:{subject[1]}")
+
+
 def subject_sigma(lm: LanguageModel, facts: Sequence[Fact]) -> float:
     """Standard deviation of all components of the embeddings of all subjects' tokens, without positions', as `embed`
     has them."""
@@ -526,8 +536,7 @@ def _trace(
     posts = [Site("resid.post", layer) for layer in range(lm.n_layers)]
     contributions = [Site(kind, p.layer) for kind in how.kinds if kind != "resid.post" for p in posts]
     clean = hold(lm, ids[None], [*posts, *contributions])
-    noise = Noise(std, site="embed", seed=_seeds(fact, how), tokens=f"positions:{first}:{stop}")
-    with steer(lm, noise):
+    with steer(lm, corruption(fact, (first, stop), how, std)):
         noisy = hold(lm, ids.expand(how.samples, -1), [Site("embed"), *posts])
     known = _Fact(lm, clean, noisy, first, len(row.ids) - row.suffix, row.ids[row.suffix :])
     corrupted = float(known.probability(noisy.end[:, row.suffix - 1 :]).mean())
@@ -546,12 +555,6 @@ def _trace(
     return Trace(
         fact, tokens, (first, stop), float(known.probability(clean.end[:, row.suffix - 1 :])[0]), corrupted, restored
     )
-
-
-def _seeds(fact: Fact, how: Settings) -> tuple[int, ...]:
-    """One seed per draw, of the seed and the prompt alone: facts have draws of their own."""
-    digest = hashlib.blake2b(f"{how.seed} {fact.prompt}".encode(), digest_size=6).digest()
-    return tuple(int.from_bytes(digest, "little") + i for i in range(how.samples))
 
 
 def _begun(known: _Fact, kind: Kind, starts: set[int]) -> dict[int, Float[Tensor, "samples columns d_model"]]:

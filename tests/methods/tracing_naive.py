@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import reprobe as rp
-from reprobe.methods.tracing import _seeds
+from reprobe.methods import tracing
 from reprobe.model.text import tokenise
 
 
@@ -23,7 +23,7 @@ def rows_of(lm, fact):
 def noise_of(lm, ids, subject, fact, settings, std):
     """What `Noise` adds to the rows, from a run under it and one without."""
     batch = torch.from_numpy(ids[:-1])[None].expand(settings.samples, -1)
-    noise = rp.Noise(std, site="embed", seed=_seeds(fact, settings), tokens=f"positions:{subject[0]}:{subject[-1] + 1}")
+    noise = tracing.corruption(fact, (int(subject[0]), int(subject[-1]) + 1), settings, std)
     seen = []
     for given in ((noise,), ()):
         with rp.steer(lm, *given), rp.observe(lm, "embed") as found:
