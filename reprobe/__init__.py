@@ -15,7 +15,7 @@ The way of the data, station by station:
                 (bake, export_baked: into its weights; export, read_control_vector: the files of other programs)
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
-                rome, memit: edits of facts
+                rome, memit: edits of facts; tracing: which states carry them (a TraceGrid)
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         tune,
     )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
+    from reprobe.methods.tracing import TraceGrid
     from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
@@ -150,6 +151,7 @@ _HOME = {
     "Site": "model",
     "Steering": "control",
     "TTPDReader": "probing",
+    "TraceGrid": "methods.tracing",
     "TransferGrid": "probing",
     "Tuned": "evaluation",
     "WeightEdit": "control",
@@ -235,6 +237,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Site",
     "Steering",
     "TTPDReader",
+    "TraceGrid",
     "TransferGrid",
     "Tuned",
     "WeightEdit",

@@ -17,6 +17,7 @@ from reprobe.cli.report import demo, report
 from reprobe.cli.sharing import export, pull, push
 from reprobe.cli.steer import steer_app
 from reprobe.cli.store import info, verify
+from reprobe.cli.trace import trace
 
 VERBS: tuple[Callable[..., None], ...] = (
     demo,
@@ -27,6 +28,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     compare,
     transfer,
     scan,
+    trace,
     bake,
     export,
     push,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from reprobe.cli.inputs import load_model, refuse_existing
+from reprobe.cli.inputs import load_model, parse_layers, refuse_existing
 from reprobe.cli.options import AsJson, Data, Device, Dtype, Mismatch, Model, Overwrite, Revision, SampleSeed
 from reprobe.cli.show import say, show, show_json, show_table
 from reprobe.cli.verb import verb
@@ -98,7 +98,7 @@ def edit_memit(
     settings = memit.Settings(null_space=memit.NullSpace() if null_space else None)
     with terminal() as progress:
         edits = memit.edit(
-            lm, facts, layers=_layers(layers), moments=_text(text, tokens), settings=settings, progress=progress
+            lm, facts, layers=parse_layers(layers), moments=_text(text, tokens), settings=settings, progress=progress
         )
     save_edits(edits, to)
     effects = edits[0].effects
@@ -200,9 +200,9 @@ def edit_moments(
     from reprobe.progress import terminal
 
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    known = _layers(layers)
+    known = parse_layers(layers)
     if known is None:
-        defaults = editing.default_layers(lm)
+        defaults = editing.defaultparse_layers(lm)
         known = sorted({defaults.rome, *defaults.memit})
     source = Sample(sample, seed) if text is None else Corpus.load(text, tokens=tokens)
     with terminal() as progress:
@@ -266,7 +266,7 @@ def edit_eval(
     facts = facts_of(data, limit=limit)
     ordinary = () if perplexity is None else Corpus.load(perplexity).texts
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    chosen = _layers(layers)
+    chosen = parse_layers(layers)
     with terminal() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what has no effect is in the table
         if method == "memit":
@@ -277,7 +277,7 @@ def edit_eval(
         else:
             if chosen is not None and len(chosen) != 1:
                 raise UsageError(f"--layers {layers}: {method} edits one block")
-            layer = editing.default_layers(lm).rome if chosen is None else chosen[0]
+            layer = editing.defaultparse_layers(lm).rome if chosen is None else chosen[0]
             if method == "rome":
                 moment = second_moments(lm, [layer], _text(text, tokens), progress=progress)[layer]
                 form = rome.Settings(compat="rome" if original else None)
@@ -338,16 +338,3 @@ def _text(text: str | None, tokens: int) -> Any:
     from reprobe.methods.moments import Corpus, Sample
 
     return Sample(tokens) if text is None else Corpus.load(text, tokens=tokens)
-
-
-def _layers(text: str | None) -> list[int] | None:
-    """6,7,8 or 6-10, or both."""
-    if text is None:
-        return None
-    out: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UsageError(f"--layers {text}: write blocks as 6,7,8 or 6-10")
-        out += range(int(first), int(last if dash else first) + 1)
-    return out

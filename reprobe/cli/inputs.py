@@ -64,3 +64,23 @@ def refuse_existing(path: Path | None, overwrite: bool) -> None:
     """Before long work, not after it."""
     if path is not None and path.exists() and not overwrite:
         raise ArtifactExists(f"{path} exists; choose another name or pass --overwrite")
+
+
+def refuse_table(path: Path | None, overwrite: bool) -> None:
+    from reprobe.probing import require_new_table
+
+    if path is not None:
+        require_new_table(path, overwrite=overwrite)
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """6,7,8 or 6-10, or both."""
+    if text is None:
+        return None
+    out: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise UsageError(f"--layers {text}: write blocks as 6,7,8 or 6-10")
+        out += range(int(first), int(last if dash else first) + 1)
+    return out

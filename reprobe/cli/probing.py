@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from reprobe.cli.inputs import load_model, named_store, refuse_existing
+from reprobe.cli.inputs import load_model, named_store, refuse_existing, refuse_table
 from reprobe.cli.options import AsJson, Device, Dtype, Mismatch, Model, Overwrite, Revision, Store, ToTable
 from reprobe.cli.show import say, show_json, show_table
 from reprobe.cli.verb import verb
@@ -55,7 +55,7 @@ def probe(
 
     for path in (to, direction):
         refuse_existing(path, overwrite)
-    _refuse_table(to_table, overwrite)
+    refuse_table(to_table, overwrite)
     opened = ActivationStore.open(store)
     with terminal() as progress:
         grid = run_probe(
@@ -126,7 +126,7 @@ def compare(
     in_folder = None if out is None else comparison_path(out, name)
     for path in (to, in_folder):
         refuse_existing(path, overwrite)
-    _refuse_table(to_table, overwrite)
+    refuse_table(to_table, overwrite)
     opened = ActivationStore.open(store)
     with terminal() as progress:
         found = run_compare(
@@ -191,7 +191,7 @@ def transfer(
     from reprobe.store import ActivationStore
 
     refuse_existing(figure, overwrite)
-    _refuse_table(to_table, overwrite)
+    refuse_table(to_table, overwrite)
     named = [named_store(text) for text in stores]
     opened = {name: ActivationStore.open(path) for name, path in named}
     if len(opened) < len(named):
@@ -267,10 +267,3 @@ def _label(index: Any, column: str, text: str | None) -> Any:
     if text is None or column not in index.columns:
         return text
     return next((value for value in index[column].unique() if str(value) == text), text)
-
-
-def _refuse_table(path: Path | None, overwrite: bool) -> None:
-    from reprobe.probing import require_new_table
-
-    if path is not None:
-        require_new_table(path, overwrite=overwrite)

@@ -479,7 +479,7 @@ class LanguageModel:
             places, which = np.unique(layout.at[asked - 1], return_inverse=True)
             targets = layout.ids.ravel()[layout.at[asked]]
             states = hidden.last_hidden_state.flatten(0, 1)
-            each = self._token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
+            each = self.token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
             cuts = np.cumsum([len(rows[p].ids) - rows[p].suffix for p in prompts])[:-1]
             for p, own in zip(prompts, np.split(each, cuts), strict=True):
                 out[p] = own
@@ -505,10 +505,10 @@ class LanguageModel:
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _token_logprobs(
+    def token_logprobs(
         self, states: Float[Tensor, "places d_model"], which: np.ndarray, targets: np.ndarray
     ) -> Float[np.ndarray, " tokens"]:
-        """Log-probability of each target token after the state `which` of those given, in float64."""
+        """Log-probability (nats, float64) of each target token after the state, at `final`, that `which` names."""
         out = np.zeros(len(targets))
         step = max(1, _LOGITS_AT_ONCE // self._vocabulary)
         for start in range(0, len(states), step):

@@ -5,6 +5,7 @@ curves   · accuracy over blocks, effect over strength
 maps     · accuracy of heads, scores of tokens
 points   · rows of one site                   transfer · from data set to data set
 reliability · probabilities and what comes true    cosines · which directions are one
+traces   · which states carry a fact
 style    · how figures look
 sections · what the page says                 blocks   · what sections are made of
 svg      · a figure as part of a page         page     · the page itself
@@ -33,6 +34,7 @@ from reprobe.report.results import (
     write_scan,
     write_steering,
 )
+from reprobe.report.traces import trace_curves, trace_map
 from reprobe.report.transfer import transfer_map
 
 __all__ = [
@@ -57,6 +59,8 @@ __all__ = [
     "scan_map",
     "scatter",
     "store_path",
+    "trace_curves",
+    "trace_map",
     "transfer_map",
     "write_report",
     "write_run",
