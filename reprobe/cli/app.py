@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. Results go to s
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -817,6 +818,9 @@ def evaluate_truthfulqa(
         Path | None, typer.Option(help="Text before each question, e.g. the benchmark's; default: six of our own.")
     ] = None,
     questions: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
+    dola: Annotated[
+        str | None, typer.Option(help="Score by DoLa, and compare: high, low, or layers such as 15 or 15,17,19.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     to_table: ToTable = None,
     dtype: Dtype = None,
@@ -826,13 +830,16 @@ def evaluate_truthfulqa(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Multiple choice, MC1, MC2 and MC3, with intervals over questions; with --direction, unsteered against steered.
+    """Multiple choice, MC1, MC2 and MC3, with intervals over questions.
+
+    With --direction, --dola or both, the plain model is compared with the one so steered or scored.
 
     --to-table saves a line per question.
     """
     import reprobe as rp
     from reprobe.cli.steering import load
     from reprobe.evaluation import PRIMER, compare
+    from reprobe.methods.dola import DoLa
     from reprobe.probing import write_table
     from reprobe.progress import terminal
 
@@ -842,21 +849,26 @@ def evaluate_truthfulqa(
     if questions is not None:
         first = prompts.frame["group"].unique(maintain_order=True).head(questions)
         prompts = prompts.where(group=first.to_list())
-    item = None
+    items = []
     if direction is not None:
-        item = load(direction, ablate=ablate, site=site, tokens=tokens, otherwise="generated")(strength)
+        items.append(load(direction, ablate=ablate, site=site, tokens=tokens, otherwise="generated")(strength))
+    decoding = None if dola is None else DoLa(_dola_layers(dola))
     lm = _load(model, dtype=dtype, device=device, revision=revision)
+    if decoding is not None:
+        decoding.candidates(lm)  # raises before anything is scored
     with terminal() as progress:
         plain = rp.multiple_choice(lm, prompts, primer=before, progress=progress)
         result, table = plain.summary(seed=seed), plain.table
-        if item is not None:
-            with rp.steer(lm, item, allow_mismatch=allow_mismatch):
-                steered = rp.multiple_choice(lm, prompts, primer=before, progress=progress)
+        if items or decoding:
+            with rp.steer(lm, *items, allow_mismatch=allow_mismatch):
+                steered = rp.multiple_choice(lm, prompts, primer=before, decoding=decoding, progress=progress)
             result = compare(plain, steered, seed=seed)
             own = steered.table.select(rp.evaluation.METRICS).rename(lambda metric: f"{metric}_steered")
             table = plain.table.hstack(own)
     if to_table is not None:
         about = {"model": lm.identity.to_json(), "data": prompts.digest, "primer": before, "metrics": result.to_dicts()}
+        if decoding is not None:
+            about["dola"] = dataclasses.asdict(decoding)
         write_table(table, to_table, overwrite=overwrite, about=about)
     _table(result.to_dicts(), as_json)
 
@@ -1036,6 +1048,12 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} cannot be read as text: {e}") from e
+
+
+def _dola_layers(text: str) -> Any:
+    """Layers of --dola: a bucket's name, which the method checks, or whole numbers."""
+    numbers = text.split(",")
+    return [int(n) for n in numbers] if all(n.strip().isdecimal() for n in numbers) else text
 
 
 def _truthfulqa() -> str:

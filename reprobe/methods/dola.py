@@ -410,7 +410,7 @@ class _Contrast:
             )
         plausible = plausible_tokens(scores, self._dola.alpha)
         # Of the vocabulary only what is plausible in some row goes on.
-        tokens = plausible.any(0).nonzero().flatten()
+        tokens = plausible.nonzero()[:, 1].unique()  # type: ignore[no-untyped-call]
         plausible = plausible[:, tokens]
         early = self._exits.logits(states, tokens)
         mature = scores[:, tokens].masked_fill(~plausible, -torch.inf)

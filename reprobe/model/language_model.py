@@ -504,7 +504,8 @@ class LanguageModel:
                 **self._roles_of(layout, sequences),
             )
             layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
-            with board.told(told), observe(self, () if scorer is None else scorer.sites) as seen:
+            watched = contextlib.nullcontext({}) if scorer is None else observe(self, scorer.sites)
+            with board.told(told), watched as seen:
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
             prompts = plan.pack(k)
             # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
