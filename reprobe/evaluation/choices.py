@@ -106,8 +106,8 @@ def multiple_choice(
     0 false), `group`, and, unless a question has one true answer only, `best`, which marks the true answer of MC1.
     Where it has columns `mc1` and `mc2` (the benchmark's JSON), they say which answers take part in which metric, MC3
     being over those of MC2. With `decoding`, an answer's score is the sum of its tokens' contrasts, plausible or not,
-    as its authors score TruthfulQA. `batch_tokens` bounds the tokens of a forward pass. Raises `DataError` for columns or
-    sides that a question lacks.
+    as its authors score TruthfulQA. `batch_tokens` bounds the tokens of a forward pass. Raises `DataError` for columns
+    or sides that a question lacks.
     """
     prompts = data if isinstance(data, PromptSet) else PromptSet.load(data)
     questions = _questions(prompts)

@@ -504,8 +504,9 @@ class LanguageModel:
                 **self._roles_of(layout, sequences),
             )
             layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
-            watched = contextlib.nullcontext({}) if scorer is None else observe(self, scorer.sites)
-            with board.told(told), watched as seen:
+            with contextlib.ExitStack() as stack:
+                seen = {} if scorer is None else stack.enter_context(observe(self, scorer.sites))
+                stack.enter_context(board.told(told))
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
             prompts = plan.pack(k)
             # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
