@@ -15,7 +15,7 @@ The way of the data, station by station:
                 (bake: into its weights; export, read_control_vector: the files of other programs)
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
-                rome, memit: edits of facts
+                rome, memit: edits of facts; DoLa: decoding by contrasting layers
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         tune,
     )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
+    from reprobe.methods.dola import DoLa
     from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
@@ -117,6 +118,7 @@ _HOME = {
     "Comparison": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "DoLa": "methods.dola",
     "Fact": "prompts",
     "KSparseReader": "probing",
     "LDAReader": "probing",
@@ -201,6 +203,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Comparison",
     "Contrast",
     "Direction",
+    "DoLa",
     "Fact",
     "KSparseReader",
     "LDAReader",

@@ -253,7 +253,7 @@ class Architecture:
         h = h.to(device=net.device, dtype=net.dtype)
         for module in before:
             h = module(h)
-        logits = _few(last, h, tokens)
+        logits = _read_out(last, h, tokens)
         return logits if raw else self.row.logits(logits, net.config)
 
 
@@ -303,7 +303,7 @@ def _in_width(projection: Any) -> int:
     return int(projection.in_features if hasattr(projection, "in_features") else projection.nx)
 
 
-def _few(head: nn.Module, h: Tensor, tokens: Tensor | None) -> Tensor:
+def _read_out(head: nn.Module, h: Tensor, tokens: Tensor | None) -> Tensor:
     """The output of the head for some tokens only (None: for all)."""
     rows = h.numel() // h.shape[-1]
     few = h.device.type == "cpu" and 2 <= rows <= _FEW_ROWS

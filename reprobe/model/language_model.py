@@ -577,9 +577,9 @@ class LanguageModel:
         """Continuations of prompts as text, without the prompt; greedy unless `do_sample=True` or `num_beams=…`.
 
         `decoding` is another way to score the next token (`methods.dola.DoLa`). `options` go to transformers'
-        `generate`. With `num_return_sequences=k`, k texts per prompt follow each
-        other. `seed` makes sampling repeatable and leaves the global random state as it was. Raises
-        `PromptTooLong` if prompt and new tokens do not fit the context.
+        `generate`. With `num_return_sequences=k`, k texts per prompt follow each other. `seed` makes sampling
+        repeatable and leaves the global random state as it was. Raises `PromptTooLong` if prompt and new tokens do not
+        fit the context.
         """
         self._need_decoder("generate")
         for ours in ("input_ids", "inputs", "attention_mask"):
