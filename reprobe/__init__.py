@@ -16,6 +16,7 @@ The way of the data, station by station:
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
                 rome, memit: edits of facts; tracing: which states carry them (a TraceGrid)
+                DoLa: decoding by contrasting layers
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         tune,
     )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
+    from reprobe.methods.dola import DoLa
     from reprobe.methods.tracing import TraceGrid
     from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
@@ -119,6 +121,7 @@ _HOME = {
     "Comparison": "probing",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "DoLa": "methods.dola",
     "Fact": "prompts",
     "KSparseReader": "probing",
     "LDAReader": "probing",
@@ -205,6 +208,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Comparison",
     "Contrast",
     "Direction",
+    "DoLa",
     "Fact",
     "KSparseReader",
     "LDAReader",

@@ -417,18 +417,22 @@ def board_of(lm: "LanguageModel") -> Board:
 
 
 @contextlib.contextmanager
-def observe(lm: "LanguageModel", sites: Iterable[Site | str] | Site | str) -> Iterator[dict[Site, Tensor]]:
+def observe(
+    lm: "LanguageModel",
+    sites: Iterable[Site | str] | Site | str,
+    select: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[dict[Site, Tensor]]:
     """Read activations of whatever runs inside the context.
 
     Yields a dict that after each forward pass holds, per site, the activations of that pass: (rows, columns, width)
-    in the network's dtype, on its device, detached copies. With interventions active it shows what the rest of the
-    network sees. Raises `UnknownSite`.
+    in the network's dtype, on its device, detached copies; or what `select` maps them to. With interventions active it
+    shows what the rest of the network sees. Raises `UnknownSite`.
     """
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site, h: Tensor) -> None:
         # A copy: some families go on to change the tensor in place (`mlp_output += attention_output`).
-        seen[site] = h.detach().clone()
+        seen[site] = (h if select is None else select(h)).detach().clone()
 
     with board_of(lm).entered(observers=[(site, keep) for site in lm.sites(sites)]):
         yield seen

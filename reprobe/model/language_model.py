@@ -32,6 +32,7 @@ from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
 from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
+from reprobe.model.decoding import Decoding, Scored, TokenScorer
 from reprobe.model.hooks import board_of, follow, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
 from reprobe.model.monitor import DirectionLike, Monitor, checked
@@ -389,9 +390,14 @@ class LanguageModel:
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def unembed(self, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits from vectors at `final` (after the final norm), with the family's scale and soft cap."""
-        return self.architecture.unembed(self.net, h)
+    def unembed(
+        self, h: Float[Tensor, "*rows d_model"], tokens: Int[Tensor, " tokens"] | None = None
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits from vectors at `final` (after the final norm), with the family's scale and soft cap.
+
+        With `tokens`, theirs only, (*rows, tokens): no more is computed.
+        """
+        return self.architecture.unembed(self.net, h, tokens)
 
     @torch.no_grad()
     def logprobs(
@@ -414,6 +420,37 @@ class LanguageModel:
         `batch_tokens` bounds the tokens of one forward pass. Raises `PromptTooLong`.
         """
         self._need_decoder("logprobs")
+        rows, prompt, lengths = self._continued_rows(prompts, continuations, spans)
+        each = self._scores(rows, prompt, len(lengths), batch_tokens)
+        scores = (own.mean() if mean else own.sum() for own in each)
+        return [np.fromiter(islice(scores, n), np.float64, n) for n in lengths]
+
+    @torch.no_grad()
+    def scored(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[str] | Sequence[Sequence[str]],
+        scorer: TokenScorer,
+        *,
+        batch_tokens: int | None = None,
+    ) -> list[list[Scored]]:
+        """What `scorer` makes of every token of continuations, in the passes of `logprobs` and under its rules.
+
+        One list of continuations per prompt → one list per prompt.
+        """
+        self._need_decoder("scored")
+        rows, prompt, lengths = self._continued_rows(prompts, continuations)
+        each = self._scores(rows, prompt, len(lengths), batch_tokens, scorer)
+        found = (Scored(r.ids[r.suffix :], own) for r, own in zip(rows, each, strict=True))
+        return [list(islice(found, n)) for n in lengths]
+
+    def _continued_rows(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[str] | Sequence[Sequence[str]],
+        spans: Sequence[Mapping[str, Span]] | None = None,
+    ) -> tuple[list[TokenisedText], Int[np.ndarray, " rows"], list[int]]:
+        """A row per continuation, the number of its prompt, and how many continuations each prompt has."""
         batch = _batch(prompts)
         lists: list[Any] = [continuations] if isinstance(prompts, str) or _is_chat(prompts) else list(continuations)
         if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
@@ -421,9 +458,7 @@ class LanguageModel:
         _require_spans(spans, batch)
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
         rows = self._continue([(batch[i], c) for i, c in flat], None if spans is None else [spans[i] for i, _ in flat])
-        each = self._scores(rows, np.asarray([i for i, _ in flat]), len(batch), batch_tokens)
-        scores = (own.mean() if mean else own.sum() for own in each)
-        return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
+        return rows, np.asarray([i for i, _ in flat]), [len(group) for group in lists]
 
     @torch.no_grad()
     def perplexity(self, texts: str | Sequence[str], *, batch_tokens: int | None = None) -> float:
@@ -441,9 +476,17 @@ class LanguageModel:
         return float(np.exp(-np.concatenate(each).mean()))
 
     def _scores(
-        self, rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"], n_prompts: int, batch_tokens: int | None
-    ) -> list[Float[np.ndarray, " tokens"]]:
-        """Log-probability of each of a row's tokens from `suffix` on, in float64; row i is of prompt `prompt[i]`."""
+        self,
+        rows: Sequence[TokenisedText],
+        prompt: Int[np.ndarray, " rows"],
+        n_prompts: int,
+        batch_tokens: int | None,
+        scorer: TokenScorer | None = None,
+    ) -> list[Float[np.ndarray, " tokens *numbers"]]:
+        """Log-probability of each of a row's tokens from `suffix` on, in float64; row i is of prompt `prompt[i]`.
+
+        Or, with a `scorer`, its numbers.
+        """
         board = board_of(self)
         # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
         # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
@@ -469,7 +512,9 @@ class LanguageModel:
                 **self._roles_of(layout, sequences),
             )
             layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
-            with board.told(told):
+            with contextlib.ExitStack() as stack:
+                seen = {} if scorer is None else stack.enter_context(observe(self, scorer.sites))
+                stack.enter_context(board.told(told))
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
             prompts = plan.pack(k)
             # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
@@ -478,8 +523,14 @@ class LanguageModel:
             )
             places, which = np.unique(layout.at[asked - 1], return_inverse=True)
             targets = layout.ids.ravel()[layout.at[asked]]
-            states = hidden.last_hidden_state.flatten(0, 1)
-            each = self.token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
+            def there(h: Tensor, places: np.ndarray = places) -> Tensor:
+                return h.flatten(0, 1)[torch.from_numpy(places).to(h.device)]
+
+            final = there(hidden.last_hidden_state)
+            if scorer is None:
+                each = self.token_logprobs(final, which, targets)
+            else:
+                each = scorer(final, {site: there(h) for site, h in seen.items()}, which, targets)
             cuts = np.cumsum([len(rows[p].ids) - rows[p].suffix for p in prompts])[:-1]
             for p, own in zip(prompts, np.split(each, cuts), strict=True):
                 out[p] = own
@@ -527,13 +578,15 @@ class LanguageModel:
         max_new_tokens: int = 40,
         spans: Sequence[Mapping[str, Span]] | None = None,
         seed: int | None = None,
+        decoding: Decoding | None = None,
         **options: Any,
     ) -> list[str]:
         """Continuations of prompts as text, without the prompt; greedy unless `do_sample=True` or `num_beams=…`.
 
-        `options` go to transformers' `generate`. With `num_return_sequences=k`, k texts per prompt follow each
-        other. `seed` makes sampling repeatable and leaves the global random state as it was. Raises
-        `PromptTooLong` if prompt and new tokens do not fit the context.
+        `decoding` is another way to score the next token (`methods.dola.DoLa`). `options` go to transformers'
+        `generate`. With `num_return_sequences=k`, k texts per prompt follow each other. `seed` makes sampling
+        repeatable and leaves the global random state as it was. Raises `PromptTooLong` if prompt and new tokens do not
+        fit the context.
         """
         self._need_decoder("generate")
         for ours in ("input_ids", "inputs", "attention_mask"):
@@ -561,11 +614,12 @@ class LanguageModel:
             self._told(batch, _ids(chosen("eos_token_id")), self.pad_id if one_by_one else None),
             torch.random.fork_rng(devices, enabled=seed is not None),
             _quiet_transformers(),
+            contextlib.nullcontext({}) if decoding is None else decoding.generating(self, batch.real, settings) as own,
         ):
             if seed is not None:
                 torch.manual_seed(seed)
             tokens = self.net.generate(
-                input_ids=batch.input_ids, attention_mask=batch.real.long(), pad_token_id=self.pad_id, **settings
+                input_ids=batch.input_ids, attention_mask=batch.real.long(), pad_token_id=self.pad_id, **settings | own
             )
         new = tokens[:, batch.input_ids.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)

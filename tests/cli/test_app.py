@@ -505,6 +505,12 @@ def test_multiple_choice_is_compared_with_and_without_a_direction(run, made, fol
     assert saved["primer"] == "Q: is it?\nA: it is.\n"
     assert saved["table"][0].keys() >= {"question", "mc2", "mc2_steered"}
     assert "choose another name" in run(*line, "--to-table", "mc.json", code=2).output
+    dola = json.loads(run(*line, "--dola", "0,1", "--to-table", "dola.json").stdout)
+    assert [row["unsteered"] for row in dola] == [row["mean"] for row in plain]
+    assert dola[1]["steered"] != dola[1]["unsteered"]
+    assert json.loads((folder / "dola.json").read_text())["dola"]["layers"] == [0, 1]
+    assert "a layer's number" in run(*line, "--dola", "middle", code=2).output
+    assert "no premature layer" in run(*line, "--dola", "99", code=2).output
 
 
 def test_side_effects_are_shown_and_saved(run, made, folder):
