@@ -202,7 +202,7 @@ def edit_moments(
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     known = parse_layers(layers)
     if known is None:
-        defaults = editing.defaultparse_layers(lm)
+        defaults = editing.default_layers(lm)
         known = sorted({defaults.rome, *defaults.memit})
     source = Sample(sample, seed) if text is None else Corpus.load(text, tokens=tokens)
     with terminal() as progress:
@@ -277,7 +277,7 @@ def edit_eval(
         else:
             if chosen is not None and len(chosen) != 1:
                 raise UsageError(f"--layers {layers}: {method} edits one block")
-            layer = editing.defaultparse_layers(lm).rome if chosen is None else chosen[0]
+            layer = editing.default_layers(lm).rome if chosen is None else chosen[0]
             if method == "rome":
                 moment = second_moments(lm, [layer], _text(text, tokens), progress=progress)[layer]
                 form = rome.Settings(compat="rome" if original else None)

@@ -523,6 +523,7 @@ class LanguageModel:
             )
             places, which = np.unique(layout.at[asked - 1], return_inverse=True)
             targets = layout.ids.ravel()[layout.at[asked]]
+
             def there(h: Tensor, places: np.ndarray = places) -> Tensor:
                 return h.flatten(0, 1)[torch.from_numpy(places).to(h.device)]
 
