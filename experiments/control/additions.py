@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import polars as pl
-from shared import HAPPY, Outcomes, Priced, Setting, Words, halves, off_topic, priced, randomised, scenes
+from shared import ENDING, HAPPY, Outcomes, Priced, Setting, Words, halves, off_topic, priced, randomised, scenes
 
 import reprobe as rp
 from reprobe.methods import actadd, caa
@@ -60,38 +60,17 @@ PAIRS = {
         (" The bride and the groom", " The car and the road"),
     ),
 }
-SUBJECTS = [
-    "football",
-    "gardens",
-    "trains",
-    "the weather",
-    "old coins",
-    "bread",
-    "bicycles",
-    "maps",
-    "bridges",
-    "taxes",
-    "insects",
-    "rivers",
-    "computers",
-    "shoes",
-    "chess",
-    "mountains",
-    "newspapers",
-    "boats",
-    "paint",
-    "horses",
-    "glass",
-    "islands",
-    "clocks",
-    "potatoes",
-]
+SUBJECTS = (
+    "football", "gardens", "trains", "the weather", "old coins", "bread", "bicycles", "maps", "bridges", "taxes",
+    "insects", "rivers", "computers", "shoes", "chess", "mountains", "newspapers", "boats", "paint", "horses", "glass",
+    "islands", "clocks", "potatoes",
+)  # fmt: skip
 
 
 def lettered(behaviour: str, n: int) -> rp.PromptSet:
     """Questions, each answered with the letter that shows the behaviour and with the other."""
     asked = (
-        [(f"{text} How did it feel?", "happy", "sad") for text in _bare(n)]
+        [(f"{text} How did it feel?", "happy", "sad") for text in _one_of_each_pair(n)]
         if behaviour == "mood"
         else [(f"Shall we talk about {subject} or about weddings?", "weddings", subject) for subject in SUBJECTS]
     )
@@ -105,10 +84,10 @@ def lettered(behaviour: str, n: int) -> rp.PromptSet:
     return rp.PromptSet.from_records(rows, name=f"{behaviour}, lettered")
 
 
-def _bare(n: int) -> list[str]:
-    from shared import ENDING
-
-    return [text.removesuffix(ENDING) for text in scenes(n).texts[::2]]
+def _one_of_each_pair(n: int) -> list[str]:
+    """Scenes without their ending, as many happy as sad, whichever letter stands for which."""
+    texts = scenes(n).texts
+    return [texts[2 * i + i // 2 % 2].removesuffix(ENDING) for i in range(len(texts) // 2)]
 
 
 def _tried(
@@ -141,7 +120,6 @@ def _tried(
     }
     for fold, (depth, test) in enumerate(folds):
         for name, (paid, steering, after) in ((method, made[depth]), (f"random, as {method}", random[depth])):
-            price = off_topic(lm, [steering])
             found.add(
                 f"{name}: {behaviour}",
                 seed,
@@ -152,7 +130,7 @@ def _tried(
                 strength=paid.strength,
                 kl=paid.kl,
                 reached=paid.reached,
-                perplexity_times=price["times"],
+                perplexity_times=off_topic(lm, steering),
             )
 
 

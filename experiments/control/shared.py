@@ -23,7 +23,7 @@ import reprobe as rp
 from reprobe.errors import TargetUnreachable
 from reprobe.evaluation import NEUTRAL
 from reprobe.evaluation.effect import Baseline
-from reprobe.evaluation.means import interval_of, mean_of
+from reprobe.evaluation.means import mean_of
 from reprobe.evaluation.passages import surprisals
 from reprobe.evaluation.strength import search
 from reprobe.probing import group_folds, write_table
@@ -108,22 +108,13 @@ def priced(lm: rp.LanguageModel, make: Callable[[float], rp.Steering], *, start:
     return at_price(lambda strength: baseline.divergence(make(strength)).mean, start=start)
 
 
-def off_topic(lm: rp.LanguageModel, steerings: Sequence[rp.Steering]) -> dict[str, Any]:
-    """Perplexity on `OFF_TOPIC` without steering and with each of several runs' steerings, in the mean over these."""
+def off_topic(lm: rp.LanguageModel, steering: rp.Steering) -> float:
+    """How many times as high the perplexity on `OFF_TOPIC` is with a steering."""
     baseline = baseline_of(lm, OFF_TOPIC)
-    plain = [surprisals(lm, run) for run in baseline.runs]
-    steered = [[surprisals(lm, run) for run in baseline.steered(s)] for s in steerings]
-    n = np.array([len(own) for own in plain], float)
-    before = np.array([own.sum() for own in plain])
-    after = np.array([[own.sum() for own in runs] for runs in steered])
-
-    def ratio(weights: np.ndarray) -> np.ndarray:
-        changes: np.ndarray = np.exp(((after - before) @ weights) / np.maximum(n @ weights, 1.0)).mean(axis=0)
-        return changes
-
-    low, high = interval_of(ratio, range(len(n)))
-    found = float(ratio(np.ones((len(n), 1)))[0])
-    return {"perplexity": float(np.exp(before.sum() / n.sum())), "times": found, "times_low": low, "times_high": high}
+    plain, steered = (
+        np.concatenate([surprisals(lm, run) for run in runs]) for runs in (baseline.runs, baseline.steered(steering))
+    )
+    return float(np.exp(steered.mean() - plain.mean()))
 
 
 # -- outcomes -------------------------------------------------------------------------------------------------------

@@ -45,9 +45,9 @@ def bake(
     if everywhere and (not ablate or site is not None or strength is not None):
         raise UsageError("--everywhere goes with --ablate: all of the direction is taken out, at every site")
     refuse_existing(to, False)
-    item = run.load(direction, ablate=ablate, site=site, tokens=None)(strength)
+    vector = rp.Direction.load(direction) if everywhere else None
+    steerer = run.load(direction, ablate=ablate, site=site, tokens=None)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    if everywhere:
-        item = refusal.ablation(lm, rp.Direction.load(direction))
+    item = steerer(strength) if vector is None else refusal.ablation(lm, vector)
     changed = export_baked(lm, to, item, untie=untie, allow_mismatch=allow_mismatch)
     show({"saved": str(to), "baked": item.name, "parameters changed": len(changed)}, as_json)

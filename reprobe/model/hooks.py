@@ -272,14 +272,14 @@ class Board:
         past = 0 if cache is None else int(cache.get_seq_length())
         told = self._run is not None
         run = self._run or self._called_directly(first, past, args, kwargs)
+        ids = None if first.is_floating_point() else first
         if self._followers:
-            ids = None if first.is_floating_point() else first
             fresh = self._fresh or (past == 0 and not told)
             for follower in self._followers:
                 follower(Pass(run.prompts, fresh, past, rows, now, ids))
         self._fresh = False
         if self._interventions:
-            self._tokens = Tokens(run, rows, past, now)
+            self._tokens = Tokens(run, rows, past, now, ids)
 
     def _called_directly(self, ids: Tensor, past: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """The run of a pass that nobody told of: its prompts are what the first pass of its sequence held."""

@@ -123,13 +123,15 @@ class Tokens:
     i // copies. `memory` lasts for the run, `once` for the pass.
     """
 
-    def __init__(self, run: Run, rows: int, past: int, now: int) -> None:
+    def __init__(self, run: Run, rows: int, past: int, now: int, ids: Int[Tensor, "rows now"] | None = None) -> None:
         prompts = run.prompts
         if rows % prompts.n:
             raise UnsupportedOperation(
                 f"a pass of {rows} rows does not fit {prompts.n} prompts: generate through lm.generate"
             )
         self._prompts, self._past = prompts, past
+        #: The tokens themselves; None where they are not known.
+        self.ids = ids
         self.rows, self.now = rows, now
         #: Of how many prompts, as given, this is a pass, or a part of the passes.
         self.n_prompts = prompts.n if prompts.given is None else prompts.given
@@ -158,12 +160,6 @@ class Tokens:
     def real(self) -> Bool[Tensor, "rows now"]:
         """False on pads."""
         return self._window(self._prompts.real, True)
-
-    @cached_property
-    def ids(self) -> Int[Tensor, "rows now"] | None:
-        """The tokens themselves, −1 where they were not given but generated; None where they are not known."""
-        known = self._prompts.ids
-        return None if known is None else self._window(known, -1)
 
     @cached_property
     def generated(self) -> Bool[Tensor, "rows now"]:
