@@ -197,8 +197,8 @@ class Branches:
 
     @torch.no_grad()
     def _call(self, layer: int, h: Tensor, past: Any) -> Tensor:
-        cache = _branch(self._held._cache)
-        cache.layers[layer] = past
+        cache = copy.copy(self._held._cache)
+        cache.layers = [past if i == layer else other for i, other in enumerate(cache.layers)]
         rows, now = len(h), h.shape[1]
         real = torch.ones(rows, self.first + now, dtype=torch.bool, device=h.device)
         tokens = Tokens(Run(Prompts(real, self.first + now, None)), rows, self.first, now)

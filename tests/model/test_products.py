@@ -3,20 +3,24 @@
 import pytest
 import torch
 
+from reprobe.model import products
 from reprobe.model.products import FastProducts
 
 
+@pytest.mark.parametrize("room", [0, 2**20], ids=["as it is", "packed"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_gives_the_same_but_for_rounding(bias):
+def test_a_linear_layer_gives_the_same_but_for_rounding(bias, room, monkeypatch):
+    monkeypatch.setattr(products, "PACKED", room)
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(131, 67, bias=bias)
     x = torch.randn(3, 17, 131, generator=generator)
     with torch.no_grad():
         want = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
         with FastProducts() as fast:
-            got = layer(x)
+            got, again = layer(x), layer(x[:, :4])
             empty = layer(x[:0])
     assert got.shape == (3, 17, 67)
+    torch.testing.assert_close(again, got[:, :4], atol=2e-5, rtol=0)
     assert empty.shape == (0, 17, 67)
     torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
