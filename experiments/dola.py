@@ -127,7 +127,8 @@ def winners(known: dict[tuple[str, str], Trace], layers: Sequence[int], among: S
         for i, (piece, column) in enumerate(zip(trace.tokens, way(trace), strict=True)):
             rows.append({"kind": kind(piece, i == 0), "layer": layers[column]})
     counts = pl.DataFrame(rows).group_by("kind", "layer").len("tokens")
-    whole = pl.DataFrame({"kind": KINDS}).join(pl.DataFrame({"layer": [layers[c] for c in among]}), how="cross")
+    met = [k for k in KINDS if k in set(counts["kind"])]
+    whole = pl.DataFrame({"kind": met}).join(pl.DataFrame({"layer": [layers[c] for c in among]}), how="cross")
     return whole.join(counts, on=["kind", "layer"], how="left").with_columns(pl.col("tokens").fill_null(0))
 
 
