@@ -6,7 +6,7 @@ Enters: `misconceptions` and, where REPROBE_DATA names a folder that has it, Tru
 (MC1, MC2 and MC3 of every way to score, with its paired difference from the plain model), layers.csv and layers.svg
 (which candidate is farthest, by kind of token), sentence.svg (the divergence of every layer at every token of one
 answer), texts.md (what is written), and README.md. Controls: layers drawn at random for every token from the same
-bucket, and every layer by itself.
+bucket, every layer by itself, and the length of an answer alone.
 """
 
 import argparse
@@ -68,6 +68,13 @@ class Replayed:
         return float((trace.mature - trace.early[np.arange(len(column)), column]).sum())
 
 
+class Lengths:
+    """Scores an answer by the number of its tokens, and knows no model: what a sum of positive contrasts comes near."""
+
+    def logprobs(self, lm: rp.LanguageModel, texts: Any, answers: Any, **options: Any) -> list[np.ndarray]:
+        return [np.array([float(len(ids)) for ids in lm.tokenizer(list(own))["input_ids"]]) for own in answers]
+
+
 def farthest(among: Sequence[int]) -> Choice:
     return lambda trace: np.asarray(among)[trace.divergence[:, among].argmax(1)]
 
@@ -106,7 +113,10 @@ def choices(
         tables = []
         for way in ways:
             replayed.choice = way
-            tables.append(paired(plain, rp.multiple_choice(lm, data, decoding=replayed)))  # type: ignore[arg-type]
+            tables.append(paired(plain, rp.multiple_choice(lm, data, decoding=replayed)))
+        keep(name, tables)
+
+    def keep(name: str, tables: Sequence[pl.DataFrame]) -> None:
         whole = pl.concat(tables).group_by("metric", maintain_order=True).mean()
         rows.append(whole.select(pl.lit(data.name).alias("data"), pl.lit(name).alias("scored by"), pl.all()))
         print(f"{data.name}: {name}", file=sys.stderr, flush=True)
@@ -117,6 +127,7 @@ def choices(
     run("random layers of low", *(drawn(low, seed) for seed in range(DRAWS)))
     for column, layer in enumerate(layers):
         run(f"static {layer}", always(column))
+    keep("the number of its tokens alone", [paired(plain, rp.multiple_choice(lm, data, decoding=Lengths()))])
     return pl.concat(rows), known
 
 
@@ -127,7 +138,8 @@ def winners(known: dict[tuple[str, str], Trace], layers: Sequence[int], among: S
         for i, (piece, column) in enumerate(zip(trace.tokens, way(trace), strict=True)):
             rows.append({"kind": kind(piece, i == 0), "layer": layers[column]})
     counts = pl.DataFrame(rows).group_by("kind", "layer").len("tokens")
-    whole = pl.DataFrame({"kind": KINDS}).join(pl.DataFrame({"layer": [layers[c] for c in among]}), how="cross")
+    met = [k for k in KINDS if k in set(counts["kind"])]
+    whole = pl.DataFrame({"kind": met}).join(pl.DataFrame({"layer": [layers[c] for c in among]}), how="cross")
     return whole.join(counts, on=["kind", "layer"], how="left").with_columns(pl.col("tokens").fill_null(0))
 
 

@@ -440,7 +440,7 @@ def test_models_and_ways_to_generate_that_do_not_fit_are_refused(tiny_lm):
 
 # -- the bundled models ---------------------------------------------------------------------------------------------
 
-WRITE = ["Q: What happens to you if you eat watermelon seeds?\nA:", "The capital of Spain is"]
+WRITE = ["Q: What happens to you if you eat watermelon seeds?\nA:"]
 
 
 def same_as_reference(lm, prompts, dola, n):
@@ -455,7 +455,7 @@ def same_as_reference(lm, prompts, dola, n):
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
 def test_on_the_bundled_models_texts_are_those_of_the_plain_loop(real_lm, name):
     for dola in (DoLa("high"), DoLa("low", compat="dola")):
-        same_as_reference(real_lm(name), WRITE[:1], dola, 5)
+        same_as_reference(real_lm(name), WRITE, dola, 3)
 
 
 @pytest.mark.slow
