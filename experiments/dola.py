@@ -319,6 +319,8 @@ def main() -> int:
             "",
             *markdown(varied),
         ]
+        notes = out / "notes.md"  # what a reader made of the figures
+        report += ["", notes.read_text().rstrip()] if notes.exists() else []
         (out / "README.md").write_text("\n".join(report) + "\n")
         print(out / "README.md")
     return 0
