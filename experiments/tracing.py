@@ -24,7 +24,7 @@ from reprobe.progress import terminal
 from reprobe.prompts import facts_of
 from reprobe.report import trace_curves, trace_map
 
-MAPS = 3
+MAPS = 2
 
 
 def of_subjects(facts):
