@@ -21,22 +21,19 @@ import copy
 import gc
 import importlib
 import importlib.metadata
-import json
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from peers import does_not_run, float_of_numpy_1
 from race import Side, Timing, race
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
 from reprobe.methods import repe
-from reprobe.provenance import write_durably
 
 UNSTEERED, OURS, FLOOR = "unsteered", "reprobe", "bare hooks that add"
 BAKED, STREAMS = "baked", "reprobe, three cached streams"
@@ -334,31 +331,17 @@ def main() -> int:
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     chosen = parser.parse_args()
     shown = ["--models", *chosen.models, "--work", *chosen.work, "--tokens", str(chosen.tokens)]
-    about = {
-        "command": " ".join(
-            ["uv run --group bench python experiments/bench/control.py", *shown, "--repeats", str(chosen.repeats)]
-        ),
-        "machine": machine(),
-        "repeats": chosen.repeats,
-        "load": [os.getloadavg()[0]] * 2,
-        "left out": [],
-    }
-    done = []
+    shown += ["--repeats", str(chosen.repeats)]
+    command = " ".join(["uv run --group bench python experiments/bench/control.py", *shown])
+    record = Recorder("Control", command, chosen)
     for model in chosen.models:
         for name in chosen.work:
             say(f"== {name}, {model}")
-            done.append(WORKS[name](model, chosen.tokens, chosen.repeats))
-            about["load"][1] = os.getloadavg()[0]
-            record = as_json(done, about)
-            if chosen.json is not None:
-                write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-            if chosen.markdown is not None:
-                write_durably(chosen.markdown, as_markdown(record, "Control").encode())
-    print(as_markdown(record, "Control"))
+            record.add(WORKS[name](model, chosen.tokens, chosen.repeats))
+    print(record)
     return 0
 
 

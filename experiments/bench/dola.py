@@ -10,23 +10,19 @@ and 15 %, which is what other work on the same cores does to a round.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from race import Side, race
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 from torch.nn.functional import kl_div
 
 import reprobe as rp
 from reprobe.methods.dola import DoLa
-from reprobe.provenance import write_durably
 
 PLAIN, THEIRS = "greedy", "DoLa as published: layer by layer, all positions"
 #: Share of plain greedy decoding's time that DoLa may take beside it.
@@ -135,32 +131,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts generated from together")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens per prompt")
     parser.add_argument("--repeats", type=int, default=9, help="rounds, of which the fastest of each side counts")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    add_outputs(parser)
     chosen = parser.parse_args()
     asked = rp.PromptSet.load("misconceptions").frame["question"].unique(maintain_order=True)
     prompts = [f"Q: {question}\nA:" for question in asked]
     shown = ["--models", *chosen.models, "--batches", *map(str, chosen.batches)]
-    about: dict[str, Any] = {
-        "command": f"uv run python experiments/bench/dola.py {' '.join(shown)} --tokens {chosen.tokens} "
-        f"--repeats {chosen.repeats}",
-        "machine": machine(),
-        "repeats": chosen.repeats,
-        "load": [os.getloadavg()[0]] * 2,
-        "left out": [],
-    }
-    works: list[Work] = []
+    shown += ["--tokens", str(chosen.tokens), "--repeats", str(chosen.repeats)]
+    record = Recorder("DoLa", f"uv run python experiments/bench/dola.py {' '.join(shown)}", chosen)
     for model in chosen.models:
         lm = rp.LanguageModel.load(model)
         for n in chosen.batches:
-            works.append(overhead(lm, prompts[:n], chosen.tokens, chosen.repeats))
-            about["load"][1] = os.getloadavg()[0]
-            record = as_json(works, about)
-            if chosen.json is not None:
-                write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-            if chosen.markdown is not None:
-                write_durably(chosen.markdown, as_markdown(record, "DoLa").encode())
-    print(as_markdown(record, "DoLa"))
+            record.add(overhead(lm, prompts[:n], chosen.tokens, chosen.repeats))
+    print(record)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,21 @@ machine: two cores that others use too give ratios of nothing.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from race import Side, race
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
 from reprobe.methods import tracing
 from reprobe.model.products import FastProducts
 from reprobe.model.text import tokenise
 from reprobe.prompts import facts_of
-from reprobe.provenance import write_durably
 
 OURS = "reprobe"
 WHOLE, LEAN, FAST = (
@@ -150,29 +147,16 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=30, help="forward passes of the loop that are timed")
     parser.add_argument("--facts", type=int, default=100, help="facts traced together; 0: none")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the fastest counts")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    add_outputs(parser)
     chosen = parser.parse_args()
     shown = f"--models {' '.join(chosen.models)} --one {chosen.one} --passes {chosen.passes} --facts {chosen.facts}"
-    about: dict[str, Any] = {
-        "command": f"uv run python experiments/bench/tracing.py {shown} --repeats {chosen.repeats}",
-        "machine": machine(),
-        "repeats": chosen.repeats,
-        "load": [os.getloadavg()[0]] * 2,
-        "left out": [],
-    }
-    works = []
+    command = f"uv run python experiments/bench/tracing.py {shown} --repeats {chosen.repeats}"
+    record = Recorder("Causal tracing", command, chosen)
     for model in chosen.models:
-        works.append(measure(model, chosen.one, chosen.passes, chosen.repeats))
+        record.add(measure(model, chosen.one, chosen.passes, chosen.repeats))
         if chosen.facts:
-            works.append(many(model, chosen.facts))
-        about["load"][1] = os.getloadavg()[0]
-        record = as_json(works, about)
-        if chosen.json is not None:
-            write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-        if chosen.markdown is not None:
-            write_durably(chosen.markdown, as_markdown(record, "Causal tracing").encode())
-    print(as_markdown(record, "Causal tracing"))
+            record.add(many(model, chosen.facts))
+    print(record)
 
 
 if __name__ == "__main__":
