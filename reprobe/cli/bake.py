@@ -44,7 +44,7 @@ def bake(
 
     if everywhere and (not ablate or site is not None or strength is not None):
         raise UsageError("--everywhere goes with --ablate: all of the direction is taken out, at every site")
-    refuse_existing(to, False)
+    refuse_existing(to)
     vector = rp.Direction.load(direction) if everywhere else None
     steerer = run.load(direction, ablate=ablate, site=site, tokens=None)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)

@@ -92,7 +92,7 @@ def edit_memit(
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    refuse_existing(to, False)
+    refuse_existing(to)
     facts = facts_of(data, limit=limit)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     settings = memit.Settings(null_space=memit.NullSpace() if null_space else None)
@@ -132,7 +132,7 @@ def edit_apply(
     """Put edits into a model and save it. Raises on edits of another model."""
     from reprobe.control import apply_edits, edits_in, export_edited
 
-    refuse_existing(to, False)
+    refuse_existing(to)
     found = [edit for path in edits for edit in edits_in(path)]
     lm = _open(model, dtype=dtype, device=device, revision=revision)
     ledger = apply_edits(lm, found, allow_mismatch=allow_mismatch)
@@ -154,7 +154,7 @@ def edit_revert(
     """Take edits out of a saved model, in any order, and save what is left."""
     from reprobe.control import export_edited, ledger_of, load_edited
 
-    refuse_existing(to, False)
+    refuse_existing(to)
     lm = load_edited(model, dtype=dtype, device=device)
     ledger = ledger_of(lm)
     ledger.revert(edit or None)

@@ -85,6 +85,8 @@ def evaluate_truthfulqa(
     if questions is not None:
         first = prompts.frame["group"].unique(maintain_order=True).head(questions)
         prompts = prompts.where(group=first.to_list())
+    if direction is None and (ablate or (strength, site, tokens) != (None, None, None)):
+        raise UsageError("--strength, --ablate, --site and --tokens say how to steer: give a --direction")
     items = []
     if direction is not None:
         items.append(load(direction, ablate=ablate, site=site, tokens=tokens, otherwise="generated")(strength))

@@ -60,10 +60,12 @@ def named_store(text: str) -> tuple[str, str]:
     return Path(text.rstrip("/")).stem, text
 
 
-def refuse_existing(path: Path | None, overwrite: bool) -> None:
-    """Before long work, not after it."""
+def refuse_existing(path: Path | None, overwrite: bool | None = None) -> None:
+    """Before long work, not after it; `overwrite` of verbs that can."""
     if path is not None and path.exists() and not overwrite:
-        raise ArtifactExists(f"{path} exists; choose another name or pass --overwrite")
+        raise ArtifactExists(
+            f"{path} exists; choose another name" + ("" if overwrite is None else " or pass --overwrite")
+        )
 
 
 def refuse_table(path: Path | None, overwrite: bool) -> None:

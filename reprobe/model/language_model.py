@@ -457,6 +457,8 @@ class LanguageModel:
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
         _require_spans(spans, batch)
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
+        if not flat:
+            raise UsageError(f"{len(batch)} prompts, and no continuation of any: there is nothing to score")
         rows = self._continue([(batch[i], c) for i, c in flat], None if spans is None else [spans[i] for i, _ in flat])
         return rows, np.asarray([i for i, _ in flat]), [len(group) for group in lists]
 

@@ -133,6 +133,7 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["pull", "nowhere", "--to", "d.safetensors"], "--overwrite"),
         (["evaluate", "truthfulqa", "model"], "--data misconceptions"),
         (["evaluate", "truthfulqa", "model", "--data", "cities"], "no column question"),
+        (["evaluate", "truthfulqa", "model", "--data", "misconceptions", "--strength", "4"], "--direction"),
         (["evaluate", "truthfulqa", "model", "--data", "misconceptions", "--primer", "none.txt"], "none.txt"),
         (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--data", "cities"], "target_new"),
         (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--texts", "none.txt"], "none.txt"),

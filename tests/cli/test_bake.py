@@ -99,7 +99,9 @@ def test_what_no_weights_can_do_is_refused_with_its_reason(run, folder, model, f
 
 
 def test_a_folder_that_exists_is_not_written_over(run, folder, tmp_path):
-    assert "exists" in run("bake", "model", "--direction", "d.safetensors", "--to", tmp_path, code=2).output
+    said = run("bake", "model", "--direction", "d.safetensors", "--to", tmp_path, code=2).output
+    assert "exists" in said
+    assert "--overwrite" not in said  # there is no such option here
 
 
 def test_the_model_is_as_it_was_after_an_export(folder, tmp_path):

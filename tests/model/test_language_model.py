@@ -214,6 +214,8 @@ def test_bad_prompts_are_refused(tiny_lm):
         (lambda: lm.generate("a", input_ids=1), UsageError, "pass text"),
         (lambda: lm.logprobs(["a", "b"], [["c"]]), UsageError, "lists of continuations"),
         (lambda: lm.logprobs("a", [""]), UsageError, "empty continuation"),
+        (lambda: lm.logprobs("a", []), UsageError, "no continuation"),
+        (lambda: lm.logprobs(["a", "b"], [[], []]), UsageError, "no continuation"),
         (lambda: lm.logits(["a"], spans=[{}, {}]), UsageError, "one mapping per prompt"),
         (lambda: lm.logits(["a"], spans=[{"s": (0, 5)}]), DataError, "outside"),
     ):
