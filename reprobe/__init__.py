@@ -16,6 +16,7 @@ The way of the data, station by station:
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
                 rome, memit: edits of facts
+                dissect: which Concept each neuron detects; causes (evaluation): and what that causes
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         Readout,
         SideEffects,
         Tuned,
+        causes,
         divergence,
         dose_response,
         log_odds,
@@ -69,6 +71,9 @@ if TYPE_CHECKING:
         tune,
     )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
+    from reprobe.methods.concepts import Concept
+    from reprobe.methods.dissected import Dissection
+    from reprobe.methods.dissection import dissect
     from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
@@ -98,7 +103,7 @@ if TYPE_CHECKING:
         transfer,
     )
     from reprobe.prompts import Fact, Position, PromptSet
-    from reprobe.report import write_report
+    from reprobe.report import write_dissection, write_report
     from reprobe.store import ActivationStore
 
 _HOME = {
@@ -115,8 +120,10 @@ _HOME = {
     "ClassGrid": "probing",
     "ClusterMean": "probing",
     "Comparison": "probing",
+    "Concept": "methods.concepts",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "Dissection": "methods.dissected",
     "Fact": "prompts",
     "KSparseReader": "probing",
     "LDAReader": "probing",
@@ -156,7 +163,9 @@ _HOME = {
     "apply_edits": "control",
     "bake": "control",
     "capture": "model",
+    "causes": "evaluation",
     "compare": "probing",
+    "dissect": "methods.dissection",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "edited": "control",
@@ -182,6 +191,7 @@ _HOME = {
     "steer": "control",
     "transfer": "probing",
     "tune": "evaluation",
+    "write_dissection": "report",
     "write_report": "report",
 }
 
@@ -199,8 +209,10 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ClassGrid",
     "ClusterMean",
     "Comparison",
+    "Concept",
     "Contrast",
     "Direction",
+    "Dissection",
     "Fact",
     "KSparseReader",
     "LDAReader",
@@ -240,7 +252,9 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "apply_edits",
     "bake",
     "capture",
+    "causes",
     "compare",
+    "dissect",
     "divergence",
     "dose_response",
     "edited",
@@ -266,6 +280,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "steer",
     "transfer",
     "tune",
+    "write_dissection",
     "write_report",
 ]
 

@@ -141,8 +141,8 @@ def count(
     needed = sketch.BYTES * units * (k + 1)
     if needed > memory:
         raise UsageError(
-            f"the tops of {units:,} units, {k:,} tokens each, take {needed / 1e9:.1f} GB, and {memory / 1e9:.1f} GB are "
-            "allowed (memory=…): read fewer sites at a time, fewer tokens, or a smaller quantile, or allow more"
+            f"the tops of {units:,} units, {k:,} tokens each, take {needed / 1e9:.1f} GB, and {memory / 1e9:.1f} "
+            "GB are allowed (memory=…): read fewer sites at a time, fewer tokens, or a smaller quantile, or allow more"
         )
     counters = {r.site: _Counter(r, k + 1, concepts.shape[1], lm.device) for r in readings}
     sites = list(counters)

@@ -74,8 +74,8 @@ def dissect(
     k = settings.top(stream.n)
     if k < LEAST:
         raise UsageError(
-            f"the top {quantile:.3%} of {stream.n:,} tokens are {k}: this quantile needs a stream of "
-            f"{math.ceil(LEAST / quantile):,} tokens at least, and this stream a quantile of {LEAST / max(stream.n, 1):.2g}"
+            f"the top {quantile:.3%} of {stream.n:,} tokens are {k}: this quantile needs a stream of at least "
+            f"{math.ceil(LEAST / quantile):,} tokens, and this stream a quantile of {LEAST / max(stream.n, 1):.2g}"
         )
     wanted = concept_files.ready(concepts) if concepts is None or isinstance(concepts, str) else concepts
     found = masks(stream, wanted, absent=absent)

@@ -5,15 +5,18 @@ import re
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.errors import ArtifactExists, CorruptArtifact, DataError, UnknownData, UnknownSite, UsageError
 from reprobe.methods import overlap
 from reprobe.methods.concepts import Concept, masks, ready
+from reprobe.methods.concepts import _table as concepts_table
 from reprobe.methods.dissected import Dissection
 from reprobe.methods.dissection import dissect
 from reprobe.methods.moments import Corpus
-from reprobe.methods.stream import token_stream
+from reprobe.methods.stream import Document, token_stream
+from reprobe.model.language_model import LanguageModel
 from reprobe.model.text import special_ids
 
 WORDS = ("the", "cat", "of", "red", "and", "seven", "Paris", "is", "on", "3", "(no)", "blue", "an", "is the", "e.g.")
@@ -44,7 +47,7 @@ def found(lm) -> Dissection:
 
 
 def naive(lm, found, site):
-    """Values of every counted token at a site, (tokens, width), one row of the stream at a time, without hooks of ours."""
+    """Values of every counted token at a site, (tokens, width), one row at a time, without hooks of ours."""
     stream, out = found.stream, []
     module = lm.net.model.layers[site.layer].mlp.down_proj
     for a, b in zip(stream.starts[:-1], stream.starts[1:], strict=True):
@@ -142,24 +145,28 @@ def test_a_stream_is_cut_to_the_tokens_asked_for_and_its_pieces_are_the_text(lm)
     assert "".join(whole.pieces(int(document[0]), int(document[-1]) + 1)) == whole.documents[3].text
 
 
-def test_a_unit_made_to_fire_on_a_word_detects_it(lm):
-    """A direction at the embeddings that is that of one token."""
-    ids = lm.tokenizer("the", add_special_tokens=False)["input_ids"]
-    vector = lm.net.get_input_embeddings().weight[ids[0]].detach().numpy()
-    planted = rp.Direction.from_vector("embed", vector)
-    other = rp.Direction.from_vector("embed", np.random.default_rng(1).normal(size=len(vector)))
-    words = (Concept.regex("the, alone", r"(?<!\w)the"), Concept.words("colours", ["red", "blue"]))
-    found = dissect(lm, texts(), words, {"planted": planted, "other": other}, quantile=0.03, permutations=30)
+def test_a_unit_made_to_fire_on_a_word_detects_it_and_nothing_else():
+    net, tokenizer = tiny_net("llama"), tiny_tokenizer()
+    (the,) = tokenizer(" the", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        weight = net.get_input_embeddings().weight
+        weight[:, 0] = 0.0
+        weight[the, 0] = 5.0
+    lm = LanguageModel(net, tokenizer, name="planted")
+    words = (Concept.regex("the, inside", r"(?<=[^ ]) the(?!\w)"), Concept.words("colours", ["red", "blue"]))
+    found = dissect(lm, texts(), words, "embed", quantile=0.1, permutations=30)
     line = found.units.row(0, named=True)
-    assert (line["unit"], line["concept"], line["detector"]) == ("planted", "the, alone", True)
-    assert line["precision"] == 1.0
-    assert line["selectivity"] > 2
-    assert line["p"] < 0.05
-    assert found.units.row(1, named=True)["iou"] < line["iou"] / 2
-    for snippet in found.snippets("planted"):
-        assert "the" in snippet.pieces[snippet.peak]
-        assert snippet.marked[snippet.peak]
-        assert "⟦" in snippet.text
+    assert (line["unit"], line["concept"], line["detector"]) == ("embed[0]", "the, inside", True)
+    assert (line["iou"], line["precision"], line["recall"], line["threshold"]) == (1.0, 1.0, 1.0, 0.0)
+    assert line["selectivity"] > 3
+    assert line["p"] == 1 / (1 + found.null.size)
+    assert found.units["iou"][1:].max() < 0.5
+    for snippet in found.snippets("embed[0]"):
+        assert all(marked == (piece == " the") for piece, marked in zip(snippet.pieces, snippet.marked, strict=True))
+        assert snippet.pieces[snippet.peak] == " the"
+        assert "⟦ the⟧" in snippet.text
+    # With more tokens at one value than the quantile allows, none of them is above it.
+    assert dissect(lm, texts(), words, "embed", quantile=0.03, permutations=0).active[0] == 0
 
 
 def test_snippets_mark_the_tokens_above_the_threshold(lm, found):
@@ -284,7 +291,7 @@ def test_spans_of_chats_are_found_in_the_rendered_text(lm):
     ]
     stream = token_stream(lm, rp.PromptSet.from_records(rows))
     of = masks(stream, [Concept.span("colour")]).of[:, 0]
-    assert "".join(stream.pieces(*_range(stream, of))) .strip() == "red"
+    assert "".join(stream.pieces(*_range(stream, of))).strip() == "red"
     assert stream.ids[0] != lm.tokenizer.bos_token_id  # the template brings its own special tokens
 
 
@@ -317,32 +324,82 @@ def test_words_are_whole_and_their_case_is_kept_if_asked(lm):
         at = stream.places[of & (stream.document[stream.places] < 2)]
         return "".join(stream.pieces(int(t), int(t) + 1)[0] for t in at)
 
-    assert tokens(Concept.words("may", ["May"])).replace(" ", "") == "ayy".replace("ayy", "aymay")
+    assert tokens(Concept.words("may", ["May"])).replace(" ", "") == "Maymay"
     assert tokens(Concept.words("may", ["may"], case=True)).strip() == "may"
     assert "don't" in tokens(Concept.words("not", ["don't"]))
 
 
-def test_there_are_ready_concepts_each_of_which_finds_its_own_words(lm):
+#: For each ready pattern a text, and what it finds there.
+PATTERNS = {
+    "years": ("10.1987, 21000, in 1987, they", ["1987"]),
+    "dates": ("on 3 March or May 4th or 2024-03-01", ["3 March", "May 4th", "2024-03-01"]),
+    "digits": ("1,024 of 3.", ["1,024", "3"]),
+    "ordinals": ("the Third and 21st, a second", ["Third", "21st"]),
+    "units": ("5km of kilometres and 3 GB, a cm", ["km", "kilometres", " GB"]),
+    "currencies": ("$5 or ten euros", ["$", "euros"]),
+    "first-person": ("I told us, in it", ["I", "us"]),
+    "titles": ("Dr. Who met a king and King Lear", ["Dr.", "King"]),
+    "negation": ("Never can't it", ["Never", "n't"]),
+    "past-tense": ("she walked to bed", ["walked"]),
+    "ing-forms": ("a thing is going", ["going"]),
+    "adverbs": ("fly quickly", ["quickly"]),
+    "full-stop": ("It is 3.5. Yes.", [".", "."]),
+    "comma": ("a, b", [","]),
+    "question-mark": ("what??", ["??"]),
+    "exclamation-mark": ("go!", ["!"]),
+    "colon": ("so: a; b", [":", ";"]),
+    "hyphen": ("well-known - and --", ["-", " - ", "--"]),
+    "quotation": ('a "b c" d', ['"b c"']),
+    "quotation-marks": ("a “b”", ["“", "”"]),
+    "brackets": ("a (b) [c]", ["(b)", "[c]"]),
+    "apostrophe-s": ("it’s Tom's", ["’s", "'s"]),
+    "line-breaks": ("a\n\nb", ["\n\n"]),
+    "capitalised": ("Now in Rome we", ["Rome"]),
+    "sentence-start": ("So. Then we", ["Then"]),
+    "upper-case": ("the NASA A", ["NASA"]),
+    "lists": ("1. a\n- b", ["1.", "-"]),
+    "headings": ("# One\ntwo **three**", ["# One", "**three**"]),
+    "code": ("use `x = 1`\nimport os", ["`x = 1`", "import os"]),
+    "identifiers": ("a my_name of getName and run()", ["my_name", "getName", "run()"]),
+    "operators": ("x == 1 -> y", ["==", "->"]),
+    "web": ("at www.example.org or a@b.com", ["www.example.org", "a@b.com"]),
+    "abbreviations": ("e.g. the U.S. etc. so", ["e.g.", "U.S.", "etc."]),
+    "long-words": ("international law", ["international"]),
+}
+
+
+def found_by(concept, text):
+    return [text[a:b] for a, b in sorted(concept.find(Document(text)))]
+
+
+def test_there_are_ready_concepts_each_with_what_it_is():
     concepts = ready()
     assert len(concepts) >= 40
-    assert len({c.name for c in concepts}) == len(concepts)
     assert all(c.about and c.kind for c in concepts)
-    known = {
-        "months": "in March we", "countries": "to New Zealand by", "capitals": "of Nairobi is", "digits": "1,024 of",
-        "negation": "she doesn't go", "question-words": "why not", "spanish": "el perro come", "quotation": 'a "b c" d',
-        "animals": "two puppies ran", "years": "in 1987, they", "web": "at www.example.org now", "code": "`x = 1`",
-        "dates": "on 3 March we", "units": "5 km away", "currencies": "$5 each", "lists": "1. first",
-    }  # fmt: skip
-    table = {c.name: c for c in concepts}
-    from reprobe.methods.stream import Document
-
-    for name, text in known.items():
-        assert list(table[name].find(Document(text))), name
-    assert not list(table["years"].find(Document("10.1987 and 21000")))
-    assert not list(table["months"].find(Document("they may march")))
-    assert [c.name for c in ready("months, kind:time")][0] == "months"
+    assert ready("months, kind:time")[0].name == "months"
+    assert {c.kind for c in ready("kind:time")} == {"time"}
     with pytest.raises(UnknownData, match="kind:time"):
         ready("moths")
+
+
+@pytest.mark.parametrize("concept", ready(), ids=lambda c: c.name)
+def test_a_ready_concept_finds_what_it_should_and_nothing_else(concept):
+    row = concepts_table()[concept.name]
+    if "regex" in row:
+        text, expected = PATTERNS[concept.name]
+        assert found_by(concept, text) == expected
+    else:
+        for word in filter(None, (w.strip() for w in row["words"].replace("\n", " ").split(","))):
+            assert word in found_by(concept, f"qq {word} qq"), word
+            assert not found_by(concept, f"qq{word}qq")
+    assert not found_by(concept, "qq zz")
+
+
+def test_words_come_from_tables_and_with_their_plurals():
+    table = {c.name: c for c in ready()}
+    assert found_by(table["countries"], "to New Zealand by new zealand") == ["New Zealand"]
+    assert found_by(table["spanish"], "el perro come") == ["el", "perro"]
+    assert found_by(table["animals"], "puppies, foxes, two dogs") == ["puppies", "foxes", "dogs"]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
