@@ -2,11 +2,11 @@
 
     uv run python experiments/dissection.py [--models smollm2-135m gemma3-270m] [--sampled 60000] [--text FILE]
 
-Enters: the texts of the project's own data sets, each once, and text that SmolLM2 writes after openings on many subjects
-(the same for both models; --text keeps it in a file, or takes it from there). Leaves, per model: detectors.csv,
-concepts.csv, layers.csv, chance.csv, causes.csv, two figures, README.md, into which notes.md goes, what a reader made of
-the figures, and with --reports the page to browse and the dissection itself. The control is rotation of the concepts
-along the stream; of what detectors cause, random units of the same blocks that are as active.
+Enters: the texts of the project's own data sets, each once, and text that SmolLM2 writes after openings on many
+subjects (the same for both models; --text keeps it in a file, or takes it from there). Leaves, per model:
+detectors.csv, concepts.csv, layers.csv, chance.csv, causes.csv, two figures, README.md, into which notes.md goes, what
+a reader made of the figures, and with --reports the page to browse and the dissection itself. The control is rotation
+of the concepts along the stream; of what detectors cause, random units of the same blocks that are as active.
 """
 
 import argparse
@@ -36,10 +36,10 @@ OPENINGS = (
     *("The price rose to $", "It costs 20 euros", "About 75% of", "Two plus two equals", "Solve for x: 3x + 5 ="),
     *("def main():\n", "import numpy as np\n", "for i in range(10):\n", "```python\n", "SELECT name FROM", "<html>\n"),
     *("Visit https://www.", "Dear Mr. Smith,", "1. First,", "- Apples\n- ", "## Introduction\n\n", "(see also", "e.g."),
-    *("La casa es", "El niño", "Le chat est", "Bonjour, je", "Der Mann ist", "The weather today is", "The sun and the moon"),
-    *("NASA announced that", "The government passed a law", "The computer program", "I was very happy when", "I felt sad"),
+    *("La casa es", "El niño", "Le chat est", "Bonjour, je", "Der Mann ist", "The weather today is", "The sun"),
+    *("NASA announced that", "The government passed a law", "The computer program", "I was very happy", "I felt sad"),
     *("Emma and James walked", "Three years ago,", "The kitchen was", "His shirt was", "Water is made of", "Steel is"),
-    *("It is better to", "Always remember", "Compared with", "Although", "Because", "The best way to", "Unfortunately,"),
+    *("It is better to", "Always remember", "Compared with", "Although", "Because", "The best way", "Unfortunately,"),
 )  # fmt: skip
 
 
@@ -87,29 +87,30 @@ def quoted(text: str) -> str:
 
 def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, seconds: float, notes: str) -> str:
     detectors, chance = found.detectors, found.chance
+    highest = chance["largest"].max()
     lines = [f"# What neurons of {model} detect", ""]
     lines += [
-        f"`experiments/dissection.py --models {model}`: {found.n:,} neurons of every block on {found.stream.n:,} tokens "
+        f"`experiments/dissection.py --models {model}`: {found.n:,} neurons of all blocks on {found.stream.n:,} tokens "
         f"({len(found.stream.documents):,} texts: the project's data sets and text sampled from {WRITER}), top "
         f"{found.settings.quantile:.1%}, {len(found.names)} concepts"
         + (f" (left out, not in the text: {', '.join(found.dropped)})" if found.dropped else "")
         + f". The whole took {seconds / 60:.1f} minutes beside other work.",
         "",
-        f"**{len(detectors):,} neurons ({len(detectors) / found.n:.1%}) have an IoU above {found.settings.detector:g} with a "
-        f"concept. With the concepts rotated along the stream {chance['detectors'].mean():,.0f} have "
-        f"({chance['detectors'].min():,}–{chance['detectors'].max():,} in {chance.height} rotations), and the largest IoU "
-        f"of all is {chance['largest'].max():.3f}; found are {int((found.units['iou'] > chance['largest'].max()).sum()):,} "
-        f"above that, up to {found.units['iou'].max():.3f}.**",
+        f"**{len(detectors):,} neurons ({len(detectors) / found.n:.1%}) have an IoU above {found.settings.detector:g} "
+        f"with a concept. With the concepts rotated along the stream {chance['detectors'].mean():,.0f} have "
+        f"({chance['detectors'].min():,}–{chance['detectors'].max():,} in {chance.height} rotations), and the largest "
+        f"IoU of all is {highest:.3f}; found are {int((found.units['iou'] > highest).sum()):,} above that, up to "
+        f"{found.units['iou'].max():.3f}.**",
         "",
         "![detectors over blocks](detectors.svg)",
         "",
         *([notes, ""] if notes else []),
         "## What detectors cause",
         "",
-        "Nats; the detectors of a concept (its five best), less random units of the same blocks that are as active (eight "
-        "sets). *Stimulate*: clamped at their thresholds on neutral sentences, change of log Σ p of the concept's tokens. "
-        "*Ablate*: set to 0 where the concept occurs, change of log p of its tokens. Intervals over concepts; the last two "
-        "columns count concepts whose own interval (over texts) excludes 0.",
+        "Nats; the detectors of a concept (its five best), less random units of the same blocks that are as active "
+        "(eight sets). *Stimulate*: clamped at their thresholds on neutral sentences, change of log Σ p of the "
+        "concept's tokens. *Ablate*: set to 0 where the concept occurs, change of log p of its tokens. Intervals over "
+        "concepts; the last two columns count concepts whose own interval (over texts) excludes 0.",
         "",
         *markdown(caused.summary),
         "",
@@ -133,7 +134,12 @@ def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, s
             }
         )
     lines += markdown(pl.DataFrame(rows))
-    lines += ["", "## Blocks", "", *markdown(found.layers.select("layer", "units", "detectors", "expected", "concepts"), 1)]
+    lines += [
+        "",
+        "## Blocks",
+        "",
+        *markdown(found.layers.select("layer", "units", "detectors", "expected", "concepts"), 1),
+    ]
     return "\n".join(lines) + "\n"
 
 

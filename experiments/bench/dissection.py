@@ -90,8 +90,8 @@ def dissection(lm: rp.LanguageModel, tokens: int) -> Work:
         "dissection",
         lm.name,
         f"{n:,} tokens in rows of {int(np.diff(stream.starts).max())}, {sum(r.n for r in read):,} neurons, "
-        f"{found.of.shape[1]} concepts, top {QUANTILE:.1%}, {lm.dtype} on {lm.device}. *Counted* is the forward pass with "
-        "everything that is counted on the way.",
+        f"{found.of.shape[1]} concepts, top {QUANTILE:.1%}, {lm.dtype} on {lm.device}. *Counted* is the forward pass "
+        "with everything that is counted on the way.",
     )
     work.claims = [
         Claim("time of counting over that of the forward pass", counting_share, "≤", SHARE),
@@ -100,8 +100,8 @@ def dissection(lm: rp.LanguageModel, tokens: int) -> Work:
     work.timings = [Timing(name, n, n, (s,)) for name, s in seconds.items()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     work.notes = [
-        f"Concept masks {masking:.1f} s, tops sorted and overlaps {closing:.1f} s, {PERMUTATIONS} rotations {null:.1f} s "
-        f"(not part of counting). Peak memory {peak:.2f} GiB, of which tops "
+        f"Concept masks {masking:.1f} s, tops sorted and overlaps {closing:.1f} s, {PERMUTATIONS} rotations {null:.1f} "
+        f"s (not part of counting). Peak memory {peak:.2f} GiB, of which tops "
         f"{14 * sum(r.n for r in read) * (k + 1) / 2**30:.2f} GiB."
     ]
     return work

@@ -4,7 +4,7 @@ Every verb is one library call with the same names. Nothing heavy is imported be
 `reprobe --help` answers at once.
 """
 
-import reprobe.cli.dissect  # noqa: F401 (registers `reprobe dissect`)
+import reprobe.cli.dissect
 import reprobe.cli.edit  # noqa: F401 (registers the verbs of `reprobe edit`)
 from reprobe.cli.app import main
 

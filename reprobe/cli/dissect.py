@@ -37,7 +37,9 @@ def dissect(
     ] = None,
     words: Annotated[list[str] | None, typer.Option(help="A concept of words: NAME=one,two. Repeatable.")] = None,
     regex: Annotated[list[str] | None, typer.Option(help="A concept of matches: NAME=PATTERN. Repeatable.")] = None,
-    span: Annotated[list[str] | None, typer.Option(help="A concept of prompts' spans of this name. Repeatable.")] = None,
+    span: Annotated[
+        list[str] | None, typer.Option(help="A concept of prompts' spans of this name. Repeatable.")
+    ] = None,
     label: Annotated[list[str] | None, typer.Option(help="A concept of prompts with this label. Repeatable.")] = None,
     sites: Annotated[str, typer.Option(help="Whose coordinates are the units: sites or patterns.")] = "mlp.neurons@*",
     quantile: Annotated[float, typer.Option(help="Share of tokens at a unit's top.")] = 0.005,

@@ -49,7 +49,7 @@ class Causation:
     """`table`: one line per concept and act. `left_out`: why concepts have none.
 
     Columns: concept, kind, act, units (names of the detectors), texts, positions; effect, the mean change (nats) by the
-    detectors, with effect_low, effect_high; control, the mean change by the sets of random units; difference of the two,
+    detectors, with effect_low, effect_high; control, the mean change by the sets of random units; difference,
     with difference_low, difference_high (95 %, over texts); rank, the share of sets (the detectors' own among them)
     whose change is at least as far in the direction expected.
     """
@@ -122,7 +122,13 @@ def causes(
     sentences = _sentences(lm, neutral)
     for i, (name, detectors) in enumerate(chosen):
         rng = np.random.default_rng([seed, dissection.concept(name)])
-        others = _others(dissection, dissection.concept(name), detectors, controls, rng)
+        try:
+            others = _others(dissection, dissection.concept(name), detectors, controls, rng)
+        except UsageError as error:
+            if concepts is not None:
+                raise
+            left_out[name] = str(error)
+            continue
         for act in acts:
             task = _task(lm, dissection, name, act, sentences, rows, rng)
             if isinstance(task, str):
@@ -177,7 +183,7 @@ def _sentences(lm: LanguageModel, neutral: Sequence[Passage]) -> tuple[Encoded, 
     """Neutral sentences, and the places that are measured in them."""
     if not neutral:
         raise UsageError("there are no neutral sentences to stimulate on")
-    batch = lm.encode([p.prompt + p.continuation for p in neutral], padding="right")
+    batch = lm.encode([p.prompt + p.continuation for p in neutral], padding="right", truncate="right")
     column, places = np.arange(batch.real.shape[1]), batch.real.cpu().numpy()
     row, at = np.nonzero(places & (column >= _FIRST) & ((column - _FIRST) % _EVERY == 0))
     return batch, row, at

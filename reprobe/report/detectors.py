@@ -30,9 +30,7 @@ def detector_bars(dissection: Dissection, *, title: str | None = None) -> Plot:
     found = dissection.units.filter(pl.col("detector")).with_columns(part=pl.col("site").str.extract(r"^([a-z.]+)"))
     order = found["kind"].value_counts(sort=True)["kind"].to_list()
     kinds = order if len(order) <= len(SERIES) else [*order[:_KINDS], _OTHER]
-    found = found.with_columns(
-        kind=pl.when(pl.col("kind").is_in(kinds)).then(pl.col("kind")).otherwise(pl.lit(_OTHER))
-    )
+    found = found.with_columns(kind=pl.when(pl.col("kind").is_in(kinds)).then(pl.col("kind")).otherwise(pl.lit(_OTHER)))
     figure = Plot(1.5 * WIDTH, 0.6 + 2.7 * len(parts))
     for axes, part in zip(figure.subplots(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
         here = layers.filter(pl.col("part") == part).group_by("layer").agg(pl.col("expected").sum()).sort("layer")
@@ -45,7 +43,9 @@ def detector_bars(dissection: Dissection, *, title: str | None = None) -> Plot:
             for layer, count, low in zip(x, n, below, strict=True):
                 if count:
                     place = (float(layer), float(low + count / 2))
-                    figure.marks.append(Mark(axes, *place, f"block {layer}: {count} detect {kind}", (0.8, float(count))))
+                    figure.marks.append(
+                        Mark(axes, *place, f"block {layer}: {count} detect {kind}", (0.8, float(count)))
+                    )
             below += n
         expected = here["expected"].to_numpy()
         if len(dissection.null):
@@ -66,7 +66,10 @@ def causal_intervals(causation: Causation, *, title: str | None = None) -> Plot:
     if not acts:
         raise UsageError("nothing was stimulated or ablated")
     first = table.filter(pl.col("act") == acts[0]).sort("difference", descending=acts[0] == "stimulate")
-    names = [*first["concept"], *table["concept"].unique().sort().filter(~table["concept"].unique().sort().is_in(first["concept"].to_list()))]
+    names = [
+        *first["concept"],
+        *table["concept"].unique().sort().filter(~table["concept"].unique().sort().is_in(first["concept"].to_list())),
+    ]
     figure = Plot(2 * WIDTH, 1.0 + 0.19 * len(names))
     for axes, act in zip(figure.subplots(1, len(acts), sharey=True, squeeze=False)[0], acts, strict=True):
         for line in table.filter(pl.col("act") == act).iter_rows(named=True):
@@ -84,7 +87,10 @@ def causal_intervals(causation: Causation, *, title: str | None = None) -> Plot:
         axes.set_ylim(len(names) - 0.4, -0.6)
         dress(axes, x="change of log p, nats", y="", title=_TITLES[act], grid="both")
         axes.tick_params(axis="y", labelsize=7.5, length=0)
-    for style, label in (({"color": SERIES[0], "marker": "o"}, "detectors"), ({"color": SERIES[1], "marker": "s", "markerfacecolor": PAPER}, "random units, as active")):
+    for style, label in (
+        ({"color": SERIES[0], "marker": "o"}, "detectors"),
+        ({"color": SERIES[1], "marker": "s", "markerfacecolor": PAPER}, "random units, as active"),
+    ):
         axes.plot([], [], linestyle="none", label=label, **style)
     legend(figure, axes)
     if title:

@@ -51,7 +51,9 @@ def render(dissection: Dissection, causation: Causation | None = None, units: in
         made = [_overview(dissection), _layers(dissection), _causes(causation), _concepts(dissection)]
     script = (_HERE / "dissection.js").read_text().strip()
     detectors = int(dissection.units["detector"].sum())
-    shown = f"{len(chosen):,} of {dissection.n:,} units have a page: the {PER_CONCEPT} with the largest IoU of each concept"
+    shown = (
+        f"{len(chosen):,} of {dissection.n:,} units have a page: the {PER_CONCEPT} with the largest IoU of each concept"
+    )
     return page(
         "dissection.html",
         f"What the units of {dissection.identity.name} detect",
@@ -59,8 +61,8 @@ def render(dissection: Dissection, causation: Causation | None = None, units: in
         [section for section in made if section.blocks],
         scripts={"browse": script},
         browse_css=Markup((_HERE / "dissection.css").read_text().strip()),
-        browse_about=f"{shown}, and detectors by falling IoU ({detectors:,} in all). On a unit's page, tokens above its "
-        "threshold are marked, the one where it is largest most strongly.",
+        browse_about=f"{shown}, and detectors by falling IoU ({detectors:,} in all). On a unit's page, tokens above "
+        "its threshold are marked, the one where it is largest most strongly.",
         data=Markup(_json(_data(dissection, causation, chosen))),
     )
 
@@ -74,20 +76,22 @@ def _summary(dissection: Dissection, causation: Causation | None) -> list[str]:
     if len(d.null):
         chance = d.chance
         said.append(
-            f"By chance {chance['detectors'].mean():,.0f} would ({chance['detectors'].min():,}–{chance['detectors'].max():,} "
-            f"in {len(d.null)} rotations of the concepts along the stream), and the largest IoU of any would be "
-            f"{chance['largest'].max():.3f}; found is {d.units['iou'].max():.3f}."
+            f"By chance {chance['detectors'].mean():,.0f} would ({chance['detectors'].min():,}–"
+            f"{chance['detectors'].max():,} in {len(d.null)} rotations of the concepts along the stream), and the "
+            f"largest IoU of any would be {chance['largest'].max():.3f}; found is {d.units['iou'].max():.3f}."
         )
     for line in causation.summary.iter_rows(named=True) if causation is not None else ():
         expected = "above 0" if line["act"] == "stimulate" else "below 0"
         verb = "Clamped at their thresholds" if line["act"] == "stimulate" else "Ablated"
-        between = "" if line["difference_low"] is None else (
-            f" [{line['difference_low']:+.3f}, {line['difference_high']:+.3f}]"
+        between = (
+            ""
+            if line["difference_low"] is None
+            else (f" [{line['difference_low']:+.3f}, {line['difference_high']:+.3f}]")
         )
         said.append(
-            f"{verb}, the detectors of {line['concepts']} concepts change the log-probability of their concept's tokens by "
-            f"{line['difference']:+.3f}{between} nats more than random units that are as active; for {line[expected]} of "
-            f"them the interval is {expected}."
+            f"{verb}, the detectors of {line['concepts']} concepts change the log-probability of their concept's "
+            f"tokens by {line['difference']:+.3f}{between} nats more than random units that are as active; for "
+            f"{line[expected]} of them the interval is {expected}."
         )
     return said
 
@@ -116,10 +120,10 @@ def _overview(d: Dissection) -> Section:
     left = f" Left out, since no token or every token was of them: {', '.join(d.dropped)}." if d.dropped else ""
     method = (
         "A unit's top are the tokens at which it exceeds its threshold, the smallest value that at most "
-        f"{d.settings.quantile:.2%} of the tokens exceed. IoU is the number of tokens that are both at its top and of a "
-        "concept over the number that are either. Precision is the share of its top that is of the concept, recall the "
-        "share of the concept that is at its top, selectivity its mean on the concept less its mean elsewhere, in its "
-        f"standard deviations. Special tokens and the first of each row do not count.{left}"
+        f"{d.settings.quantile:.2%} of the tokens exceed. IoU is the number of tokens that are both at its top and of "
+        "a concept over the number that are either. Precision is the share of its top that is of the concept, recall "
+        "the share of the concept that is at its top, selectivity its mean on the concept less its mean elsewhere, in "
+        f"its standard deviations. Special tokens and the first of each row do not count.{left}"
     )
     return Section("overview", "What was read, and how", (Cards(cards), Prose(method)))
 
@@ -155,7 +159,8 @@ def _causes(causation: Causation | None) -> Section:
         "Change of the log-probability of a concept's tokens when its detectors are clamped at their thresholds on "
         "neutral sentences (left), or set to 0 where the concept occurs (right). Filled: the detectors; the bar is the "
         "95\u00a0% interval, over texts, of the difference from random units that are as active (hollow), laid beside "
-        "those. A detector that causes what it detects lies right of the hollow mark on the left, left of it on the right."
+        "those. A detector that causes what it detects lies right of the hollow mark on the left, and left "
+        "of it on the right."
     )
     figure = panel(causal_intervals(causation), "causes", "What detectors cause", caption)
     rows: list[tuple[Cell, ...]] = [
@@ -232,8 +237,7 @@ def _data(d: Dissection, causation: Causation | None, chosen: list[int]) -> dict
                 "d": line["detectors"],
                 "x": caused[line["concept"]],
                 "u": [
-                    [place[u], *_pair(d, u, c)]
-                    for u in np.argsort(-d.iou[:, c], kind="stable")[:PER_CONCEPT].tolist()
+                    [place[u], *_pair(d, u, c)] for u in np.argsort(-d.iou[:, c], kind="stable")[:PER_CONCEPT].tolist()
                 ],
             }
             for c, line in enumerate(d.concepts.iter_rows(named=True))
@@ -246,9 +250,7 @@ def _data(d: Dissection, causation: Causation | None, chosen: list[int]) -> dict
                 "d": _short(d.sd[u]),
                 "a": int(d.active[u]),
                 "p": None if np.isnan(p[u]) else _short(p[u]),
-                "c": [
-                    [c, *_pair(d, u, c)] for c in np.argsort(-d.iou[u], kind="stable")[:_CONCEPTS].tolist()
-                ],
+                "c": [[c, *_pair(d, u, c)] for c in np.argsort(-d.iou[u], kind="stable")[:_CONCEPTS].tolist()],
                 "q": [_marked(snippet) for snippet in d.snippets(u)[:_SNIPPETS]],
             }
             for u in chosen

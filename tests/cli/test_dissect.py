@@ -15,8 +15,10 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("dissect")
     tiny_net("llama").save_pretrained(path / "model")
     tiny_tokenizer().save_pretrained(path / "model")
-    (path / "text.txt").write_text("the cat is on the red mat, and seven dogs are in May of 1999. " * 40)
-    rows = [{"text": f"the {c} cat {i}", "label": i % 2, "spans": {"subject": [4, 7]}} for i, c in enumerate(["red"] * 60)]
+    (path / "text.txt").write_text("the cat is on the red mat, and seven dogs are in May of 1999. " * 60)
+    rows = [
+        {"text": f"the {c} cat {i}", "label": i % 2, "spans": {"subject": [4, 7]}} for i, c in enumerate(["red"] * 60)
+    ]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

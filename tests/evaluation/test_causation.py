@@ -12,7 +12,7 @@ from reprobe.methods.concepts import Concept
 from reprobe.methods.dissection import dissect
 
 NEURON = 7
-WORDS = ("the", "cat", "of", "red", "and", "seven", "is", "on", "blue", "an")
+WORDS = ("cat", "of", "red", "and", "seven", "is", "on", "blue", "an")
 THE = Concept.regex("the, inside", r"(?<=[^ ]) the(?!\w)")
 COLOURS = Concept.words("colours", ["red", "blue"])
 
@@ -28,10 +28,18 @@ def planted_lm(writes=4.0):
                 module.bias.zero_()
         weight = net.get_input_embeddings().weight
         weight[:, 0] = 0.0
+        weight[the] = 0.0
         weight[the, 0] = 5.0
         mlp = net.model.layers[1].mlp
         for module in (mlp.gate_proj, mlp.up_proj):
+            module.weight[:, 0] = 0.0  # the others do not see the word
             module.weight[NEURON, 0] = 4.0
+            module.bias.zero_()
+        # Elsewhere it is small and positive, and a little different for every word.
+        mlp.gate_proj.weight[NEURON, 1:] = 0.0
+        mlp.gate_proj.bias[NEURON] = 2.0
+        mlp.up_proj.weight[NEURON, 1:] *= 0.5
+        mlp.up_proj.bias[NEURON] = 1.0
         head = net.lm_head.weight[the]
         mlp.down_proj.weight[:, NEURON] = writes * head / head.norm()
     return rp.LanguageModel(net, tokenizer, name="planted")
@@ -39,7 +47,7 @@ def planted_lm(writes=4.0):
 
 def texts():
     rng = np.random.default_rng(0)
-    return ["on the the the cat and the the", *(" ".join(rng.choice(WORDS, 20)) for _ in range(30))] * 2
+    return [" ".join([*rng.choice(WORDS, 14), "the", "the"]) for _ in range(60)]
 
 
 def dissected(lm):
@@ -65,7 +73,7 @@ def test_the_planted_neuron_is_found_and_causes_what_it_detects(lm, found):
     # All other neurons write nothing.
     assert stimulate["control"] == pytest.approx(0, abs=1e-6)
     assert ablate["control"] == pytest.approx(0, abs=1e-6)
-    assert stimulate["difference_low"] > 0.5
+    assert stimulate["difference_low"] > 0.3
     assert ablate["difference_high"] < 0
     assert stimulate["rank"] == ablate["rank"] == pytest.approx(1 / 7)
     summary = caused.summary
@@ -81,7 +89,7 @@ def test_the_effects_are_those_of_the_network_changed_by_hand(lm, found):
     threshold = float(found.threshold[found.number(f"mlp.neurons@1.{NEURON}")])
     changes = []
     for passage in rp.evaluation.NEUTRAL:
-        ids = torch.tensor([lm.tokenizer(passage.prompt + passage.continuation)["input_ids"]])
+        ids = torch.tensor([lm.tokenizer(passage.prompt + passage.continuation, truncation=True)["input_ids"]])
         runs = []
         for clamped in (False, True):
 

@@ -341,7 +341,7 @@ PATTERNS = {
     "titles": ("Dr. Who met a king and King Lear", ["Dr.", "King"]),
     "negation": ("Never can't it", ["Never", "n't"]),
     "past-tense": ("she walked to bed", ["walked"]),
-    "ing-forms": ("a thing is going", ["going"]),
+    "ing-forms": ("a king is walking", ["walking"]),
     "adverbs": ("fly quickly", ["quickly"]),
     "full-stop": ("It is 3.5. Yes.", [".", "."]),
     "comma": ("a, b", [","]),
