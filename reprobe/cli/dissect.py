@@ -99,7 +99,7 @@ def dissect(
     if report is not None:
         write_dissection(found, report, causation=caused)
     units, chance = found.units, found.chance
-    by_chance = "" if not chance.height else f" ({chance['detectors'].mean():.1f} by chance)"
+    by_chance = "" if not chance.height else f" ({chance['detectors'].to_numpy().mean():.1f} by chance)"
     gone = f"; left out: {', '.join(found.dropped)}" if found.dropped else ""
     _say(
         f"{to}: {found.n:,} units on {found.stream.n:,} tokens, {units['detector'].sum():,} detectors{by_chance} of "

@@ -74,11 +74,11 @@ def _summary(dissection: Dissection, causation: Causation | None) -> list[str]:
         f"{d.settings.quantile:.1%} of tokens with one of {len(d.names)} concepts is above {d.settings.detector:g}."
     ]
     if len(d.null):
-        chance = d.chance
+        by_chance = d.chance["detectors"].to_numpy()
         said.append(
-            f"By chance {chance['detectors'].mean():,.0f} would ({chance['detectors'].min():,}–"
-            f"{chance['detectors'].max():,} in {len(d.null)} rotations of the concepts along the stream), and the "
-            f"largest IoU of any would be {chance['largest'].max():.3f}; found is {d.units['iou'].max():.3f}."
+            f"By chance {by_chance.mean():,.0f} would ({by_chance.min():,}–"
+            f"{by_chance.max():,} in {len(d.null)} rotations of the concepts along the stream), and the "
+            f"largest IoU of any would be {d.null.max():.3f}; found is {d.units['iou'].max():.3f}."
         )
     for line in causation.summary.iter_rows(named=True) if causation is not None else ():
         expected = "above 0" if line["act"] == "stimulate" else "below 0"
