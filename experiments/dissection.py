@@ -10,6 +10,7 @@ of the concepts along the stream; of what detectors cause, random units of the s
 """
 
 import argparse
+import random
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ from reprobe.prompts.catalog import bundled
 from reprobe.report import causal_intervals, detector_bars
 
 WRITER, NEW_TOKENS, AT_ONCE, SEED = "smollm2-135m", 120, 64, 0
+#: Sets of random units beside the detectors.
+CONTROLS = 6
 #: How the sampled texts begin: many subjects and forms, so that many concepts occur.
 OPENINGS = (
     *("The history of", "In 1969,", "On Monday morning,", "In March of that year,", "During the winter of 1812,"),
@@ -62,8 +65,10 @@ def sampled(tokens: int, file: Path | None) -> list[str]:
 
 
 def own() -> list[str]:
-    """Every text of the project's data sets, once."""
-    return list(dict.fromkeys(t for name in bundled() for t in rp.PromptSet.load(name).frame["text"].drop_nulls()))
+    """Every text of the project's data sets, once, in random order: of whatever is cut off, a bit of all is left."""
+    texts = list(dict.fromkeys(t for name in bundled() for t in rp.PromptSet.load(name).frame["text"].drop_nulls()))
+    random.Random(SEED).shuffle(texts)
+    return texts
 
 
 def markdown(table: pl.DataFrame, digits: int = 3) -> list[str]:
@@ -108,7 +113,7 @@ def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, s
         "## What detectors cause",
         "",
         "Nats; the detectors of a concept (its five best), less random units of the same blocks that are as active "
-        "(eight sets). *Stimulate*: clamped at their thresholds on neutral sentences, change of log Σ p of the "
+        f"({CONTROLS} sets). *Stimulate*: clamped at their thresholds on neutral sentences, change of log Σ p of the "
         "concept's tokens. *Ablate*: set to 0 where the concept occurs, change of log p of its tokens. Intervals over "
         "concepts; the last two columns count concepts whose own interval (over texts) excludes 0.",
         "",
@@ -160,7 +165,7 @@ def main() -> int:
             stream = token_stream(lm, texts, tokens=options.tokens)
             found = rp.dissect(lm, stream, absent="drop", progress=progress)
             print(f"{model}: {found.units['detector'].sum():,} detectors", file=sys.stderr, flush=True)
-            caused = rp.causes(lm, found, progress=progress)
+            caused = rp.causes(lm, found, controls=CONTROLS, progress=progress)
         seconds = time.perf_counter() - began
         for name, table in (
             ("detectors", found.detectors.drop("detector", "layer", "index")),

@@ -49,7 +49,7 @@ def dissection(lm: rp.LanguageModel, tokens: int) -> Work:
     found = masks(stream, ready(), absent="drop")
     masking = time.perf_counter() - start
     k = int(QUANTILE * stream.n)
-    counters = {r.site: counting._Counter(r, k + 1, found.of.shape[1], lm.device) for r in read}
+    counters = {r.site: counting.Counter(r, k + 1, found.of.shape[1], lm.device) for r in read}
     sites, plan = list(counters), lm.plan(stream.ids, stream.starts)
     seconds = {"forward": 0.0, "counted": 0.0}
 
@@ -61,7 +61,7 @@ def dissection(lm: rp.LanguageModel, tokens: int) -> Work:
         inputs = lm.pack_inputs(layout)
 
         def counted(plan_of: int = p, layout: Any = layout, inputs: Any = inputs) -> None:
-            pack = counting._Pack.of(layout, plan.pack(plan_of), stream, found.of)
+            pack = counting.Pack.of(layout, plan.pack(plan_of), stream, found.of)
             visit(lm, inputs, sites, lambda site, h: counters[site].see(h, pack))
 
         def forward(inputs: Any = inputs) -> None:
@@ -74,7 +74,7 @@ def dissection(lm: rp.LanguageModel, tokens: int) -> Work:
             if lm.device.type == "cuda":
                 torch.cuda.synchronize(lm.device)
             seconds[name] += time.perf_counter() - start
-        if p % 20 == 0:
+        if p % 10 == 0:
             print(f"pack {p + 1} of {plan.n_packs}: {seconds}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     counts = [counters[site].counts(lm) for site in sites]

@@ -92,7 +92,7 @@ def causes(
     controls: int = 8,
     acts: Sequence[Act] = get_args(Act),
     neutral: Sequence[Passage] = NEUTRAL,
-    rows: int = 24,
+    rows: int = 16,
     seed: int = 0,
     allow_mismatch: bool = False,
     progress: Progress = silent,

@@ -47,7 +47,7 @@ class Counts:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pack:
+class Pack:
     """The tokens of one pass by their place in its flattened rows: those at place p have the numbers
     `numbers[first[p]:first[p] + times[p]]`. `weights` says how often a token of each concept, and in its last column
     any counted token, stands at a place."""
@@ -60,7 +60,7 @@ class _Pack:
     @classmethod
     def of(
         cls, layout: Layout, prompts: Int[np.ndarray, " prompts"], stream: TokenStream, concepts: np.ndarray
-    ) -> "_Pack":
+    ) -> "Pack":
         lengths = np.diff(layout.starts)
         token = np.repeat(stream.starts[prompts] - layout.starts[:-1], lengths) + np.arange(len(layout.at))
         number = stream.numbers[token]
@@ -78,7 +78,7 @@ class _Pack:
         return cls(times, first, number, torch.from_numpy(weights))
 
 
-class _Counter:
+class Counter:
     """The units of one reading while their activations pass."""
 
     def __init__(self, reading: Reading, keep: int, concepts: int, device: torch.device) -> None:
@@ -86,7 +86,7 @@ class _Counter:
         self.sums = torch.zeros(concepts + 1, reading.n, dtype=torch.float64, device=device)
         self.squares = torch.zeros(reading.n, dtype=torch.float64, device=device)
 
-    def see(self, h: Tensor, pack: _Pack) -> None:
+    def see(self, h: Tensor, pack: Pack) -> None:
         flat = self.reading.values(h)
         weights = pack.weights.to(flat.device)
         self.sums += (weights.T @ flat).to(self.sums.device)
@@ -144,15 +144,15 @@ def count(
             f"the tops of {units:,} units, {k:,} tokens each, take {needed / 1e9:.1f} GB, and {memory / 1e9:.1f} "
             "GB are allowed (memory=…): read fewer sites at a time, fewer tokens, or a smaller quantile, or allow more"
         )
-    counters = {r.site: _Counter(r, k + 1, concepts.shape[1], lm.device) for r in readings}
+    counters = {r.site: Counter(r, k + 1, concepts.shape[1], lm.device) for r in readings}
     sites = list(counters)
     plan = lm.plan(stream.ids, stream.starts)
     done = 0
     for p in range(plan.n_packs):
         layout = lay_out(plan, p, stream.ids, stream.starts)
-        pack = _Pack.of(layout, plan.pack(p), stream, concepts)
+        pack = Pack.of(layout, plan.pack(p), stream, concepts)
 
-        def see(site: Site, h: Tensor, pack: _Pack = pack) -> None:
+        def see(site: Site, h: Tensor, pack: Pack = pack) -> None:
             counters[site].see(h, pack)
 
         visit(lm, lm.pack_inputs(layout), sites, see)
