@@ -286,7 +286,7 @@ def _line(
     as_far = (sign * others.mean(1) >= sign * own.mean()).sum()
     return {
         "concept": name,
-        "kind": dissection.concepts_of[dissection.concept(name)][1],
+        "kind": dissection.asked[dissection.concept(name)].kind,
         "act": act,
         "units": ", ".join(dissection.unit_names[u] for u in detectors),
         "texts": len(set(groups)),

@@ -45,6 +45,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A concept that units were asked about; what finds it is not kept."""
+
+    name: str
+    kind: str
+    about: str
+
+
+@dataclass(frozen=True)
 class Snippet:
     """Text around a token at a unit's top: `pieces` token by token, `marked` those above the threshold, `peak` the
     index of the token itself, `value` the unit's there."""
@@ -73,7 +82,7 @@ class Dissection:
     readings: tuple[Reading, ...]
     stream: TokenStream
     settings: Settings
-    concepts_of: tuple[tuple[str, str, str], ...]
+    asked: tuple[Asked, ...]
     dropped: tuple[str, ...]
     of: Bool[np.ndarray, "counted concepts"]
     threshold: Float[np.ndarray, " units"]
@@ -97,7 +106,7 @@ class Dissection:
     @property
     def names(self) -> list[str]:
         """Names of the concepts."""
-        return [name for name, _, _ in self.concepts_of]
+        return [concept.name for concept in self.asked]
 
     @cached_property
     def sizes(self) -> Int[np.ndarray, " concepts"]:
@@ -172,7 +181,7 @@ class Dissection:
                 "mean": self.mean,
                 "sd": self.sd,
                 "concept": pl.Series(self.names)[self.best],
-                "kind": pl.Series([kind for _, kind, _ in self.concepts_of])[self.best],
+                "kind": pl.Series([concept.kind for concept in self.asked])[self.best],
                 "iou": best,
                 "precision": hits / np.maximum(self.active, 1),
                 "recall": hits / self.sizes[self.best],
@@ -198,8 +207,8 @@ class Dissection:
         return pl.DataFrame(
             {
                 "concept": self.names,
-                "kind": [kind for _, kind, _ in self.concepts_of],
-                "about": [about for _, _, about in self.concepts_of],
+                "kind": [concept.kind for concept in self.asked],
+                "about": [concept.about for concept in self.asked],
                 "tokens": self.sizes,
                 "share": self.sizes / n,
                 "attainable": np.minimum(self.sizes, k) / np.maximum(self.sizes, k),
@@ -322,7 +331,7 @@ class Dissection:
             "identity": self.identity.to_json(),
             "settings": asdict(self.settings),
             "readings": [{"site": str(r.site), "width": r.width, "names": list(r.names)} for r in self.readings],
-            "concepts": [list(c) for c in self.concepts_of],
+            "concepts": [asdict(concept) for concept in self.asked],
             "dropped": list(self.dropped),
             "stream": {"name": self.stream.name, "about": dict(self.stream.about), "digest": self.stream.digest},
         }
@@ -345,7 +354,7 @@ class Dissection:
                 readings=readings,
                 stream=stream,
                 settings=Settings(**h["settings"]),
-                concepts_of=tuple((name, kind, about) for name, kind, about in h["concepts"]),
+                asked=tuple(Asked(**concept) for concept in h["concepts"]),
                 dropped=tuple(h["dropped"]),
                 of=np.unpackbits(arrays["of"], axis=0, count=stream.n).astype(np.bool_),
                 **{name: arrays[name] for name in _ARRAYS},

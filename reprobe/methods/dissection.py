@@ -20,7 +20,7 @@ from reprobe.methods import concepts as concept_files
 from reprobe.methods import overlap, tops
 from reprobe.methods.concepts import Absent, Concept, masks
 from reprobe.methods.counting import count
-from reprobe.methods.dissected import Dissection, Settings
+from reprobe.methods.dissected import Asked, Dissection, Settings
 from reprobe.methods.stream import WINDOW, Source, TokenStream, token_stream
 from reprobe.methods.units import Directions, Sites, readings
 from reprobe.model.language_model import LanguageModel
@@ -91,7 +91,7 @@ def dissect(
         readings=read,
         stream=stream,
         settings=settings,
-        concepts_of=tuple((c.name, c.kind, c.about) for c in found.concepts),
+        asked=tuple(Asked(c.name, c.kind, c.about) for c in found.concepts),
         dropped=found.dropped,
         of=found.of,
         threshold=join("threshold"),
