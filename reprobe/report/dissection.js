@@ -47,29 +47,29 @@
     make("h3", c.n, view);
     make("p", c.a + ".", view);
     facts([["kind", c.k], ["tokens", c.t.toLocaleString("en") + " (" + percent(c.s) + " of the stream)"],
-      ["detectors", String(c.d)], ["largest IoU possible", c.m.toFixed(3)]], view);
+      ["best concept of", c.d + (c.d === 1 ? " detector" : " detectors")], ["largest IoU possible", c.m.toFixed(3)]], view);
     if (c.x.length) {
       make("h4", "What its detectors cause", view);
       table(["act", "detectors, nats", "random units", "difference [95 %]"], c.x, view, "What the detectors of " + c.n + " cause");
     }
-    make("h4", "Units by IoU", view);
-    table(["unit", "IoU", "precision", "recall", "selectivity"], c.u.map(([u, i, p, r, s]) =>
-      [link("unit", data.units[u].n), i.toFixed(3), percent(p), percent(r), s.toFixed(1)]), view, "Units by IoU with " + c.n);
     for (const [u] of c.u.slice(0, 3)) {
       const title = make("h4", "At the top of ", view);
       link("unit", data.units[u].n, title);
       snippets(data.units[u], 4, view);
     }
+    make("h4", "Units by IoU", view);
+    table(["unit", "IoU", "precision", "recall", "selectivity"], c.u.map(([u, i, p, r, s]) =>
+      [link("unit", data.units[u].n), i.toFixed(3), percent(p), percent(r), s.toFixed(1)]), view, "Units by IoU with " + c.n);
   };
   const unit = u => {
     make("h3", u.n, view);
     facts([["threshold", small(u.t)], ["mean ± sd", small(u.m) + " ± " + small(u.d)],
       ["tokens above", u.a.toLocaleString("en")], ["by chance", u.p === null ? "not drawn" : "IoU as large: p = " + small(u.p)]], view);
+    make("h4", "Where it is largest", view);
+    snippets(u, u.q.length, view);
     make("h4", "Concepts by IoU", view);
     table(["concept", "IoU", "precision", "recall", "selectivity"], u.c.map(([c, i, p, r, s]) =>
       [link("concept", data.concepts[c].n), i.toFixed(3), percent(p), percent(r), s.toFixed(1)]), view, "Concepts of " + u.n);
-    make("h4", "Where it is largest", view);
-    snippets(u, u.q.length, view);
   };
   const show = () => {
     const [kind, name] = location.hash.slice(1).split("/").map(part => { try { return decodeURIComponent(part); } catch { return part; } });
