@@ -155,6 +155,7 @@ def main() -> int:
     parser.add_argument("--sampled", type=int, default=60_000, help="tokens of text to sample")
     parser.add_argument("--text", type=Path, help="keep the sampled text here, or take it from here")
     parser.add_argument("--tokens", type=int, help="only the first N tokens of all")
+    parser.add_argument("--causes", type=int, help="clamp and ablate for the N concepts best detected only")
     parser.add_argument("--reports", type=Path, help="a folder for the pages and the dissections")
     options = parser.parse_args()
     texts = [*sampled(options.sampled, options.text), *own()]
@@ -165,7 +166,9 @@ def main() -> int:
             stream = token_stream(lm, texts, tokens=options.tokens)
             found = rp.dissect(lm, stream, absent="drop", progress=progress)
             print(f"{model}: {found.units['detector'].sum():,} detectors", file=sys.stderr, flush=True)
-            caused = rp.causes(lm, found, controls=CONTROLS, progress=progress)
+            best = found.concepts.filter(pl.col("best_iou") > found.settings.detector).sort("best_iou", descending=True)
+            wanted = best["concept"].head(options.causes or best.height).to_list()
+            caused = rp.causes(lm, found, wanted, controls=CONTROLS, progress=progress)
         seconds = time.perf_counter() - began
         for name, table in (
             ("detectors", found.detectors.drop("detector", "layer", "index")),
