@@ -13,12 +13,14 @@ import argparse
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 from matplotlib import style
 
 import reprobe as rp
+from reprobe.methods.dissected import Snippet
 from reprobe.methods.stream import token_stream
 from reprobe.probing import write_table
 from reprobe.progress import terminal
@@ -84,6 +86,12 @@ def markdown(table: pl.DataFrame, digits: int = 3) -> list[str]:
     ]
 
 
+def around(snippet: Snippet, tokens: int = 10) -> str:
+    """The text a few tokens around the peak."""
+    near = slice(max(0, snippet.peak - tokens), snippet.peak + tokens + 1)
+    return replace(snippet, pieces=snippet.pieces[near], marked=snippet.marked[near]).text
+
+
 def quoted(text: str) -> str:
     """A snippet inside a table of Markdown."""
     flat = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
@@ -123,10 +131,16 @@ def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, s
         "",
         "## The best detector of each concept",
         "",
+        "With the highest place at its top that is of the concept, if one of the eight shown is; tokens above its "
+        "threshold in bold.",
+        "",
     ]
     rows = []
     for line in found.concepts.sort("best_iou", descending=True).iter_rows(named=True):
-        snippets = found.snippets(line["best_unit"])
+        unit, column = found.number(line["best_unit"]), found.of[:, found.concept(line["concept"])]
+        snippets = found.snippets(unit)
+        # The highest place that is of the concept, if one of those shown is.
+        chosen = sorted(zip(found.top[unit], snippets, strict=False), key=lambda pair: not column[pair[0]])
         rows.append(
             {
                 "concept": line["concept"],
@@ -135,7 +149,7 @@ def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, s
                 "best neuron": line["best_unit"].removeprefix("mlp.neurons@"),
                 "IoU": line["best_iou"],
                 "possible": line["attainable"],
-                "at its top": "" if not snippets else quoted(snippets[0].text)[-150:],
+                "at its top": "" if not chosen else quoted(around(chosen[0][1])),
             }
         )
     lines += markdown(pl.DataFrame(rows))
@@ -146,6 +160,36 @@ def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, s
         *markdown(found.layers.select("layer", "units", "detectors", "expected", "concepts"), 1),
     ]
     return "\n".join(lines) + "\n"
+
+
+def save(
+    found: rp.Dissection,
+    caused: rp.evaluation.Causation,
+    model: str,
+    out: Path,
+    seconds: float,
+    reports: Path | None,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in (
+        ("detectors", found.detectors.drop("detector", "layer", "index")),
+        ("concepts", found.concepts),
+        ("layers", found.layers),
+        ("chance", found.chance),
+        ("causes", caused.table),
+    ):
+        rounded = table.with_columns(pl.selectors.float().round_sig_figs(4))
+        write_table(rounded, out / f"{name}.csv", overwrite=True)
+    with style.context("default"):
+        detector_bars(found, title=model).savefig(out / "detectors.svg")
+        causal_intervals(caused).savefig(out / "causes.svg")
+    notes = (out / "notes.md").read_text().strip() if (out / "notes.md").exists() else ""
+    (out / "README.md").write_text(written(model, found, caused, seconds, notes))
+    if reports is not None:
+        reports.mkdir(parents=True, exist_ok=True)
+        found.save(reports / f"{model}.safetensors", overwrite=True)
+        rp.write_dissection(found, reports / f"{model}.html", causation=caused)
+    print(out / "README.md")
 
 
 def main() -> int:
@@ -161,7 +205,6 @@ def main() -> int:
     texts = [*sampled(options.sampled, options.text), *own()]
     for model in options.models:
         lm, out, began = rp.LanguageModel.load(model), options.out / model, time.perf_counter()
-        out.mkdir(parents=True, exist_ok=True)
         with terminal() as progress:
             stream = token_stream(lm, texts, tokens=options.tokens)
             found = rp.dissect(lm, stream, absent="drop", progress=progress)
@@ -169,26 +212,7 @@ def main() -> int:
             best = found.concepts.filter(pl.col("best_iou") > found.settings.detector).sort("best_iou", descending=True)
             wanted = best["concept"].head(options.causes or best.height).to_list()
             caused = rp.causes(lm, found, wanted, controls=CONTROLS, progress=progress)
-        seconds = time.perf_counter() - began
-        for name, table in (
-            ("detectors", found.detectors.drop("detector", "layer", "index")),
-            ("concepts", found.concepts),
-            ("layers", found.layers),
-            ("chance", found.chance),
-            ("causes", caused.table),
-        ):
-            rounded = table.with_columns(pl.selectors.float().round_sig_figs(4))
-            write_table(rounded, out / f"{name}.csv", overwrite=True)
-        with style.context("default"):
-            detector_bars(found, title=model).savefig(out / "detectors.svg")
-            causal_intervals(caused).savefig(out / "causes.svg")
-        notes = (out / "notes.md").read_text().strip() if (out / "notes.md").exists() else ""
-        (out / "README.md").write_text(written(model, found, caused, seconds, notes))
-        if options.reports is not None:
-            options.reports.mkdir(parents=True, exist_ok=True)
-            found.save(options.reports / f"{model}.safetensors", overwrite=True)
-            rp.write_dissection(found, options.reports / f"{model}.html", causation=caused)
-        print(out / "README.md")
+        save(found, caused, model, out, time.perf_counter() - began, options.reports)
     return 0
 
 
