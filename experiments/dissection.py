@@ -4,9 +4,10 @@
 
 Enters: the texts of the project's own data sets, each once, and text that SmolLM2 writes after openings on many
 subjects (the same for both models; --text keeps it in a file, or takes it from there). Leaves, per model:
-detectors.csv, concepts.csv, layers.csv, chance.csv, causes.csv, two figures, README.md, into which notes.md goes, what
-a reader made of the figures, and with --reports the page to browse and the dissection itself. The control is rotation
-of the concepts along the stream; of what detectors cause, random units of the same blocks that are as active.
+detectors.csv (those above all that chance gave), concepts.csv, layers.csv, chance.csv, causes.csv, two figures,
+README.md, into which notes.md goes, what a reader made of the figures, and with --reports the page to browse and the
+dissection itself. The control is rotation of the concepts along the stream; of what detectors cause, random units of
+the same blocks that are as active.
 """
 
 import argparse
@@ -98,12 +99,14 @@ def quoted(text: str) -> str:
     return flat.replace("⟦", "**").replace("⟧", "**").replace("****", "")
 
 
-def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, seconds: float, notes: str) -> str:
+def written(
+    command: str, model: str, found: rp.Dissection, caused: rp.evaluation.Causation, seconds: float, notes: str
+) -> str:
     detectors, chance = found.detectors, found.chance
     highest = chance["largest"].max()
     lines = [f"# What neurons of {model} detect", ""]
     lines += [
-        f"`experiments/dissection.py --models {model}`: {found.n:,} neurons of all blocks on {found.stream.n:,} tokens "
+        f"`{command}`: {found.n:,} neurons of all blocks on {found.stream.n:,} tokens "
         f"({len(found.stream.documents):,} texts: the project's data sets and text sampled from {WRITER}), top "
         f"{found.settings.quantile:.1%}, {len(found.names)} concepts"
         + (f" (left out, not in the text: {', '.join(found.dropped)})" if found.dropped else "")
@@ -165,6 +168,7 @@ def written(model: str, found: rp.Dissection, caused: rp.evaluation.Causation, s
 def save(
     found: rp.Dissection,
     caused: rp.evaluation.Causation,
+    command: str,
     model: str,
     out: Path,
     seconds: float,
@@ -172,7 +176,7 @@ def save(
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, table in (
-        ("detectors", found.detectors.drop("detector", "layer", "index")),
+        ("detectors", found.detectors.filter(pl.col("iou") > found.null.max()).drop("detector", "layer", "index")),
         ("concepts", found.concepts),
         ("layers", found.layers),
         ("chance", found.chance),
@@ -184,7 +188,7 @@ def save(
         detector_bars(found, title=model).savefig(out / "detectors.svg")
         causal_intervals(caused).savefig(out / "causes.svg")
     notes = (out / "notes.md").read_text().strip() if (out / "notes.md").exists() else ""
-    (out / "README.md").write_text(written(model, found, caused, seconds, notes))
+    (out / "README.md").write_text(written(command, model, found, caused, seconds, notes))
     if reports is not None:
         reports.mkdir(parents=True, exist_ok=True)
         found.save(reports / f"{model}.safetensors", overwrite=True)
@@ -202,8 +206,11 @@ def main() -> int:
     parser.add_argument("--causes", type=int, help="clamp and ablate for the N concepts best detected only")
     parser.add_argument("--reports", type=Path, help="a folder for the pages and the dissections")
     options = parser.parse_args()
+    chosen = {name: getattr(options, name) for name in ("sampled", "tokens", "causes")}
+    said = "".join(f" --{name} {value}" for name, value in chosen.items() if value is not None)
     texts = [*sampled(options.sampled, options.text), *own()]
     for model in options.models:
+        command = f"uv run python experiments/dissection.py --models {model}{said}"
         lm, out, began = rp.LanguageModel.load(model), options.out / model, time.perf_counter()
         with terminal() as progress:
             stream = token_stream(lm, texts, tokens=options.tokens)
@@ -212,7 +219,7 @@ def main() -> int:
             best = found.concepts.filter(pl.col("best_iou") > found.settings.detector).sort("best_iou", descending=True)
             wanted = best["concept"].head(options.causes or best.height).to_list()
             caused = rp.causes(lm, found, wanted, controls=CONTROLS, progress=progress)
-        save(found, caused, model, out, time.perf_counter() - began, options.reports)
+        save(found, caused, command, model, out, time.perf_counter() - began, options.reports)
     return 0
 
 
