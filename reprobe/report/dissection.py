@@ -78,7 +78,7 @@ def _summary(dissection: Dissection, causation: Causation | None) -> list[str]:
         said.append(
             f"By chance {by_chance.mean():,.0f} would ({by_chance.min():,}–"
             f"{by_chance.max():,} in {len(d.null)} rotations of the concepts along the stream), and the "
-            f"largest IoU of any would be {d.null.max():.3f}; found is {d.units['iou'].max():.3f}."
+            f"largest IoU of any would be {d.null.max():.3f}; found is {d.iou.max():.3f}."
         )
     for line in causation.summary.iter_rows(named=True) if causation is not None else ():
         expected = "above 0" if line["act"] == "stimulate" else "below 0"
