@@ -158,4 +158,5 @@ def count(
         visit(lm, lm.pack_inputs(layout), sites, see)
         done += len(layout.at)
         progress("dissect", done, len(stream.ids))
-    return [counters[site].counts(lm) for site in sites]
+    # One at a time: what is sorted out takes as much room as what it comes from.
+    return [counters.pop(site).counts(lm) for site in sites]

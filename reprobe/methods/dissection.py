@@ -10,7 +10,7 @@ above 0.04. Here images are tokens and a mask has no smaller parts; T_u is exact
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from reprobe.errors import UsageError
 from reprobe.methods import concepts as concept_files
 from reprobe.methods import overlap, tops
 from reprobe.methods.concepts import Absent, Concept, masks
-from reprobe.methods.counting import count
+from reprobe.methods.counting import Counts, count
 from reprobe.methods.dissected import Asked, Dissection, Settings
 from reprobe.methods.stream import WINDOW, Source, TokenStream, token_stream
 from reprobe.methods.units import Directions, Sites, readings
@@ -53,8 +53,9 @@ def dissect(
 ) -> Dissection:
     """Ask every unit which concept it detects, in one pass over the stream.
 
-    `stream` is a `PromptSet`, texts, a file, a `Sample` of what the model writes, or a `token_stream`; of it the first
-    `tokens` are read in rows of `window`, and the first `skip` of each row and special tokens do not count. `concepts`
+    `stream` is a `PromptSet`, texts, a file, a `Sample` of what the model writes, or a `token_stream`, which is
+    taken as it is; of the others the first `tokens` are read in rows of `window`, and special tokens and the first
+    `skip` of each row do not count. `concepts`
     default to all ready ones; a string names some. Units are the coordinates of `sites`, or directions given instead.
     `permutations` rotate the masks for the null. `snippets` places are kept of each unit. Memory: 14 bytes × units ×
     quantile × tokens, at most `memory`.
@@ -107,6 +108,6 @@ def dissect(
     )
 
 
-def _joined(counts: list, field: str) -> np.ndarray:  # type: ignore[type-arg]
+def _joined(counts: Sequence[Counts], field: str) -> np.ndarray:
     joined: np.ndarray = np.concatenate([getattr(c, field) for c in counts])
     return joined

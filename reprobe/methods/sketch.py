@@ -48,7 +48,7 @@ class TopValues:
         self._put(unit, _keys(np.asarray(value, np.float32), np.asarray(token)))
 
     def merge(self, other: "TopValues") -> None:
-        """Take in what another has seen of the same units, at other tokens; `UsageError` if it keeps as many not."""
+        """Take in what another has seen of the same units, at other tokens; `UsageError` if its sizes are others."""
         if (self.units, self.keep) != (other.units, other.keep):
             raise UsageError(
                 f"tops of {self.units} units × {self.keep} values and of {other.units} × {other.keep} do not merge"
