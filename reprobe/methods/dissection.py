@@ -53,12 +53,11 @@ def dissect(
 ) -> Dissection:
     """Ask every unit which concept it detects, in one pass over the stream.
 
-    `stream` is a `PromptSet`, texts, a file, a `Sample` of what the model writes, or a `token_stream`, which is
-    taken as it is; of the others the first `tokens` are read in rows of `window`, and special tokens and the first
-    `skip` of each row do not count. `concepts`
-    default to all ready ones; a string names some. Units are the coordinates of `sites`, or directions given instead.
-    `permutations` rotate the masks for the null. `snippets` places are kept of each unit. Memory: 14 bytes × units ×
-    quantile × tokens, at most `memory`.
+    `stream` is a `PromptSet`, texts, a file, a `Sample` of what the model writes, or a `token_stream`, which is taken as
+    it is; of the others the first `tokens` are read in rows of `window`, and special tokens and the first `skip` of each
+    row do not count. `concepts` default to all ready ones; a string names some. Units are the coordinates of `sites`, or
+    directions given instead. `permutations` rotate the masks for the null. `snippets` places are kept of each unit.
+    Memory: 14 bytes × units × quantile × tokens, at most `memory`.
 
     Raises `UsageError` for concepts that never or always occur (unless `absent="drop"`), for a stream too short for the
     quantile, and for what does not fit `memory`; `UnknownSite`; `IdentityMismatch`.
