@@ -135,7 +135,8 @@ def written(
         "## The best detector of each concept",
         "",
         "With the highest place at its top that is of the concept, if one of the eight shown is; tokens above its "
-        "threshold in bold.",
+        "threshold in bold. *Possible* is the largest IoU of a full top; one with values equal to its threshold is "
+        "smaller, and may have a larger one.",
         "",
     ]
     rows = []

@@ -198,8 +198,9 @@ class Dissection:
 
     @cached_property
     def concepts(self) -> pl.DataFrame:
-        """One line a concept: concept, kind, about; tokens, share of all; attainable, the largest IoU that a top of
-        this size can have with so many tokens; detectors (units whose best concept it is); best_unit with its iou."""
+        """One line a concept: concept, kind, about; tokens, share of all; attainable, the largest IoU that a full
+        top can have with so many tokens (one with values equal to its threshold is smaller, and may have a larger one);
+        detectors (units whose best concept it is); best_unit with its iou."""
         n, k = self.stream.n, self.settings.top(self.stream.n)
         found = self.units.filter(pl.col("detector"))["concept"].value_counts()
         counts = dict(zip(found["concept"], found["count"], strict=True))

@@ -53,9 +53,9 @@ def dissect(
 ) -> Dissection:
     """Ask every unit which concept it detects, in one pass over the stream.
 
-    `stream` is a `PromptSet`, texts, a file, a `Sample` of what the model writes, or a `token_stream`, which is taken as
-    it is; of the others the first `tokens` are read in rows of `window`, and special tokens and the first `skip` of each
-    row do not count. `concepts` default to all ready ones; a string names some. Units are the coordinates of `sites`, or
+    `stream` is a `PromptSet`, texts, a file, a `Sample` of what the model writes, or a `token_stream`, taken as it is;
+    of the others the first `tokens` are read in rows of `window`, and special tokens and the first `skip` of each row
+    do not count. `concepts` default to all ready ones; a string names some. Units are the coordinates of `sites`, or
     directions given instead. `permutations` rotate the masks for the null. `snippets` places are kept of each unit.
     Memory: 14 bytes × units × quantile × tokens, at most `memory`.
 

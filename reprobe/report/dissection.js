@@ -47,7 +47,7 @@
     make("h3", c.n, view);
     make("p", c.a + ".", view);
     facts([["kind", c.k], ["tokens", c.t.toLocaleString("en") + " (" + percent(c.s) + " of the stream)"],
-      ["best concept of", c.d + (c.d === 1 ? " detector" : " detectors")], ["largest IoU possible", c.m.toFixed(3)]], view);
+      ["best concept of", c.d + (c.d === 1 ? " detector" : " detectors")], ["possible IoU", c.m.toFixed(3) + ", the largest with a full top"]], view);
     if (c.x.length) {
       make("h4", "What its detectors cause", view);
       table(["act", "detectors, nats", "random units", "difference [95 %]"], c.x, view, "What the detectors of " + c.n + " cause");

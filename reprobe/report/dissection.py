@@ -193,7 +193,7 @@ def _concepts(d: Dissection) -> Section:
         for line in d.concepts.sort("detectors", "best_iou", descending=True).iter_rows(named=True)
     ]
     head = ("Concept", "Kind", "Tokens#", "Detectors#", "Best IoU#", "Possible#", "Best unit")
-    about = "Detectors are units whose best concept it is. Possible: the largest IoU that a concept of its size allows."
+    about = "Detectors are units whose best concept it is. Possible: the largest IoU that a full top allows."
     return Section("concepts", "Concepts", (Table(about, head, rows),))
 
 
