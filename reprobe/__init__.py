@@ -17,6 +17,7 @@ The way of the data, station by station:
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
                 rome, memit: edits of facts; tracing: which states carry them (a TraceGrid)
                 DoLa: decoding by contrasting layers
+                dissect: which Concept each neuron detects; causes (evaluation): and what that causes
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         Readout,
         SideEffects,
         Tuned,
+        causes,
         divergence,
         dose_response,
         log_odds,
@@ -71,6 +73,9 @@ if TYPE_CHECKING:
         tune,
     )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
+    from reprobe.methods.concepts import Concept
+    from reprobe.methods.dissected import Dissection
+    from reprobe.methods.dissection import dissect
     from reprobe.methods.dola import DoLa
     from reprobe.methods.tracing import TraceGrid
     from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
@@ -102,7 +107,7 @@ if TYPE_CHECKING:
         transfer,
     )
     from reprobe.prompts import Fact, Position, PromptSet
-    from reprobe.report import write_report
+    from reprobe.report import write_dissection, write_report
     from reprobe.store import ActivationStore
 
 _HOME = {
@@ -119,8 +124,10 @@ _HOME = {
     "ClassGrid": "probing",
     "ClusterMean": "probing",
     "Comparison": "probing",
+    "Concept": "methods.concepts",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "Dissection": "methods.dissected",
     "DoLa": "methods.dola",
     "Fact": "prompts",
     "KSparseReader": "probing",
@@ -162,7 +169,9 @@ _HOME = {
     "apply_edits": "control",
     "bake": "control",
     "capture": "model",
+    "causes": "evaluation",
     "compare": "probing",
+    "dissect": "methods.dissection",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "edited": "control",
@@ -189,6 +198,7 @@ _HOME = {
     "steer": "control",
     "transfer": "probing",
     "tune": "evaluation",
+    "write_dissection": "report",
     "write_report": "report",
 }
 
@@ -206,8 +216,10 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ClassGrid",
     "ClusterMean",
     "Comparison",
+    "Concept",
     "Contrast",
     "Direction",
+    "Dissection",
     "DoLa",
     "Fact",
     "KSparseReader",
@@ -249,7 +261,9 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "apply_edits",
     "bake",
     "capture",
+    "causes",
     "compare",
+    "dissect",
     "divergence",
     "dose_response",
     "edited",
@@ -276,6 +290,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "steer",
     "transfer",
     "tune",
+    "write_dissection",
     "write_report",
 ]
 

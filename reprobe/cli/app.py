@@ -9,6 +9,7 @@ import typer
 
 from reprobe.cli.bake import bake
 from reprobe.cli.data import data_app
+from reprobe.cli.dissect import dissect
 from reprobe.cli.edit import edit_app
 from reprobe.cli.evaluate import evaluate_app
 from reprobe.cli.extract import extract, import_app
@@ -29,6 +30,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     transfer,
     scan,
     trace,
+    dissect,
     bake,
     export,
     push,

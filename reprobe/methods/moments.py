@@ -54,18 +54,26 @@ class Sample:
     tokens: int = TOKENS
     seed: int = 0
 
+    def texts(self, lm: LanguageModel, progress: Progress) -> Iterator[str]:
+        """Texts of in all at least `tokens` tokens, each with its opening."""
+        return (text for text, _ in self._written(lm, progress))
+
     def rows(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
         """Token ids, about `_SAMPLED_TOKENS` a row, in all at least `tokens`."""
+        return (ids for _, ids in self._written(lm, progress))
+
+    def _written(self, lm: LanguageModel, progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
         done = batch = 0
         while done < self.tokens:
             first = batch * _SAMPLED_ROWS
             openings = [OPENINGS[(first + i) % len(OPENINGS)] for i in range(_SAMPLED_ROWS)]
             new = min(_SAMPLED_TOKENS, (lm.context or _SAMPLED_TOKENS) // 2)
             seed = self.seed * 1_000_003 + batch
-            texts = lm.generate(openings, max_new_tokens=new, do_sample=True, top_k=50, seed=seed)
-            for row in tokenise(lm.tokenizer, [a + b for a, b in zip(openings, texts, strict=True)]):
+            written = lm.generate(openings, max_new_tokens=new, do_sample=True, top_k=50, seed=seed)
+            texts = [a + b for a, b in zip(openings, written, strict=True)]
+            for text, row in zip(texts, tokenise(lm.tokenizer, texts), strict=True):
                 done += len(row.ids)
-                yield row.ids
+                yield text, row.ids
             batch += 1
             progress("sample", min(done, self.tokens), self.tokens)
 

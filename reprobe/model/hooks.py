@@ -1,4 +1,4 @@
-"""The only hooks in the house: reading activations (`observe`, `follow`, `capture`) and changing them (`intervene`).
+"""The only hooks in the house: reading activations (`observe`, `follow`, `capture`, `visit`), changing (`intervene`).
 
 Enters: a language model, sites, and objects that say what to do there. Leaves: tensors, and a network without a
 trace of us after any exit. Does not know what an intervention means, which prompts run or where activations go.
@@ -489,19 +489,30 @@ def capture(
     unwanted tokens are never copied anywhere. Without it all is kept. Runs without gradients.
     """
     seen: dict[Site, Tensor] = {}
-    wanted = set(sites)
 
     def keep(site: Site, h: Tensor) -> None:
         seen[site] = h.clone() if select is None else select(h)
+
+    visit(lm, inputs, sites, keep)
+    return {site: seen[site] for site in sites}
+
+
+def visit(lm: "LanguageModel", inputs: Mapping[str, Any], sites: Sequence[Site], observer: Observer) -> None:
+    """`capture` for those who compute from a site's value as it passes, while it is in the cache, and keep nothing."""
+    seen: set[Site] = set()
+    wanted = set(sites)
+
+    def show(site: Site, h: Tensor) -> None:
+        observer(site, h)
+        seen.add(site)
         if len(seen) == len(wanted):
             raise _Stop
 
     board, mask = board_of(lm), inputs.get("attention_mask")
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(board.entered(observers=[(site, keep) for site in sites]))
+        stack.enter_context(board.entered(observers=[(site, show) for site in sites]))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             stack.enter_context(board.told(Prompts(mask.bool(), int(mask.shape[1]), {})))
         stack.enter_context(contextlib.suppress(_Stop))
         lm.architecture.trunk(lm.net)(**inputs, **lm.no_cache)
-    return {site: seen[site] for site in sites}

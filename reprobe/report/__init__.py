@@ -8,11 +8,14 @@ reliability · probabilities and what comes true    cosines · which directions 
 traces   · which states carry a fact
 style    · how figures look
 sections · what the page says                 blocks   · what sections are made of
+detectors · how many detectors where, and what they cause      dissection · the report of those
 svg      · a figure as part of a page         page     · the page itself
 """
 
 from reprobe.report.cosines import cosine_map, layer_cosines
 from reprobe.report.curves import dose_curves, layer_curves
+from reprobe.report.detectors import causal_intervals, detector_bars
+from reprobe.report.dissection import write_dissection
 from reprobe.report.maps import head_map, scan_map
 from reprobe.report.page import write_report
 from reprobe.report.points import projections, scatter
@@ -43,8 +46,10 @@ __all__ = [
     "ScanResult",
     "SteeringResult",
     "Step",
+    "causal_intervals",
     "comparison_path",
     "cosine_map",
+    "detector_bars",
     "dose_curves",
     "head_map",
     "layer_cosines",
@@ -62,6 +67,7 @@ __all__ = [
     "trace_curves",
     "trace_map",
     "transfer_map",
+    "write_dissection",
     "write_report",
     "write_run",
     "write_scan",
