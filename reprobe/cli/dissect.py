@@ -64,7 +64,6 @@ def dissect(
     from reprobe.report import write_dissection
 
     refuse_existing(to, overwrite)
-    refuse_existing(report, overwrite)
     refuse_table(to_table, overwrite)
     wanted = _concepts(concepts, words or [], regex or [], span or [], label or [])
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
