@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from reprobe.errors import CorruptArtifact
+from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.comparison import Comparison
 from reprobe.probing.direction import Label
 from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.report.results import Results
+from reprobe.report.folder import Results
 from reprobe.store.reader import ActivationStore
 
 
@@ -37,6 +39,11 @@ class Study:
     @cached_property
     def first(self) -> ProbeGrid:
         return next(iter(self.grids.values()))
+
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """The model, if the grids say which it is."""
+        return named_model(self.first.provenance)
 
     @cached_property
     def readers(self) -> dict[str, ProbeGrid]:
@@ -76,6 +83,14 @@ class Study:
     def notes(self) -> str:
         """What the grids say of rows that were left out or assumed."""
         return " ".join(dict.fromkeys(g.note for g in self.grids.values() if g.note))
+
+
+def named_model(provenance: Mapping[str, Any]) -> ModelIdentity | None:
+    """The model that an artifact says it is of; None if it does not, or not in a way that can be read."""
+    try:
+        return ModelIdentity.from_json(provenance["identity"])
+    except (KeyError, CorruptArtifact):
+        return None
 
 
 def reader_of(grid: ProbeGrid) -> str:
