@@ -43,8 +43,8 @@ Cell = str | Digest | Link
 Source = Sequence[tuple[str, Cell]]
 
 
-def source(identity: ModelIdentity | None, where: str, digests: Mapping[str, str | None]) -> Source:
-    """The model, the digests of the data by what they are of, and the site and tokens in words.
+def source(identity: ModelIdentity | None, digests: Mapping[str, str | None], *, at: str = "", by: str = "") -> Source:
+    """The model, the digests of the data by what they are of, the sites and tokens, and what was done, in words.
 
     What an artifact did not record, it cannot say: a missing digest is left out, a missing model is said to be.
     """
@@ -52,7 +52,8 @@ def source(identity: ModelIdentity | None, where: str, digests: Mapping[str, str
     if identity is not None:
         model = [("model", identity.name), ("weights", Digest(identity.weights))]
     data: list[tuple[str, Cell]] = [(what, Digest(digest)) for what, digest in digests.items() if digest]
-    return (*model, *data, *((("read", where),) if where else ()))
+    said: list[tuple[str, Cell]] = [(how, text) for how, text in (("at", at), ("steered by", by)) if text]
+    return (*model, *data, *said)
 
 
 @dataclass(frozen=True)

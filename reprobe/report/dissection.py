@@ -203,7 +203,7 @@ def _causes(d: Dissection, causation: Causation | None) -> Section:
 def of(d: Dissection) -> Source:
     """What figures of a dissection are of."""
     sites = ", ".join(dict.fromkeys(str(reading.site) for reading in d.readings))
-    return source(d.identity, clipped(sites, _SITES), {"stream": d.stream.digest, "dissection": d.digest})
+    return source(d.identity, {"stream": d.stream.digest, "dissection": d.digest}, at=clipped(sites, _SITES))
 
 
 def _concepts(d: Dissection) -> Section:

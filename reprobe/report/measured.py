@@ -20,7 +20,7 @@ from reprobe.probing.transfer import COLUMNS, TransferGrid
 from reprobe.report.results import require_dose_table
 
 TRANSFER, CHOICES, SIDE_EFFECTS, EDITING = "transfer matrix", "multiple choice", "side effects", "scores of edits"
-DOSES, TUNING = "dose responses", "search of a strength"
+DOSES, TUNING = "dose-response table", "strength search"
 
 _INTERVAL = {"low": pl.Float64, "high": pl.Float64}
 _PER_QUESTION: dict[str, Any] = dict.fromkeys(METRICS, pl.Float64)

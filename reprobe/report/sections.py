@@ -5,6 +5,7 @@ section. What is said of each kind stands in sections_probing, sections_control 
 HTML.
 """
 
+from collections import Counter
 from pathlib import Path
 
 from reprobe.model.identity import ModelIdentity
@@ -49,6 +50,9 @@ def _overview(results: Results) -> Section:
         n = len(results.damaged)
         said = "1 file is damaged and its content" if n == 1 else f"{n} files are damaged and their content"
         blocks.append(Prose(f"Caution: {said} is not on this page:", Link("what is wrong", "#left-out")))
+    if results.files:
+        counts = Counter(file.kind for file in results.files)
+        blocks.append(Prose(f"Joined here: {', '.join(_counted(kind, n) for kind, n in counts.items())}."))
     if len(models) > 1:
         blocks.append(Prose(f"Caution: these results are of {len(models)} different models."))
     cards = [_model_card(m) for m in models]
@@ -113,8 +117,11 @@ def _models(results: Results) -> tuple[ModelIdentity, ...]:
     named += [edit.base for found in results.edits.values() for edit in found]
     named += [found.identity for found in results.dissections.values()]
     grids = (*results.grids.values(), *(c.first for c in results.comparisons.values()))
-    told = [named_model(found.provenance) for found in (*grids, *results.traces.values())]
-    told += [one.identity for one in (*results.scans.values(), *results.steering.values(), *results.measured.values())]
+    told = [named_model(grid.provenance) for grid in grids]
+    told += [named_model(trace.provenance) for trace in results.traces.values()]
+    told += [scan.identity for scan in results.scans.values()]
+    told += [steered.identity for steered in results.steering.values()]
+    told += [measured.identity for measured in results.measured.values()]
     named += [model for model in told if model is not None]
     kept: list[ModelIdentity] = []
     for one in named:
@@ -155,6 +162,12 @@ def _store_card(name: str, store: ActivationStore) -> Card:
         ("store", Digest(m.digest)),
     ]
     return Card(f"Data {name}", facts)
+
+
+def _counted(kind: str, n: int) -> str:
+    """2 stores, 1 probe grid; kinds that end in s are of several things already."""
+    many = n > 1 and not kind.endswith("s")
+    return f"{n} {kind}" + (("es" if kind.endswith(("ch", "x")) else "s") if many else "")
 
 
 def _duration(seconds: float) -> str:

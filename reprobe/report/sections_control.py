@@ -61,7 +61,7 @@ def steering(results: Results) -> Section:
             f"{name}: above {effect.replace('_', ' ')}, mean over the prompts, with ± 1 standard deviation of the "
             "change against the unsteered model; below KL(unsteered ‖ steered) on neutral text."
         )
-        of = source(measured.identity, measured.interventions, measured.data)
+        of = source(measured.identity, measured.data, by=measured.interventions)
         figure = dose_curves(measured.table, title=name)
         shown = panel(figure, f"doses-{i}", f"Effect and KL divergence against strength, {name}", caption, of)
         blocks.append(Beside(shown, _doses(measured.table.sort("strength"), effect)))
@@ -74,7 +74,7 @@ def _of_steering(result: SteeringResult, results: Results) -> Source:
         found = (d.identity for d in results.directions.values() if d.digest == result.direction)
         identity = next(found, None)
     asked = digest([dataclasses.asdict(result.contrast), list(result.neutral), result.story])
-    return source(identity, f"direction of {result.site}", {"prompts and texts": asked, "direction": result.direction})
+    return source(identity, {"prompts and texts": asked, "direction": result.direction}, at=str(result.site))
 
 
 def _continuations(result: SteeringResult, table: pl.DataFrame) -> Table:
@@ -142,7 +142,7 @@ def costs(results: Results) -> Section:
 
 
 def _of_table(measured: Measured) -> Source:
-    return source(measured.identity, measured.interventions, measured.data)
+    return source(measured.identity, measured.data, by=measured.interventions)
 
 
 def _generations(measured: Measured) -> list[Block]:
@@ -162,13 +162,13 @@ def choices(results: Results) -> Section:
         n = f"{found['n'][0]:,} questions"
         of = _of_table(measured)
         if "mean" in found.columns:
-            rows = [(_metric(line), bounded(line["mean"], line["low"], line["high"])) for line in _lines(found)]
+            means = [(_metric(line), bounded(line["mean"], line["low"], line["high"])) for line in found.to_dicts()]
             caption = f"{name}: {n}. Intervals are over groups of questions."
-            blocks.append(Table(caption, ("Metric", "Mean [95\u00a0%]#"), rows, source=of))
+            blocks.append(Table(caption, ("Metric", "Mean [95\u00a0%]#"), means, source=of))
             continue
         shifts = [
             Shift(_metric(line), line["unsteered"], line["steered"], *_beside(line, line["unsteered"]))
-            for line in _lines(found)
+            for line in found.to_dicts()
         ]
         figure = shift_lines(
             shifts, x="mean over the questions", states=("unsteered", "steered"), limits=(0, 1), title=name
@@ -184,7 +184,7 @@ def choices(results: Results) -> Section:
                 f"{line['steered']:.3f}",
                 change(line | {"change_low": line["low"], "change_high": line["high"]}, "change"),
             )
-            for line in _lines(found)
+            for line in found.to_dicts()
         ]
         head = ("Metric", "Unsteered#", "Steered#", "Change [95\u00a0%]#")
         shown = panel(figure, f"choices-{i}", f"Multiple choice without and with steering, {name}", caption, of)
@@ -197,10 +197,6 @@ def choices(results: Results) -> Section:
             )
         )
     return Section("choices", "Multiple choice", blocks)
-
-
-def _lines(table: pl.DataFrame) -> list[dict[str, Any]]:
-    return table.to_dicts()
 
 
 def _metric(line: Mapping[str, Any]) -> str:
@@ -245,9 +241,7 @@ def edits(results: Results) -> Section:
                 "than its own shows `reprobe edit eval`."
             )
             shifts = [Shift(f"{f.subject} → {f.new}", e.before, e.after) for f, e in drawn]
-            figure = shift_lines(
-                shifts, x="probability of the new object", states=("before", "after"), limits=(0, 1), title=group.name
-            )
+            figure = shift_lines(shifts, x="probability of the new object", states=("before", "after"), limits=(0, 1))
             label = f"Probability of each new object before and after, {group.name}"
             blocks.append(Panels([panel(figure, f"edits-{i}", label, caption, _of_edits(group))]))
         blocks += [_facts(group), _matrices(group)]
@@ -274,7 +268,7 @@ def _of_edits(group: _Together) -> Source:
     edit, layers = group.first, [e.provenance.get("layer") for _, e in group.edits]
     where = ", ".join(f"block {layer}" for layer in layers if layer is not None)
     facts = digest([fact.to_json() for fact in edit.facts])
-    return source(edit.base, where, {"facts": facts, "edit": edit.digest})
+    return source(edit.base, {"facts": facts, "edit": edit.digest}, at=where)
 
 
 def _facts(group: _Together) -> Table:
@@ -293,7 +287,7 @@ def _facts(group: _Together) -> Table:
     n = len(group.facts)
     shown = "" if n <= _TOLD else f" The first {_TOLD} of {n:,}."
     head = ("Prompt", "Subject", "Was", "New object", "p before#", "p after#", "Took effect")
-    return Table(f"The facts of {group.name}, and what was measured of each.{shown}", head, rows)
+    return Table(f"The facts, and what was measured of each.{shown}", head, rows)
 
 
 def _matrices(group: _Together) -> Table:
@@ -321,7 +315,7 @@ def _scores(name: str, measured: Measured) -> list[Block]:
         for kind, after in found.after.shares.items()
         if kind in found.before.shares
     ]
-    of = source(measured.identity, "", {"prompts": digest(measured.table["prompt"].to_list())})
+    of = source(measured.identity, {"prompts": digest(measured.table["prompt"].to_list())})
     caption = (
         f"{name}: {found.after.facts:,} facts. Shares of prompts that are as they shall be: the new object likelier "
         f"than the true one ({', '.join(kinds)}; neighbourhood: the other way round). Bands: 95\u00a0% intervals over "

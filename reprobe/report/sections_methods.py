@@ -38,7 +38,7 @@ def traces(results: Results) -> Section:
             f"{how}, here the mean over {n} fact{'s' if n > 1 else ''}, by the role of the token; bands: 95\u00a0% "
             "intervals over groups of facts."
         )
-        curves = panel(trace_curves(grid, title=name), f"trace-{i}", f"Mean effect by role, {name}", caption, of)
+        curves = panel(trace_curves(grid), f"trace-{i}", f"Mean effect by role, {name}", caption, of)
         maps = [
             panel(
                 trace_map(grid, fact),
@@ -51,17 +51,17 @@ def traces(results: Results) -> Section:
             )
             for fact, trace in enumerate(grid.traces[:_MAPS])
         ]
-        blocks += [Heading(name), Panels([curves, *maps]), _peaks(name, grid), _facts(name, grid)]
+        blocks += [Heading(name), Panels([curves, *maps]), _peaks(grid), _facts(grid)]
     return Section("traces", "Which states carry a fact", blocks)
 
 
 def _of_trace(grid: TraceGrid) -> Source:
     facts = digest([trace.fact.to_json() for trace in grid.traces])
     where = f"{', '.join(grid.settings.kinds)} at blocks {ranges(sorted(grid.layers))}"
-    return source(named_model(grid.provenance), where, {"facts": facts})
+    return source(named_model(grid.provenance), {"facts": facts}, at=where)
 
 
-def _peaks(name: str, grid: TraceGrid) -> Table:
+def _peaks(grid: TraceGrid) -> Table:
     pairs = grid.averages.select("kind", "role").unique(maintain_order=True).iter_rows()
     lines = [grid.peak(kind, role) for kind, role in pairs]
     rows = [
@@ -76,13 +76,13 @@ def _peaks(name: str, grid: TraceGrid) -> Table:
     ]
     totals = {row["measure"]: bounded(row["mean"], row["low"], row["high"]) for row in grid.totals.to_dicts()}
     caption = (
-        f"{name}: the block with the greatest mean effect, which flatters it. p(object) is on average "
+        f"The block with the greatest mean effect, which flatters it. p(object) is on average "
         f"{totals['clean']} clean and {totals['corrupted']} corrupted: a total effect of {totals['total_effect']}."
     )
     return Table(caption, ("Restored", "Token", "Block#", "Indirect effect [95\u00a0%]#", "Facts#"), rows)
 
 
-def _facts(name: str, grid: TraceGrid) -> Table:
+def _facts(grid: TraceGrid) -> Table:
     rows = [
         (
             line["prompt"],
@@ -93,7 +93,7 @@ def _facts(name: str, grid: TraceGrid) -> Table:
         for line in grid.facts.head(_TOLD).iter_rows(named=True)
     ]
     n = len(grid.traces)
-    caption = f"The facts of {name}." + ("" if n <= _TOLD else f" The first {_TOLD} of {n:,}.")
+    caption = "The facts that were traced." + ("" if n <= _TOLD else f" The first {_TOLD} of {n:,}.")
     return Table(caption, ("Prompt", "Subject", "Object", "p clean#", "p corrupted#", "Total effect#"), rows)
 
 
@@ -112,7 +112,7 @@ def dissections(results: Results, base: Path) -> Section:
 
 def _browsed(found: Dissection, name: str, href: str) -> Iterable[Block]:
     rows = [tuple(_elsewhere(cell, href) for cell in row) for row in own.concept_rows(found)]
-    table = Table(f"{name}: {own.CONCEPTS_ABOUT}", own.CONCEPTS_HEAD, rows, source=own.of(found))
+    table = Table(own.CONCEPTS_ABOUT, own.CONCEPTS_HEAD, rows, source=own.of(found))
     if not href:
         return [table]
     said = "It has a page of its own, where concepts and units are searched and read:"

@@ -199,7 +199,7 @@ def _across(found: Sequence[Study]) -> Panel | None:
         "class, so that the sign means something only between data with the same labels."
     )
     digests = {f"rows of {study.name}": study.first.provenance.get("rows") for study in found}
-    of = source(found[0].identity, str(site), digests)
+    of = source(found[0].identity, digests, at=str(site))
     return panel(figure, "cosines-across", f"Cosines between directions at {site}", caption, of)
 
 
@@ -314,7 +314,7 @@ def scans(results: Results, found: Sequence[Study]) -> Section:
     for i, (name, result) in enumerate(results.scans.items()):
         label = f"Score of every token at every block, {name}"
         read = f"{_spelled(result.scan.sites)}, every token"
-        of = source(_model_of(result, found), read, {"text": digest_bytes(result.text.encode())})
+        of = source(_model_of(result, found), {"text": digest_bytes(result.text.encode())}, at=read)
         shown = panel(scan_map(result.scan), f"scan-{i}", label, _scan_caption(result, found), of)
         blocks += [Quote(result.text), Panels([shown])]
     return Section("scans", "Reading a text, token by token", blocks)
@@ -357,7 +357,7 @@ def transfers(results: Results) -> Section:
             f"set holds chance or lies below it. {' '.join(note for note in grid.notes.values() if note)}"
         )
         figure = transfer_map(grid, site)
-        of = source(measured.identity, site, measured.data)
+        of = source(measured.identity, measured.data, at=site)
         shown = panel(figure, f"transfer-{i}", f"Accuracy from data set to data set, {name}", caption.strip(), of)
         blocks.append(Panels([shown]))
     return Section("transfer", "From data set to data set", blocks)
@@ -371,9 +371,9 @@ def _of(study: Study, read: Mapping[str, ProbeGrid] | Site, part: str | None = N
         every = dict.fromkeys(site for grid in read.values() for site in grid.sites)
         sites = _spelled([site for site in every if part is None or site.part == part])
     origin = study.first.provenance
-    position = f", at {origin['plan']['at']}" if "at" in origin.get("plan", {}) else ""
+    position = f", position {origin['plan']['at']}" if "at" in origin.get("plan", {}) else ""
     digests = {what: origin.get(what) for what in ("prompts", "rows", "store")}
-    return source(study.identity, sites + position, digests)
+    return source(study.identity, digests, at=sites + position)
 
 
 def _spelled(sites: Sequence[Site]) -> str:
