@@ -260,12 +260,12 @@ def _kind_of_json(path: Path) -> str | None:
     said = value.get("kind") if isinstance(value, dict) else None
     if said in (SCAN_KIND, STEERING_KIND):
         return str(said)
-    if said is not None or placed is not None:
-        return placed if said in (None, placed) else None
+    if said is not None:
+        return placed if said == placed else None
     try:
-        return kind_of_columns(columns_of(path))
+        return kind_of_columns(columns_of(path)) or placed
     except UsageError:  # no table
-        return None
+        return placed
 
 
 def _kind_of_table(path: Path) -> str | None:

@@ -39,6 +39,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 #: Where a value may be missing: bounds of a single group, the block of `final`, the unit of a ratio.
 _MAY_LACK = ("low", "high", "layer", "head", "unit")
+#: What values of other types or shapes lead to.
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +139,7 @@ def read_measured(path: str | Path) -> Measured:
         _require_whole(found)
     except CorruptArtifact:
         raise
-    except (pl.exceptions.PolarsError, OSError, ReprobeError, ValueError, TypeError, AttributeError) as error:
+    except (pl.exceptions.PolarsError, OSError, ReprobeError, *_MALFORMED) as error:
         if isinstance(error, UsageError) and "none that a report shows" in str(error):
             raise
         raise CorruptArtifact(f"{path} is not as it was written: {_first_line(error)}") from error

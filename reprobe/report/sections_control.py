@@ -6,6 +6,7 @@ HTML.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import polars as pl
@@ -252,6 +253,7 @@ def edits(results: Results) -> Section:
 
 def _together(results: Results) -> list[_Together]:
     groups: dict[str, list[tuple[str, WeightEdit]]] = {}
+    folders = {file.name: PurePosixPath(file.path).parent.as_posix() for file in results.files}
     for name, found in results.edits.items():
         for i, edit in enumerate(found):
             facts = [f.to_json() for f in edit.facts], [(e.before, e.after) for e in edit.effects]
@@ -259,8 +261,9 @@ def _together(results: Results) -> list[_Together]:
             groups.setdefault(key, []).append((name if len(found) == 1 else f"{name} {i + 1}", edit))
     out = []
     for members in groups.values():
-        folder = members[0][0].rpartition("/")[0]
-        out.append(_Together(members[0][0] if len(members) == 1 or not folder else folder, tuple(members)))
+        name = members[0][0]
+        folder = folders.get(name, ".")
+        out.append(_Together(name if len(members) == 1 or folder == "." else folder, tuple(members)))
     return out
 
 

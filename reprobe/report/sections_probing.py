@@ -356,7 +356,7 @@ def transfers(results: Results) -> Section:
             "thresholds come from training rows. × marks values whose 95\u00a0% interval over groups of the test "
             f"set holds chance or lies below it. {' '.join(note for note in grid.notes.values() if note)}"
         )
-        figure = transfer_map(grid, site)
+        figure = transfer_map(grid, site, title=site)
         of = source(measured.identity, measured.data, at=site)
         shown = panel(figure, f"transfer-{i}", f"Accuracy from data set to data set, {name}", caption.strip(), of)
         blocks.append(Panels([shown]))
