@@ -16,6 +16,8 @@ from reprobe.report.svg import inline_svg
 
 #: A figure broader than this (inches) gets the whole width of the page, and scrolls where that is too narrow.
 _BROAD = 5.5
+#: A table with more rows scrolls in a box of its own.
+_LONG = 24
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Table:
     total: Sequence[Cell] = ()
     source: Source = ()
     kind: ClassVar[str] = "table"
+
+    @property
+    def long(self) -> bool:
+        """Whether it has more rows than a reader would scroll past."""
+        return len(self.rows) > _LONG
 
     @property
     def columns(self) -> list[tuple[str, bool]]:

@@ -36,14 +36,12 @@ from reprobe.report.blocks import (
 )
 from reprobe.report.detectors import causal_intervals, detector_bars
 from reprobe.report.page import page, writable
-from reprobe.report.style import clipped
+from reprobe.report.study import spelled_sites
 
 #: Units with a page: every concept's best, and detectors by falling IoU, up to so many in all.
 UNITS, PER_CONCEPT = 2500, 20
 #: Concepts on a unit's page, and snippets.
 _CONCEPTS, _SNIPPETS = 6, 6
-#: Characters of a list of sites under a figure.
-_SITES = 80
 CONCEPTS_HEAD = ("Concept", "Kind", "Tokens#", "Detectors#", "Best IoU#", "Possible#", "Best unit")
 CONCEPTS_ABOUT = "Detectors are units whose best concept it is. Possible: the largest IoU that a full top allows."
 _HERE = Path(__file__).parent
@@ -202,8 +200,8 @@ def _causes(d: Dissection, causation: Causation | None) -> Section:
 
 def of(d: Dissection) -> Source:
     """What figures of a dissection are of."""
-    sites = ", ".join(dict.fromkeys(str(reading.site) for reading in d.readings))
-    return source(d.identity, {"stream": d.stream.digest, "dissection": d.digest}, at=clipped(sites, _SITES))
+    sites = spelled_sites(reading.site for reading in d.readings)
+    return source(d.identity, {"stream": d.stream.digest, "dissection": d.digest}, at=sites)
 
 
 def _concepts(d: Dissection) -> Section:

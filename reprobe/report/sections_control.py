@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from reprobe.control import EditEffect, WeightEdit
+from reprobe.control.edits import KIND
 from reprobe.evaluation.editing import Measure
 from reprobe.prompts.fact import Fact
 from reprobe.provenance import digest
@@ -239,7 +240,7 @@ def edits(results: Results) -> Section:
             caption = (
                 f"{which} written by {method.upper()}: probability of the new object after the fact's prompt, "
                 "exp(mean log-probability of its tokens), without and with the edit. How an edit does on other prompts "
-                "than its own shows `reprobe edit eval`."
+                "than its own is measured by reprobe edit eval."
             )
             shifts = [Shift(f"{f.subject} → {f.new}", e.before, e.after) for f, e in drawn]
             figure = shift_lines(shifts, x="probability of the new object", states=("before", "after"), limits=(0, 1))
@@ -253,7 +254,7 @@ def edits(results: Results) -> Section:
 
 def _together(results: Results) -> list[_Together]:
     groups: dict[str, list[tuple[str, WeightEdit]]] = {}
-    folders = {file.name: PurePosixPath(file.path).parent.as_posix() for file in results.files}
+    folders = {file.name: PurePosixPath(file.path).parent.as_posix() for file in results.files if file.kind == KIND}
     for name, found in results.edits.items():
         for i, edit in enumerate(found):
             facts = [f.to_json() for f in edit.facts], [(e.before, e.after) for e in edit.effects]

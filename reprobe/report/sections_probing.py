@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from reprobe.model.identity import ModelIdentity
-from reprobe.model.sites import Site, ranges
+from reprobe.model.sites import Site
 from reprobe.probing.comparison import Comparison
 from reprobe.probing.intervals import LEVEL, RESAMPLES
 from reprobe.probing.probe_grid import ProbeGrid
@@ -32,6 +32,7 @@ from reprobe.report.study import (
     interval,
     reader_of,
     single_head,
+    spelled_sites,
     whole_site,
 )
 from reprobe.report.transfer import best_on_the_diagonal, transfer_map
@@ -313,7 +314,7 @@ def scans(results: Results, found: Sequence[Study]) -> Section:
     blocks: list[Block] = []
     for i, (name, result) in enumerate(results.scans.items()):
         label = f"Score of every token at every block, {name}"
-        read = f"{_spelled(result.scan.sites)}, every token"
+        read = f"{spelled_sites(result.scan.sites)}, every token"
         of = source(_model_of(result, found), {"text": digest_bytes(result.text.encode())}, at=read)
         shown = panel(scan_map(result.scan), f"scan-{i}", label, _scan_caption(result, found), of)
         blocks += [Quote(result.text), Panels([shown])]
@@ -369,17 +370,8 @@ def _of(study: Study, read: Mapping[str, ProbeGrid] | Site, part: str | None = N
         sites = str(read)
     else:
         every = dict.fromkeys(site for grid in read.values() for site in grid.sites)
-        sites = _spelled([site for site in every if part is None or site.part == part])
+        sites = spelled_sites([site for site in every if part is None or site.part == part])
     origin = study.first.provenance
     position = f", position {origin['plan']['at']}" if "at" in origin.get("plan", {}) else ""
     digests = {what: origin.get(what) for what in ("prompts", "rows", "store")}
     return source(study.identity, digests, at=sites + position)
-
-
-def _spelled(sites: Sequence[Site]) -> str:
-    """Parts with their blocks: resid.post@0–29, attn.heads@0–29."""
-    out = []
-    for part in dict.fromkeys(site.part for site in sites):
-        layers = sorted({site.layer for site in sites if site.part == part and site.layer is not None})
-        out.append(f"{part}@{ranges(layers)}" if layers else part)
-    return ", ".join(out)

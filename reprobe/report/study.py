@@ -16,7 +16,7 @@ import polars as pl
 
 from reprobe.errors import CorruptArtifact
 from reprobe.model.identity import ModelIdentity
-from reprobe.model.sites import Site
+from reprobe.model.sites import Site, ranges
 from reprobe.probing.comparison import Comparison
 from reprobe.probing.direction import Label
 from reprobe.probing.probe_grid import ProbeGrid
@@ -109,6 +109,15 @@ def spelled(row: Mapping[str, Any]) -> str:
         f"{row['site']}: accuracy {row['accuracy']:.3f} "
         f"[{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}], AUROC {row['auroc']:.3f}"
     )
+
+
+def spelled_sites(sites: Iterable[Site]) -> str:
+    """Parts with their blocks: resid.post@0–29, attn.heads@0–29."""
+    sites, out = list(sites), []
+    for part in dict.fromkeys(site.part for site in sites):
+        layers = sorted({site.layer for site in sites if site.part == part and site.layer is not None})
+        out.append(f"{part}@{ranges(layers)}" if layers else part)
+    return ", ".join(out)
 
 
 def listing(sites: Iterable[Site]) -> str:

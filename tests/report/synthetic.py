@@ -339,7 +339,7 @@ def fill_beyond_probes(folder: Path) -> Path:
     found = make_dissection()
     found.save(folder / "neurons.dissection")
     write_dissection(found, folder / "neurons & more.html")
-    by = {"model": IDENTITY.to_json(), "interventions": ["Add at resid.post@14 on all, strength 3"]}
+    by = {"model": IDENTITY.to_json(), "interventions": [f"Add at resid.post@{i} on all, strength 3" for i in (14, 15)]}
     written = [{"prompt": "She", "unsteered": " sat.", "steered": f" sang. {NASTY}"}]
     write_table(side_effects(), folder / "price.json", about=by | {"generations": written})
     write_table(choices(), folder / "misconceptions.json", about=by | {"data": "ab" * 32, "primer": "", "metrics": []})
