@@ -159,15 +159,18 @@ def read_results(folder: str | Path, stores: Mapping[str, ActivationStore] | Non
         for path in paths.get(kind, ()):
             by_field.setdefault(_KINDS[kind][0], []).append((path, kind))
     for attribute, kinds in by_field.items():
-        names = _names(folder, [path for path, _ in kinds])
+        names, seen = _names(folder, [path for path, _ in kinds]), set[str | None]()
         for path, kind in sorted(kinds):
             try:
                 value = _KINDS[kind][1](path)
-                files.append(File(kind, names[path], path.relative_to(folder).as_posix(), _digest(path, value)))
+                digest = _digest(path, value)
             except (ReprobeError, OSError, ValueError) as error:
                 damaged.append(_damage(folder, path, error))
-            else:
+                continue
+            files.append(File(kind, names[path], path.relative_to(folder).as_posix(), digest))
+            if digest is None or digest not in seen:  # a copy is listed, not shown again
                 found[attribute][names[path]] = value
+            seen.add(digest)
     run = None
     for i, path in enumerate(sorted(paths.get(RUN_KIND, ()), key=lambda path: len(path.parts))):
         if i:  # of a run inside this one, its results are shown, not its story

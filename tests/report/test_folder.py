@@ -62,9 +62,16 @@ def test_a_file_is_what_it_holds_whatever_its_name_and_place(folder: Path):
 
 
 def test_names_that_are_alike_are_told_apart_by_their_folders(folder: Path):
-    for place in ("one", "two/deep"):
-        synthetic.make_edit().save(folder / place / "tower.safetensors")
+    for layer, place in enumerate(("one", "two/deep")):
+        synthetic.make_edit(layer).save(folder / place / "tower.safetensors")
     assert list(read_results(folder).edits) == ["one/tower", "tower", "two/deep/tower"]
+
+
+def test_a_copy_is_listed_and_shown_once(folder: Path):
+    shutil.copy(folder / "facts.trace", folder / "same.trace")
+    results = read_results(folder)
+    assert list(results.traces) == ["facts"]
+    assert [file.name for file in results.files if file.kind == "causal trace"] == ["facts", "same"]
 
 
 def test_files_are_listed_with_the_digests_of_their_bytes(folder: Path):
