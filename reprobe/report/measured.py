@@ -19,8 +19,8 @@ from reprobe.model.identity import ModelIdentity
 from reprobe.probing.transfer import COLUMNS, TransferGrid
 from reprobe.report.results import require_dose_table
 
-TRANSFER, CHOICES, SIDE_EFFECTS, EDITING = "transfer matrix", "multiple choice", "side effects", "scores of edits"
-DOSES, TUNING = "dose-response table", "strength search"
+TRANSFER, CHOICES, SIDE_EFFECTS = "transfer table", "multiple-choice table", "side-effects table"
+EDITING, DOSES, TUNING = "edit-scores table", "dose-response table", "strength search"
 
 _INTERVAL = {"low": pl.Float64, "high": pl.Float64}
 _PER_QUESTION: dict[str, Any] = dict.fromkeys(METRICS, pl.Float64)

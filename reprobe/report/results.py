@@ -148,9 +148,14 @@ def read_run(folder: str | Path) -> Run:
 
 def write_scan(folder: str | Path, name: str, result: ScanResult) -> Path:
     """Write scans/NAME.json, in place of one that is there. `UsageError` for NaN or infinite scores."""
+    return save_scan(Path(folder) / "scans" / f"{_checked(name)}.json", result)
+
+
+def save_scan(path: str | Path, result: ScanResult) -> Path:
+    """Write a scan to a file of any name, as `write_scan` does."""
     scan = result.scan
     if not np.isfinite(scan.scores).all():
-        raise UsageError(f"scan {name!r} has scores that are NaN or infinite; it cannot be stored")
+        raise UsageError(f"the scan of {result.text!r} has scores that are NaN or infinite; it cannot be stored")
     value = {
         "tokens": list(scan.tokens),
         "sites": [str(s) for s in scan.sites],
@@ -159,7 +164,7 @@ def write_scan(folder: str | Path, name: str, result: ScanResult) -> Path:
         "grid": result.grid,
         "identity": _coded(result.identity),
     }
-    return _write_json(Path(folder) / "scans" / f"{_checked(name)}.json", SCAN_KIND, value)
+    return _write_json(Path(path), SCAN_KIND, value)
 
 
 def read_scan(path: str | Path) -> ScanResult:

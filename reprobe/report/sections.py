@@ -165,9 +165,7 @@ def _store_card(name: str, store: ActivationStore) -> Card:
 
 
 def _counted(kind: str, n: int) -> str:
-    """2 stores, 1 probe grid; kinds that end in s are of several things already."""
-    many = n > 1 and not kind.endswith("s")
-    return f"{n} {kind}" + (("es" if kind.endswith(("ch", "x")) else "s") if many else "")
+    return f"{n} {kind}" + ("" if n == 1 else "es" if kind.endswith("ch") else "s")
 
 
 def _duration(seconds: float) -> str:

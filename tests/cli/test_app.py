@@ -19,6 +19,7 @@ import reprobe as rp
 from reprobe.cli.app import app
 from reprobe.cli.probing import ReaderName
 from reprobe.probing import READERS
+from reprobe.report import read_results
 
 VERBS = (
     "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "export", "push", "pull",
@@ -324,6 +325,13 @@ def test_scan_reads_every_token_at_every_block(run, made):
     assert rows[-1]["resid.post@1"] == pytest.approx(float(want), abs=2e-3)
     run("scan", "model", "the end of it", "--grid", "g.safetensors", "--figure", "scan.svg")
     assert (made / "scan.svg").read_text().count("<svg") == 1
+    run("scan", "model", "the end of it", "--grid", "g.safetensors", "--to", "kept/scan.json")
+    assert (
+        "--overwrite" in run("scan", "model", "it", "--grid", "g.safetensors", "--to", "kept/scan.json", code=2).output
+    )
+    kept = read_results(made / "kept").scans["scan"]
+    assert (kept.text, kept.grid) == ("the end of it", "g")
+    assert kept.identity == rp.ActivationStore.open(made / "s.reprobe").identity
 
 
 def test_steer_shows_both_texts_and_the_price(run, made):

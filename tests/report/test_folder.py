@@ -34,11 +34,11 @@ def test_everything_in_a_full_folder_is_found(full: Path):
     assert {name: len(found) for name, found in results.edits.items()} == {"0006": 1, "0007": 1, "tower": 1}
     assert list(results.dissections) == ["neurons"]
     assert {name: found.kind for name, found in results.measured.items()} == {
-        "across": "transfer matrix",
-        "edit-scores": "scores of edits",
+        "across": "transfer table",
+        "edit-scores": "edit-scores table",
         "held-out": "dose-response table",
-        "misconceptions": "multiple choice",
-        "price": "side effects",
+        "misconceptions": "multiple-choice table",
+        "price": "side-effects table",
         "tuned": "strength search",
     }
     assert results.pages == {results.dissections["neurons"].digest: full / "neurons & more.html"}
