@@ -266,9 +266,10 @@ class TraceGrid:
         found = read(Path(path), KIND)
         with rebuilding(f"{path} is not a causal trace"):
             header = found.header
-            settings = Settings(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in dict(header["settings"]).items()}
-            )
+            known: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in dict(header["settings"]).items()
+            }
+            settings = Settings(**known)
             layers = tuple(operator.index(layer) for layer in header["layers"])
             traces = []
             for i, t in enumerate(header["traces"]):

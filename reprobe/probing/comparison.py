@@ -195,9 +195,8 @@ class Comparison:
             }
             first = next(iter(grids.values()))
             for grid in grids.values():
-                if grid.sites != first.sites or any(
-                    (a != b).any() for a, b in zip(_shared(grid), _shared(first), strict=True)
-                ):
+                pairs = zip(_shared(grid), _shared(first), strict=True)
+                if grid.sites != first.sites or any((a != b).any() for a, b in pairs):
                     raise ValueError("its readers were not judged on the same rows and folds")
             return cls(
                 table=pl.DataFrame(artifact.header["table"], schema=COLUMNS),

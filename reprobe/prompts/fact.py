@@ -87,10 +87,9 @@ class Fact:
         with rebuilding("not a fact"):
             first, end = value["span"]
             lists = {k: texts(value.get(k, ())) for k in ("paraphrases", "generation_prompts")}
-            others = {k: text(v) for k, v in value.items() if k not in (*lists, "span", "neighbours")}
+            others: dict[str, Any] = {k: text(v) for k, v in value.items() if k not in (*lists, "span", "neighbours")}
             return cls(
-                **others,
-                **lists,
+                **others | lists,
                 span=(int(first), int(end)),
                 neighbours=tuple(Neighbour(text(n["prompt"]), text(n["true"])) for n in value.get("neighbours", ())),
             )

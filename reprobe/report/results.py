@@ -294,8 +294,8 @@ def _parse(path: Path, build: Callable[[dict[str, Any]], Value]) -> Value:
         raise ArtifactMissing(f"there is no {path}") from error
     with rebuilding(f"{path} is not JSON"):
         value = json.loads(data)
-        canonical_json(value).encode()  # neither NaN nor half a character
     with rebuilding(f"{path} is malformed"):
+        canonical_json(value).encode()  # neither NaN nor half a character
         if not isinstance(value, dict):
             raise TypeError("the file must hold one JSON object")
         try:

@@ -183,8 +183,8 @@ class ActivationStore:
             return np.empty((rows, width), dtype=dtype)
         except (MemoryError, ValueError) as error:
             raise UsageError(
-                f"{rows} rows of {width} numbers take {rows * width * dtype.itemsize / 1e9:,.0f} GB, and there is no room "
-                f"for them: read fewer of {self.place} at once, or in batches (iter)"
+                f"{rows} rows of {width} numbers take {rows * width * dtype.itemsize / 1e9:,.0f} GB, and there is no "
+                f"room for them: read fewer of {self.place} at once, or in batches (iter)"
             ) from error
 
     def _fill(self, stored: StoredSite, columns: slice, wanted: "range | RowNumbers", out: NDArray[Any]) -> None:

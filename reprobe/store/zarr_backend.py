@@ -108,8 +108,8 @@ class ZarrDecoder:
     def _require_ours(self, manifest: Manifest, stored: StoredSite) -> None:
         """zarr would take other shapes for holes, and run whatever codecs are named."""
         grid, array = manifest.grid, self._array
-        inner = array.metadata.codecs[0]
-        codecs = [type(codec) for codec in (*array.metadata.codecs, *getattr(inner, "codecs", ()))]
+        outer = getattr(array.metadata, "codecs", ())
+        codecs = [type(codec) for c in outer for codec in (c, *getattr(c, "codecs", ()))]
         want = [ShardingCodec, BytesCodec, *([] if manifest.compression is None else [BloscCodec]), Crc32cCodec]
         layout = array.shape, array.shards, array.chunks, array.dtype, codecs
         width = stored.width
