@@ -29,15 +29,20 @@ def demo(
 
 @verb("reprobe report reprobe-demo")
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder with results, as `reprobe demo` makes it.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder with what verbs saved: stores, grids, traces, edits, tables …")
+    ],
     to: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")] = None,
     store: Annotated[
         list[str] | None, typer.Option(help="A store that lies elsewhere, whose rows are to be drawn; may be repeated.")
     ] = None,
 ) -> None:
-    """Draw the self-contained HTML report of a folder of results."""
+    """Join all results in a folder in one self-contained HTML page.
+
+    Artifacts are found by what they are, wherever they lie in the folder. Damaged ones are named on the page and here.
+    """
     from reprobe.report import write_report
     from reprobe.store import ActivationStore
 
     stores = {name: ActivationStore.open(path) for name, path in map(named_store, store or ())}
-    typer.echo(write_report(folder, to, stores=stores))
+    typer.echo(write_report(folder, to, stores=stores, say=say))
