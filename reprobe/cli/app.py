@@ -10,6 +10,7 @@ import typer
 from reprobe.cli.bake import bake
 from reprobe.cli.data import data_app
 from reprobe.cli.dissect import dissect
+from reprobe.cli.doctor import doctor
 from reprobe.cli.edit import edit_app
 from reprobe.cli.evaluate import evaluate_app
 from reprobe.cli.extract import extract, import_app
@@ -22,6 +23,7 @@ from reprobe.cli.trace import trace
 
 VERBS: tuple[Callable[..., None], ...] = (
     demo,
+    doctor,
     extract,
     info,
     verify,
