@@ -1,7 +1,7 @@
 """`reprobe doctor`: is this installation, this machine and this model fit for work?
 
-Enters: the name of a model, or none. Leaves: versions, devices, threads, folders with their sizes and free room, optional
-extras, what the sites of the model have been found to be, and what is wrong. Fetches nothing that was not named.
+Enters: the name of a model, or none. Leaves: versions, devices, threads, folders with their sizes and free room,
+optional extras, whether the model's sites are where they say, and what is wrong. Fetches nothing that was not named.
 """
 
 import os

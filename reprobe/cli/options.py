@@ -4,7 +4,7 @@ What only the verbs of one file share opens that file.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,4 +60,17 @@ Scope = Annotated[str | None, typer.Option(help="all, prompt, generated or last;
 Texts = Annotated[Path | None, typer.Option(help="Ordinary texts, one a line; default: sixteen of our own.")]
 ToTable = Annotated[Path | None, typer.Option("--to-table", help="Save the table here (.csv, .parquet, .json).")]
 Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Use directions of another model, knowingly.")]
-SampleSeed = Annotated[int, typer.Option(help="Seed of the sample.")]
+
+
+def seed_of(of: str) -> Any:
+    """The option of a seed: numpy and scikit-learn take no others."""
+    return typer.Option(help=f"Seed of {of}.", min=0, max=2**32 - 1)
+
+
+def first_of(of: str) -> Any:
+    """The option that takes the first of many."""
+    return typer.Option(help=f"Only the first N {of}.", min=1, metavar="N")
+
+
+SampleSeed = Annotated[int, seed_of("the sample")]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate.", min=1)]
