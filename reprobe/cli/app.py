@@ -16,6 +16,7 @@ from reprobe.cli.evaluate import evaluate_app
 from reprobe.cli.extract import extract, import_app
 from reprobe.cli.probing import compare, probe, scan, transfer
 from reprobe.cli.report import demo, report
+from reprobe.cli.run import run
 from reprobe.cli.sharing import export, pull, push
 from reprobe.cli.steer import steer_app
 from reprobe.cli.store import info, verify
@@ -38,6 +39,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     push,
     pull,
     report,
+    run,
 )
 #: Verbs with verbs of their own.
 GROUPS = (data_app, import_app, evaluate_app, steer_app, edit_app)

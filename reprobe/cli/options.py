@@ -4,7 +4,7 @@ What only the verbs of one file share opens that file.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -60,6 +60,10 @@ Scope = Annotated[str | None, typer.Option(help="all, prompt, generated or last;
 Texts = Annotated[Path | None, typer.Option(help="Ordinary texts, one a line; default: sixteen of our own.")]
 ToTable = Annotated[Path | None, typer.Option("--to-table", help="Save the table here (.csv, .parquet, .json).")]
 Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Use directions of another model, knowingly.")]
+
+ReaderName = Literal[
+    "mean-difference", "whitened", "cluster-mean", "pca", "logistic", "lda", "ccs", "k-sparse", "random"
+]
 
 
 def seed_of(of: str) -> Any:

@@ -37,7 +37,7 @@ def results_folder(path: Path | None) -> None:
         return
     if path.exists() and not path.is_dir():
         raise ArtifactExists(f"{path} is a file; name a folder")
-    _require_room_at(path / "any")
+    _require_room_at(path, inside=True)
 
 
 def new_table(path: Path | None, overwrite: bool) -> None:
@@ -53,9 +53,9 @@ def new_figure(path: Path | None, overwrite: bool) -> None:
     """Raises `UsageError` for a suffix that no figure has."""
     if path is None:
         return
+    new_file(path, overwrite)
     if path.suffix not in FIGURES:
         raise UsageError(f"{path}: a figure is saved as {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
-    new_file(path, overwrite)
 
 
 def new_report(path: Path | None) -> None:
@@ -78,13 +78,14 @@ def new_store(to: str | Path, *, resume: bool, overwrite: bool) -> None:
     place = place_of(to)
     if isinstance(place.path, Path):
         _require_room_at(place.path)
-    if place.exists():
+    if place.exists() or (isinstance(place.path, Path) and place.path.exists()):
         require_ours(place, may_exist=resume or overwrite)
 
 
-def _require_room_at(path: Path) -> None:
-    """Something can be made there: the nearest of its folders that exists is one, and may be written."""
-    there = next(parent for parent in path.absolute().parents if parent.exists())
+def _require_room_at(path: Path, inside: bool = False) -> None:
+    """Something can be made there (`inside` it): the nearest of its folders that exists is one, and may be written."""
+    whole = path.absolute()
+    there = next(place for place in ((whole, *whole.parents) if inside else whole.parents) if place.exists())
     if not there.is_dir():
         raise ArtifactExists(f"{path} cannot be made: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):

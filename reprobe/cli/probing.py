@@ -1,20 +1,28 @@
 """`reprobe probe`, `compare`, `transfer` and `scan`: directions that read a store, and what they read in a text."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from reprobe.cli.inputs import load_model, named_store
-from reprobe.cli.options import AsJson, Device, Dtype, Mismatch, Model, Overwrite, Revision, Store, ToTable, seed_of
+from reprobe.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Mismatch,
+    Model,
+    Overwrite,
+    ReaderName,
+    Revision,
+    Store,
+    ToTable,
+    seed_of,
+)
 from reprobe.cli.outputs import new_figure, new_file, new_report, new_table, results_folder
 from reprobe.cli.show import say, show_json, show_table
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
-
-ReaderName = Literal[
-    "mean-difference", "whitened", "cluster-mean", "pca", "logistic", "lda", "ccs", "k-sparse", "random"
-]
 
 Reader = Annotated[ReaderName, typer.Option(help="Which reader to train.")]
 Sites = Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")]

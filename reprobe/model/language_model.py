@@ -770,7 +770,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as e:  # what torch raises depends on how it was built
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
-        raise UsageError(f"device {str(device)!r} cannot be used; there are {', '.join(['cpu', *gpus])}") from e
+        raise UsageError(f"device {str(device)!r} cannot be used; this machine has {', '.join(['cpu', *gpus])}") from e
     return place
 
 

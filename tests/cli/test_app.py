@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import reprobe as rp
 from reprobe.cli.app import app
-from reprobe.cli.probing import ReaderName
+from reprobe.cli.options import ReaderName
 from reprobe.probing import READERS
 
 VERBS = (
