@@ -177,10 +177,12 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
+        """Number of blocks."""
         return self.parts.n_layers
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.architecture.width(self.net, Site("embed"))
 
     @cached_property

@@ -233,3 +233,9 @@ def test_the_bundled_recipe_runs_on_any_model(run, folder):
     told = json.loads(run(folder / "mood.toml", "--json").stdout)
     assert told["folder"] == "mood"
     assert any("happier: from strength -4 to +4" in line for line in told["summary"])
+
+
+def test_the_recipe_of_the_readme_is_one(run, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (tmp_path / "shown.toml").write_text(readme.split("```toml\n")[1].split("```")[0])
+    assert "extract.scenes, probe.happiness" in run("shown.toml", "--check").stdout
