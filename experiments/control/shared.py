@@ -173,6 +173,9 @@ class Outcomes:
         return table if kls is None else table.join(kls, on="method", how="left", maintain_order="left")
 
     def save(self, out: Path, name: str) -> list[str]:
+        """Tables as files, and the summary as lines of Markdown; without an outcome, no file and one line."""
+        if not self.rows:
+            return ["No outcome."]
         write_table(self.summary(), out / f"{name}.csv", overwrite=True)
         write_table(pl.DataFrame(self.runs, infer_schema_length=None), out / f"{name}-runs.csv", overwrite=True)
         lines = ["| method | metric | unsteered | steered | change | seed by seed | KL | n |", "|---" * 8 + "|"]

@@ -137,6 +137,7 @@ class Dissection:
 
     @cached_property
     def iou(self) -> Float[np.ndarray, "units concepts"]:
+        """Overlap of each unit's top tokens with each concept: intersection over union."""
         return iou(self.hits, self.active, self.sizes)
 
     @cached_property
@@ -155,6 +156,7 @@ class Dissection:
 
     @cached_property
     def unit_names(self) -> list[str]:
+        """The units as texts, `mlp.neurons@7.1500`, in the order of the rows."""
         return [reading.name(i) for reading in self.readings for i in range(reading.n)]
 
     @cached_property
