@@ -13,6 +13,7 @@ from reprobe.cli.dissect import dissect
 from reprobe.cli.edit import edit_app
 from reprobe.cli.evaluate import evaluate_app
 from reprobe.cli.extract import extract, import_app
+from reprobe.cli.lorra import lorra
 from reprobe.cli.probing import compare, probe, scan, transfer
 from reprobe.cli.report import demo, report
 from reprobe.cli.sharing import export, pull, push
@@ -31,6 +32,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     scan,
     trace,
     dissect,
+    lorra,
     bake,
     export,
     push,

@@ -28,7 +28,7 @@ def verb(example: str, *, resumable: bool = False) -> Callable[[Callable[P, R]],
                 say(f"{type(e).__name__}: {e}")
                 raise typer.Exit(2 if isinstance(e, UsageError) else 1) from e
             except KeyboardInterrupt as e:
-                say("interrupted." + (" Completed shards are kept: go on with --resume." if resumable else ""))
+                say("interrupted." + (" What was completed is kept: go on with --resume." if resumable else ""))
                 raise typer.Exit(130) from e
 
         shown = "\n".join(f"    {line}" for line in example.strip().splitlines())
