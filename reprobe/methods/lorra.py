@@ -53,6 +53,8 @@ from reprobe.provenance import digest, versions
 
 #: The published targets, as outputs of blocks, and the depth of the model that they are of.
 _TARGETS, _DEPTH = (9, 11, 13, 15, 17, 19), 32
+#: Bytes of targets that a training keeps; what goes beyond is computed again each time that it is needed.
+_KEEP = 2**30
 _CHECKPOINT = "lorra checkpoint"
 #: Kinds of random numbers, beside the seed.
 _START, _ORDER, _DROPOUT = range(3)
@@ -353,6 +355,7 @@ class _Training:
 
         self._lm, self._how, self._sites, self._texts, self._config = lm, how, sites, texts, config
         self.losses: list[float] = []
+        self._targets: dict[int, Tensor] = {}
         twin = _twin(lm.net)
         with self._drawn(_START):
             inject_adapter_in_model(config, twin)
@@ -362,7 +365,7 @@ class _Training:
                 module.train()
         self._parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
         for p in self._parameters.values():
-            p.data = p.data.to(_wide(p.dtype))
+            p.data = p.data.to(_wide(lm.dtype))
         self._adam = torch.optim.Adam(self._parameters.values(), lr=how.rate)
         width, wide = lm.d_model, _wide(lm.dtype)
         shifts = [along[s].step * how.beta if s in along else np.zeros(width) for s in sites]
@@ -398,16 +401,24 @@ class _Training:
 
     def _distances(self, chosen: Sequence[int]) -> Float[Tensor, "sites tokens"]:
         """How far each response token of these texts is from its target."""
-        versions = [[rows[i] for i in chosen] for rows in self._texts.versions]
-        states = _states(self._lm, list(chain(*versions)), self._sites).chunk(len(versions), dim=1)
-        target = states[0]
-        if len(states) == 3:
-            target = target + self._how.alpha * (states[1] - states[2])
-        if self._shift is not None:
-            target = target + self._shift
-        moved = _states(self._twin, versions[0], self._sites, gradients=True)
+        target = torch.cat([self._target(i) for i in chosen], dim=1)
+        moved = _states(self._twin, [self._texts.versions[0][i] for i in chosen], self._sites, gradients=True)
         distances: Tensor = torch.linalg.vector_norm(moved - target, dim=-1)
         return distances
+
+    def _target(self, text: int) -> Float[Tensor, "sites tokens d_model"]:
+        """h + α(h⁺ − h⁻) + β·scale·v̂ of one text, whose versions run together and with no other text: so it is the same
+        whenever it is computed."""
+        if text in self._targets:
+            return self._targets[text]
+        rows = [version[text] for version in self._texts.versions]
+        plain, *contrast = _states(self._lm, rows, self._sites).chunk(len(rows), dim=1)
+        target = plain + self._how.alpha * (contrast[0] - contrast[1]) if contrast else plain
+        if self._shift is not None:
+            target = target + self._shift
+        if (len(self._targets) + 1) * target.nbytes <= _KEEP:
+            self._targets[text] = target
+        return target
 
     def _drawn(self, *of: int) -> contextlib.AbstractContextManager[None]:
         return _seeded(self._lm.device, [self._how.seed, *of])
