@@ -72,9 +72,7 @@ def response_states(net, tokenizer, prompt, response, layers):
 def loss_by_hand(adapted, lm, alpha, layers):
     distances = []
     for base, positive, negative, response in zip(*STREAMS.rows, RESPONSES, strict=True):
-        h, up, down = (
-            response_states(lm.net, lm.tokenizer, p, response, layers) for p in (base, positive, negative)
-        )
+        h, up, down = (response_states(lm.net, lm.tokenizer, p, response, layers) for p in (base, positive, negative))
         moved = response_states(adapted, lm.tokenizer, base, response, layers)
         distances.append(((moved - (h + alpha * (up - down))) ** 2).sum(-1).sqrt().flatten())
     return float(torch.cat(distances).mean())
@@ -231,9 +229,9 @@ def test_only_the_same_training_goes_on(fresh, tmp_path):
         train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=other, resume=True)
     with pytest.raises(IdentityMismatch, match="texts, sha256"):
         train(fresh("llama"), STREAMS, (*RESPONSES[:2], " or"), to=to, settings=QUICK, resume=True)
+    another = rp.LanguageModel(tiny_net("llama", seed=1), tiny_tokenizer(), name="another")
     with pytest.raises(IdentityMismatch, match="model, weights"):
-        lm = rp.LanguageModel(tiny_net("llama", seed=1), tiny_tokenizer(), name="another")
-        train(lm, STREAMS, RESPONSES, to=to, settings=QUICK, resume=True)
+        train(another, STREAMS, RESPONSES, to=to, settings=QUICK, resume=True)
     train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, resume=True)
     with pytest.raises(IdentityMismatch, match="alpha"):
         train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=other, resume=True)
@@ -460,8 +458,8 @@ def test_directions_must_fit(fresh, tmp_path):
     d = rp.Direction.from_vector("resid.post@2", np.ones(lm.d_model), identity=fresh("gpt2").identity)
     with pytest.raises(IdentityMismatch):
         train(lm, PROMPTS, RESPONSES, to=tmp_path / "a", directions=d, settings=QUICK)
+    how = Settings(**vars(QUICK) | {"sites": "resid.post@1"})
     with pytest.raises(UsageError, match="not among the targets"):
-        how = Settings(**vars(QUICK) | {"sites": "resid.post@1"})
         train(lm, PROMPTS, RESPONSES, to=tmp_path / "a", directions=d, settings=how, allow_mismatch=True)
     train(lm, PROMPTS, RESPONSES, to=tmp_path / "a", directions=d, settings=QUICK, allow_mismatch=True)
 
