@@ -110,7 +110,7 @@ class Bench:
     def states(self, way: Way, strength: float, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The score of the reader and the log-odds of words at each text's end."""
         lm, site, scores, odds = self.lm, self.reader.site, [], []
-        positive, negative = (HAPPY._ids(lm, words) for words in (HAPPY.positive, HAPPY.negative))
+        positive, negative = (HAPPY.ids(lm, words) for words in (HAPPY.positive, HAPPY.negative))
         assert site is not None
         with way.make(strength):
             for first in range(0, len(texts), AT_ONCE):

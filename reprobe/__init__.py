@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reprobe.control import (
         Ablate,
+        Adapter,
         Add,
         Affine,
         Baked,
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Ablate": "control",
     "ActivationStore": "store",
+    "Adapter": "control",
     "Add": "control",
     "Affine": "control",
     "AttentionReader": "probing",
@@ -206,6 +208,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Ablate",
     "ActivationStore",
+    "Adapter",
     "Add",
     "Affine",
     "AttentionReader",

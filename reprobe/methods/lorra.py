@@ -160,11 +160,13 @@ def train(
     config = _config(lm, how, sites)
     plan = _plan(lm, how, sites, texts, along, config)
 
+    unfinished = _unfinished(target)
     if target.exists():  # only with resume
         found = Adapter.load(target)
         _require_same(found.provenance["plan"], plan, target)
+        unfinished.unlink(missing_ok=True)
         return found
-    training, unfinished = _Training(lm, how, sites, texts, along, config), _unfinished(target)
+    training = _Training(lm, how, sites, texts, along, config)
     if unfinished.exists():
         training.take_up(unfinished, plan)
     while training.done < how.steps:

@@ -13,12 +13,14 @@ import torch
 from tiny import DECODERS, LAYERS, tiny_net, tiny_tokenizer
 
 import reprobe as rp
-from reprobe.control import Adapter, edits_in
+from reprobe import Adapter
+from reprobe.control import edits_in
 from reprobe.errors import (
     ArtifactExists,
     ArtifactMissing,
     CorruptArtifact,
     IdentityMismatch,
+    ModelLoadFailed,
     TrainingFailed,
     UnknownSite,
     UnsupportedOperation,
@@ -391,6 +393,11 @@ def test_folders_that_are_no_whole_adapter_are_refused(trained, tmp_path):
     (tmp_path / "reprobe.json").unlink()
     with pytest.raises(ArtifactMissing, match="its base is not known"):
         Adapter.load(tmp_path)
+
+
+def test_an_adapter_is_no_model_to_load(trained):
+    with pytest.raises(ModelLoadFailed, match="holds an adapter, not a model"):
+        rp.LanguageModel.load(trained[1])
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
