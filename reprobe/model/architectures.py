@@ -190,6 +190,10 @@ class Architecture:
         """The down projection of block `layer`, which reads `mlp.neurons`. Raises `UnknownSite` if it has none."""
         return self.tap(net, Site("mlp.neurons", layer)).module
 
+    def queries_values(self, net: Any) -> tuple[str, ...]:
+        """Paths, from a block, of the linear layers that make its queries and values, and where fused its keys."""
+        return self.row.queries_values(net.config)
+
     def after_projection(
         self, net: Any, layer: int, raw: Float[Tensor, "*rows d_model"]
     ) -> Float[Tensor, "*rows d_model"]:
