@@ -337,32 +337,30 @@ def _compared(
     own = mature.logsumexp(-1)
     top = early.amax(-1, keepdim=True)
     chunks = [slice(start, start + _CHUNK) for start in range(0, mature.shape[-1], _CHUNK)]
-    # log p_j is z − top − log(total), and its mean under p_j is mean/total − log(total).
-    total, mean = (torch.zeros_like(top[..., 0]) for _ in range(2))
+    # log p_j is z − log(total), and its mean under p_j mean/total − log(total).
+    total, mean, kept = torch.zeros_like(top[..., 0]), torch.zeros_like(top[..., 0]), []
     for c in chunks:
         z = early[..., c] - top
         q = z.exp()
         total += q.sum(-1)
         if choose:
             mean += _dot(q, z)
+            kept.append(q)
     sums = top[..., 0] + total.log()
     if not choose:
         return _Compared(torch.zeros_like(sums), own, sums)
-    found = torch.zeros_like(sums)
-    for c in chunks:
+    tiny, share = torch.finfo(top.dtype).tiny, total.reciprocal()[..., None]
+    entropy, rest = torch.zeros_like(sums), torch.zeros_like(sums)
+    for c, q in zip(chunks, kept, strict=True):
         a = mature[:, None, c] - own[:, None, None]
-        b = early[..., c] - sums[..., None]
         p = a.exp()
-        if compat is None:
-            both = b.exp_().add_(p)
-            found += 0.5 * ((p * a).sum(-1) - _xlogx(both))
-        else:
-            both = b.exp().add_(p)  # 2M
-            found += 0.5 * (_xlogx(both) - _dot(both, b.add_(a).mul_(0.5).add_(math.log(2))))
+        both = torch.addcmul(p + tiny, q, share)  # 2M, nowhere 0
+        entropy -= _dot(both, both.log())
+        rest += (p * a).sum(-1) if compat is None else 0.5 * _dot(both, (early[..., c] - sums[..., None]).add_(a))
     if compat is None:
-        found += 0.5 * (mean / total - total.log()) + math.log(2)
+        found = 0.5 * (entropy + rest + mean / total - total.log()) + math.log(2)
     else:
-        found /= mature.shape[-1]
+        found = (-0.5 * (entropy + rest) - math.log(2)) / mature.shape[-1]
     return _Compared(found, own, sums)
 
 
@@ -371,11 +369,6 @@ def _over(
 ) -> Float[Tensor, "rows layers"]:
     """Divergences over some tokens alone."""
     return divergences(mature.masked_fill(~tokens, _NEVER), early.masked_fill(~tokens[:, None], _NEVER))
-
-
-def _xlogx(x: Tensor) -> Tensor:
-    x.clamp_(min=torch.finfo(x.dtype).tiny)
-    return _dot(x, x.log())
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
