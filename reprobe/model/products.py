@@ -46,7 +46,9 @@ def _onednn() -> Any:
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return x.numel() > 0 and all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in (x, weight, bias))
+    if x.numel() == 0 or type(weight) not in (Tensor, torch.nn.Parameter):  # quantisers' tensors multiply by themselves
+        return False
+    return all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in (x, weight, bias))
 
 
 class FastProducts(TorchFunctionMode):
