@@ -476,6 +476,27 @@ def called(
         yield
 
 
+@contextlib.contextmanager
+def computed(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `compute(x)` stand in for what `module` makes of x (rows, columns, width) inside the context.
+
+    The module itself is called with none of the columns. Others' hooks that come before see x, those after the result.
+    """
+    given: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given[:] = args[:1]
+        return (args[0][:, :0], *args[1:])
+
+    def give(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        return compute(given.pop())
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(take).remove)
+        stack.callback(module.register_forward_hook(give, prepend=True).remove)
+        yield
+
+
 def capture(
     lm: "LanguageModel",
     inputs: Mapping[str, Any],
