@@ -139,7 +139,9 @@ def run_search(lm, a):
     facts = spread(known(lm, "facts", 100), a.facts)
     return {
         name: one_at_a_time(
-            lm, facts, lambda f, s=search: rome.edit(lm, f, layer=layer, moment=moment, settings=rome.Settings(search=s))
+            lm,
+            facts,
+            lambda f, s=search: rome.edit(lm, f, layer=layer, moment=moment, settings=rome.Settings(search=s)),
         )
         for name, search in (("ours", Search()), ("Adam", Search(rate=PUBLISHED_RATE)))
     }
@@ -204,9 +206,7 @@ def run_sequential(lm, a):
             "scores": {
                 part: {
                     kind: [m.value, m.low, m.high]
-                    for kind, m in scores.summarise(
-                        scores.score_facts(lm, scores.spared(some, kept))
-                    ).shares.items()
+                    for kind, m in scores.summarise(scores.score_facts(lm, scores.spared(some, kept))).shares.items()
                 }
                 for part, some in parts.items()
                 if len(some) > 1
@@ -387,8 +387,8 @@ def shown(what, record, folder):
             pair = f"{r['perplexity'][0][1]:.2f} → {r['perplexity'][-1][1]:.2f}"
             out.append(f"| {name} | {r['written']} | {pair} | {both} | {last} | {r['stopped'] or 'no'} |")
         back = result["reverted"]
-        return [*out, "", f"Reverted one by one in a random order ({back['edits']} edits): bit-identical with originals "
-                f"kept: {back['with originals, bit-identical']}; without, the greatest difference is "
+        return [*out, "", f"Reverted one by one in a random order ({back['edits']} edits): bit-identical with "
+                f"originals kept: {back['with originals, bit-identical']}; without, the greatest difference is "
                 f"{back['without originals, greatest difference']:.2g}."]  # fmt: skip
     return ["## Constrained fine-tuning, the baseline", "", *table([("fine-tuning", result)])]
 
@@ -397,8 +397,8 @@ def show(a):
     folder = a.out / a.model
     records = {what: json.loads((folder / f"{what}.json").read_text()) for what in RUNS
                if (folder / f"{what}.json").is_file()}  # fmt: skip
-    out = [f"# Editing facts in {a.model}", "", "Made by `experiments/editing.py show`; shares with 95 % intervals over "
-           "subjects; a fact counts once whatever the number of its prompts."]  # fmt: skip
+    out = [f"# Editing facts in {a.model}", "", "Made by `experiments/editing.py show`; shares with 95 % intervals "
+           "over subjects; a fact counts once whatever the number of its prompts."]  # fmt: skip
     for what, record in records.items():
         options = " ".join(f"--{k} {v}" for k, v in record["options"].items() if k not in ("counterfact", "weight"))
         command = f"experiments/editing.py {what} {options}" + (

@@ -22,6 +22,9 @@ LIBRARIES = ("torch", "transformers", "numpy", "transformer-lens", "nnsight", "r
 #: Instructions that decide how fast a matrix product is.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
+#: How most benchmarks time; another one says so in its record's `method`.
+ROUNDS = "Sides run in turn in one process, {} rounds, the fastest of each counts"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -120,9 +123,9 @@ def as_markdown(record: Mapping[str, Any], about: str) -> str:
         f"{at['memory GiB']} GiB, {at.get('gpu') or 'no GPU used'}, {at['torch threads']} torch threads; "
         f"Python {at['python']}, {versions}.",
         "",
-        f"Sides run in turn in one process, {record['repeats']} rounds, the fastest of each counts; the machine's load "
+        f"{record.get('method') or ROUNDS.format(record['repeats'])}; the machine's load "
         f"was {record['load'][0]:.1f} before and {record['load'][1]:.1f} after. Absolute numbers vary with the "
-        "machine; the ratios are what is claimed.",
+        f"machine{'' if record.get('method') else '; the ratios are what is claimed'}.",
         "",
         "| work | model | claim | target | measured | |",
         "|---|---|---|---|---|---|",

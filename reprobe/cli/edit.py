@@ -24,7 +24,9 @@ from reprobe.cli.app import (
 )
 from reprobe.errors import UsageError
 
-edit_app = typer.Typer(help="Facts written into weights: ROME, MEMIT, one after another; apply, revert, list, eval.", no_args_is_help=True)
+edit_app = typer.Typer(
+    help="Facts written into weights: ROME, MEMIT, one after another; apply, revert, list, eval.", no_args_is_help=True
+)
 app.add_typer(edit_app, name="edit")
 
 Text = Annotated[
