@@ -18,6 +18,7 @@ scenes of `emotions`; second moments are of text that the model samples itself.
 import argparse
 import json
 import random
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -158,23 +159,33 @@ def run_tokens(lm, a):
 
 
 def run_memit(lm, a):
-    """Values are searched once for all facts; each size writes the first of them."""
+    """Values are searched once for all facts; each size writes the first of them, and a sample of these is scored."""
     layers = a.layers or list(editing.default_layers(lm).memit)
     moments = second_moments(lm, layers, Sample(a.tokens))
     facts = mixed(a)[: max(a.sizes)]
-    how = memit.Settings(weight=a.weight)
     start = time.perf_counter(), time.process_time()
-    values = memit.find_values(lm, facts, layers[-1], how)
+    values = memit.find_values(lm, facts, layers[-1], memit.Settings())
     found = time.perf_counter() - start[0], time.process_time() - start[1]
-    out = {"seconds to find a value": [s / len(facts) for s in found], "facts of": counted(facts)}
+    out = {"seconds to find a value": [s / len(facts) for s in found], "facts of": counted(facts), "layers": layers}
+    forms = {
+        "MEMIT": memit.Settings(),
+        "λ = 300": memit.Settings(weight=300.0),
+        "null space": memit.Settings(null_space=memit.NullSpace()),
+    }
     for n in a.sizes:
-        for name, null in (("memit", None), ("null space", memit.NullSpace())):
-            start = time.perf_counter()
-            how = memit.Settings(weight=a.weight, null_space=null)
+        # The other forms only where there are many facts: with few, all are alike.
+        for name, how in forms.items() if n == max(a.sizes) else list(forms.items())[:1]:
+            start = time.perf_counter(), time.process_time()
             edits = memit.edit(lm, facts[:n], layers=layers, moments=moments, settings=how, values=values[:n])
-            seconds = time.perf_counter() - start + n * found[0] / len(facts)
-            result = scores.evaluate_together(lm, facts[:n], edits, texts=a.texts)
-            out[f"{name}, {n}"] = told(result) | {"seconds": seconds, "layers": layers}
+            spent = time.perf_counter() - start[0], time.process_time() - start[1]
+            result = scores.evaluate_together(lm, facts[: min(n, a.score)], edits, texts=a.texts)
+            out[f"{name}, {n}"] = told(result) | {
+                "written": n,
+                "seconds": [s + n * f / len(facts) for s, f in zip(spent, found, strict=True)],
+                "with an effect": sum(e.found for e in edits[0].effects) / n,
+                "norms": [e.norm for e in edits],
+            }
+            print(name, n, time.perf_counter() - start[0], file=sys.stderr, flush=True)
     return out
 
 
@@ -260,10 +271,12 @@ def run(a):
     lm = rp.LanguageModel.load(a.model)
     start = time.perf_counter()
     result = function(lm, a)
-    given = {k: v for k, v in vars(a).items() if k not in ("texts", "what", "out", "counterfact") and v is not None}
     record = {
         "what": a.what,
-        "options": given | {"counterfact": a.counterfact is not None},
+        "command": " ".join(
+            ["experiments/editing.py", *("PATH" if x == str(a.counterfact) else x for x in sys.argv[1:])]
+        ),
+        "second moments of": a.tokens,
         "model": lm.identity.to_json(),
         "seconds": time.perf_counter() - start,
         "result": result,
@@ -276,6 +289,8 @@ def run(a):
 
 
 def percent(measure, state):
+    if np.isnan(measure[f"{state}_low"]):  # one subject has no interval
+        return f"{measure[state]:.3f}"
     return f"{measure[state]:.3f} [{measure[f'{state}_low']:.3f}, {measure[f'{state}_high']:.3f}]"
 
 
@@ -364,15 +379,16 @@ def shown(what, record, folder):
         return ["## The search against Adam's, as published", "", *table(result.items()), *extra]
     if what == "memit":
         sizes = {name: r for name, r in result.items() if "measures" in r}
-        rows = [(int(name.split(", ")[1]), r) for name, r in sizes.items() if name.startswith("memit")]
+        rows = [(r["written"], r) for name, r in sizes.items() if name.startswith("MEMIT")]
         curves(rows, "facts at once", log=True).savefig(folder / "memit.svg")
         of = ", ".join(f"{n} of {name}" for name, n in result["facts of"].items())
-        most = max(sizes.values(), key=lambda r: r["facts"])
-        where = ", ".join(map(str, most["layers"]))
+        most = max(rows, key=lambda row: row[0])[1]
+        where = ", ".join(map(str, result["layers"]))
         return [f"## MEMIT (blocks {where})", "", "![MEMIT by the number of facts](memit.svg)", "",
                 *table(sizes.items()), "",
-                f"{of}. {most['facts']} facts took {most['seconds'] / 60:.1f} minutes on a busy machine "
-                f"({result['seconds to find a value'][1]:.2f} s of processor time to find a value)."]  # fmt: skip
+                f"The facts: {of}; “facts” in the table are those scored. {most['written']} facts took "
+                f"{most['seconds'][0] / 60:.1f} minutes on a busy machine, {most['seconds'][1] / 60:.1f} of them "
+                f"processor time; {100 * most['with an effect']:.0f} % of all have an effect."]  # fmt: skip
     if what == "sequential":
         perplexities(result).savefig(folder / "sequential.svg")
         out = ["## One after another", "", "![Perplexity over sequential edits](sequential.svg)", "",
@@ -400,11 +416,7 @@ def show(a):
     out = [f"# Editing facts in {a.model}", "", "Made by `experiments/editing.py show`; shares with 95 % intervals "
            "over subjects; a fact counts once whatever the number of its prompts."]  # fmt: skip
     for what, record in records.items():
-        options = " ".join(f"--{k} {v}" for k, v in record["options"].items() if k not in ("counterfact", "weight"))
-        command = f"experiments/editing.py {what} {options}" + (
-            " --counterfact PATH" if record["options"]["counterfact"] else ""
-        )
-        out += ["", *shown(what, record, folder), "", f"`{command}`"]
+        out += ["", *shown(what, record, folder), "", f"`{record['command']}`"]
     (folder / "README.md").write_text("\n".join(out) + "\n")
     print(folder / "README.md")
 
@@ -419,7 +431,7 @@ def main():
     parser.add_argument("--layers", type=lambda s: [int(x) for x in s.split(",")])
     parser.add_argument("--sizes", type=lambda s: [int(x) for x in s.split(",")], default=[1, 10, 100, 500])
     parser.add_argument("--tokens", type=int, default=40_000)
-    parser.add_argument("--weight", type=float)
+    parser.add_argument("--score", type=int, default=200, help="facts scored of those that MEMIT writes")
     parser.add_argument("--limit", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=Path("experiments/editing"))
     a = parser.parse_args()

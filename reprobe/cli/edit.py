@@ -176,7 +176,7 @@ def edit_sequential(
 
         run = sequential(lm, facts, make, guard, progress=progress)
         kept = [edits[0].facts[0] for edits in run.edits]
-        hold = editing.probabilities(lm, kept) if kept else []
+        hold = [float(p) for p in editing.probabilities(lm, kept)] if kept else []
     if kept:
         save_edits([edit for edits in run.edits for edit in edits], to)
     first = [edits[0].effects[0].before for edits in run.edits]
@@ -187,7 +187,7 @@ def edit_sequential(
             "stopped": run.stopped or "no",
             "perplexity": ", ".join(f"{c.perplexity:.4g} after {c.facts}" for c in run.checked),
             "probability before": sum(first) / len(kept) if kept else None,
-            "probability after all": float(sum(hold)) / len(kept) if kept else None,
+            "probability after all": sum(hold) / len(kept) if kept else None,
             "saved": str(to) if kept else "nothing",
         },
         as_json,
