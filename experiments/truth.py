@@ -5,7 +5,7 @@
 Enters: the project's statements (cities, negations, translations, comparisons) and, where REPROBE_DATA names a folder
 that has them, those of Geometry-of-Truth. Leaves, per model: readers.csv (nested cross-validation: reader and site
 judged on groups that neither has seen), transfer.csv (trained on each data set, tested on each), transfer maps, and
-README.md. Stores are made anew unless --stores has them.
+README.md, into which notes.md goes, what a reader made of the figures. Stores are made anew unless --stores has them.
 """
 
 import argparse
@@ -211,7 +211,8 @@ def main() -> int:
             f"`experiments/truth.py --models {model}`; {sites}, last token, 5 folds of whole groups (3 of sequences)."
         )
         head = [f"# Truth in {model}", "", about, ""]
-        (out / "README.md").write_text("\n".join([*head, *table(lines), "", "## Carried over", *text]) + "\n")
+        notes = [(out / "notes.md").read_text()] if (out / "notes.md").exists() else []
+        (out / "README.md").write_text("\n".join([*head, *table(lines), "", *notes, "## Carried over", *text]) + "\n")
         print(out / "README.md")
     return 0
 

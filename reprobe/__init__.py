@@ -12,10 +12,12 @@ The way of the data, station by station:
                 model card, here or on the hub)
     control     steer with Add, Ablate, Clamp, Scale, Replace, Noise, Affine, LowRank, gated by When; a Steering
                 bundles them: a direction (or a map, or activations) put back into the model
-                (bake: into its weights; export, read_control_vector: the files of other programs)
+                (bake, export_baked: into its weights; export, read_control_vector: the files of other programs)
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
-                rome, memit: edits of facts
+                rome, memit: edits of facts; tracing: which states carry them (a TraceGrid)
+                DoLa: decoding by contrasting layers
+                dissect: which Concept each neuron detects; causes (evaluation): and what that causes
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
                 multiple_choice: TruthfulQA's MC1, MC2, MC3
     report      write_report: one self-contained HTML page
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         bake,
         edited,
         export,
+        export_baked,
         export_edited,
         ledger_of,
         load_edited,
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
         Readout,
         SideEffects,
         Tuned,
+        causes,
         divergence,
         dose_response,
         log_odds,
@@ -69,6 +73,11 @@ if TYPE_CHECKING:
         tune,
     )
     from reprobe.extraction import Replay, Share, extract, extract_on_ray, import_vllm, replay
+    from reprobe.methods.concepts import Concept
+    from reprobe.methods.dissected import Dissection
+    from reprobe.methods.dissection import dissect
+    from reprobe.methods.dola import DoLa
+    from reprobe.methods.tracing import TraceGrid
     from reprobe.model import LanguageModel, ModelIdentity, Monitor, Reading, Site, capture, intervene, observe
     from reprobe.probing import (
         LEACE,
@@ -98,7 +107,7 @@ if TYPE_CHECKING:
         transfer,
     )
     from reprobe.prompts import Fact, Position, PromptSet
-    from reprobe.report import write_report
+    from reprobe.report import write_dissection, write_report
     from reprobe.store import ActivationStore
 
 _HOME = {
@@ -115,8 +124,11 @@ _HOME = {
     "ClassGrid": "probing",
     "ClusterMean": "probing",
     "Comparison": "probing",
+    "Concept": "methods.concepts",
     "Contrast": "evaluation",
     "Direction": "probing",
+    "Dissection": "methods.dissected",
+    "DoLa": "methods.dola",
     "Fact": "prompts",
     "KSparseReader": "probing",
     "LDAReader": "probing",
@@ -149,6 +161,7 @@ _HOME = {
     "Site": "model",
     "Steering": "control",
     "TTPDReader": "probing",
+    "TraceGrid": "methods.tracing",
     "TransferGrid": "probing",
     "Tuned": "evaluation",
     "WeightEdit": "control",
@@ -156,11 +169,14 @@ _HOME = {
     "apply_edits": "control",
     "bake": "control",
     "capture": "model",
+    "causes": "evaluation",
     "compare": "probing",
+    "dissect": "methods.dissection",
     "divergence": "evaluation",
     "dose_response": "evaluation",
     "edited": "control",
     "export": "control",
+    "export_baked": "control",
     "export_edited": "control",
     "extract": "extraction",
     "extract_on_ray": "extraction",
@@ -182,6 +198,7 @@ _HOME = {
     "steer": "control",
     "transfer": "probing",
     "tune": "evaluation",
+    "write_dissection": "report",
     "write_report": "report",
 }
 
@@ -199,8 +216,11 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "ClassGrid",
     "ClusterMean",
     "Comparison",
+    "Concept",
     "Contrast",
     "Direction",
+    "Dissection",
+    "DoLa",
     "Fact",
     "KSparseReader",
     "LDAReader",
@@ -233,6 +253,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Site",
     "Steering",
     "TTPDReader",
+    "TraceGrid",
     "TransferGrid",
     "Tuned",
     "WeightEdit",
@@ -240,11 +261,14 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "apply_edits",
     "bake",
     "capture",
+    "causes",
     "compare",
+    "dissect",
     "divergence",
     "dose_response",
     "edited",
     "export",
+    "export_baked",
     "export_edited",
     "extract",
     "extract_on_ray",
@@ -266,6 +290,7 @@ __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "steer",
     "transfer",
     "tune",
+    "write_dissection",
     "write_report",
 ]
 

@@ -9,20 +9,17 @@ machine: two cores that others use too give ratios of nothing.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from race import Side, race
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
 from reprobe.evaluation import PRIMER
-from reprobe.provenance import write_durably
 
 OURS = "reprobe, forest packs"
 #: As the benchmark's own scripts do it, and with the work that it does for nothing left out.
@@ -107,28 +104,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, metavar="N", help="only the first N questions")
     parser.add_argument("--answers", type=int, default=100, help="answers that run one by one")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the fastest counts")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    add_outputs(parser)
     chosen = parser.parse_args()
     limit = [] if chosen.questions is None else ["--questions", str(chosen.questions)]
     shown = ["--models", *chosen.models, *limit, "--answers", str(chosen.answers), "--repeats", str(chosen.repeats)]
-    about: dict[str, Any] = {
-        "command": " ".join(["uv run python experiments/bench/choices.py", *shown]),
-        "machine": machine(),
-        "repeats": chosen.repeats,
-        "load": [os.getloadavg()[0]] * 2,
-        "left out": [],
-    }
-    data, works = questions(chosen.questions), []
+    record = Recorder("Multiple choice", " ".join(["uv run python experiments/bench/choices.py", *shown]), chosen)
+    data = questions(chosen.questions)
     for model in chosen.models:
-        works.append(measure(model, data, chosen.answers, chosen.repeats))
-        about["load"][1] = os.getloadavg()[0]
-        record = as_json(works, about)
-        if chosen.json is not None:
-            write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-        if chosen.markdown is not None:
-            write_durably(chosen.markdown, as_markdown(record, "Multiple choice").encode())
-    print(as_markdown(record, "Multiple choice"))
+        record.add(measure(model, data, chosen.answers, chosen.repeats))
+    print(record)
 
 
 if __name__ == "__main__":

@@ -26,19 +26,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 from peers import Way, does_not_run, one_by_one, ways
 from race import Side, Timing, race
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
 from reprobe.extraction import prepare
 from reprobe.model.packs import lay_out
-from reprobe.provenance import write_durably
 
 OURS, BARE, SINGLE = "reprobe, to disk", "bare forward of the blocks", "one by one, output_hidden_states"
 FASTER_THAN_PEERS = {"smollm2-135m": 1.6, "gemma3-270m": 3.0}
@@ -367,8 +365,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, metavar="N", help="only the pairs of the first N questions of TruthfulQA")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the fastest counts")
     parser.add_argument("--scratch", type=Path, help="where to write stores (default: the system's temporary folder)")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    add_outputs(parser)
     chosen = parser.parse_args()
     if chosen.prompts < 2 or chosen.prompts % 2:
         parser.error(f"--prompts {chosen.prompts}: an even number, because one peer takes pairs")
@@ -380,14 +377,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no side asks a hub for anything
     chosen = arguments()
-    about: dict[str, Any] = {
-        "command": " ".join(["uv run --group bench python experiments/bench/extraction.py", *shown(chosen)]),
-        "machine": machine(),
-        "repeats": chosen.repeats,
-        "load": [os.getloadavg()[0]] * 2,
-        "left out": [],
-    }
-    done: list[Work] = []
+    command = " ".join(["uv run --group bench python experiments/bench/extraction.py", *shown(chosen)])
+    record = Recorder("Extraction", command, chosen)
     failed = False
     with tempfile.TemporaryDirectory(dir=chosen.scratch) as folder:
         setting = Setting(chosen.prompts, chosen.pairs, chosen.repeats, Path(folder))
@@ -395,22 +386,16 @@ def main() -> int:
             for name in chosen.work:
                 say(f"== {name}, {model}")
                 try:
-                    done.append(WORKS[name](model, setting))
+                    record.add(WORKS[name](model, setting))
                 except LeftOut as e:
-                    about["left out"].append(f"{name}, {model}: {e}")
+                    record.leave_out(f"{name}, {model}: {e}")
                 except Exception as e:  # hours of other works must not be lost with one
                     traceback.print_exc()
                     failed = True
-                    about["left out"].append(f"{name}, {model}: failed with {type(e).__name__}")
+                    record.leave_out(f"{name}, {model}: failed with {type(e).__name__}")
                 setting.empty()
                 gc.collect()  # networks and their copies hold cycles
-                about["load"][1] = os.getloadavg()[0]
-                record = as_json(done, about)
-                if chosen.json is not None:
-                    write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-                if chosen.markdown is not None:
-                    write_durably(chosen.markdown, as_markdown(record, "Extraction").encode())
-    print(as_markdown(record, "Extraction"))
+    print(record)
     return int(failed)
 
 

@@ -8,21 +8,17 @@ an idle machine: the claim is 3 %, which is less than what other work on the sam
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from race import Side, race
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
-from reprobe.provenance import write_durably
 
 PLAIN, WATCHED = "generate", "generate, monitored"
 LOSS = 0.03
@@ -78,8 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts generated from together")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens per prompt")
     parser.add_argument("--repeats", type=int, default=15, help="rounds, of which the fastest of each side counts")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    add_outputs(parser)
     chosen = parser.parse_args()
     if min(*chosen.batches, chosen.tokens, chosen.repeats) < 1:
         parser.error("--batches, --tokens and --repeats are 1 or more")
@@ -90,24 +85,16 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing asks a hub
     chosen = arguments()
     lm = rp.LanguageModel.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    load = [os.getloadavg()[0]]
-    texts = rp.PromptSet.load("cities").texts
-    works = [overhead(lm, texts[:n], chosen.tokens, chosen.repeats) for n in chosen.batches]
-    about: dict[str, Any] = {
-        "command": "uv run python experiments/bench/monitor.py "
+    command = (
+        "uv run python experiments/bench/monitor.py "
         f"--model {chosen.model} --dtype {str(lm.dtype).removeprefix('torch.')} --device {lm.device.type} "
-        f"--batches {' '.join(map(str, chosen.batches))} --tokens {chosen.tokens} --repeats {chosen.repeats}",
-        "machine": machine(lm.device),
-        "repeats": chosen.repeats,
-        "load": [*load, os.getloadavg()[0]],
-        "left out": [],
-    }
-    record = as_json(works, about)
-    if chosen.json is not None:
-        write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-    if chosen.markdown is not None:
-        write_durably(chosen.markdown, as_markdown(record, "Monitoring").encode())
-    print(as_markdown(record, "Monitoring"))
+        f"--batches {' '.join(map(str, chosen.batches))} --tokens {chosen.tokens} --repeats {chosen.repeats}"
+    )
+    record = Recorder("Monitoring", command, chosen, lm.device)
+    texts = rp.PromptSet.load("cities").texts
+    for n in chosen.batches:
+        record.add(overhead(lm, texts[:n], chosen.tokens, chosen.repeats))
+    print(record)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 import polars as pl
 import torch
 from race import Side, Timing, race
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -39,7 +39,6 @@ from reprobe.model import ModelIdentity, Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.intervals import ClusterBootstrap
 from reprobe.probing.logistic import solve_many
-from reprobe.provenance import write_durably
 from reprobe.store import StoredSite, StoreWriter
 
 C = 0.1
@@ -302,33 +301,17 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="rows of the synthetic sites")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--limit", type=int, default=1900, help="MiB of memory allowed in the work `memory`")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
-    works, left_out, load = [], [], os.getloadavg()[0]
+    record = Recorder("Probing", "python experiments/bench/probing.py " + " ".join(sys.argv[1:]), options)
     for name in options.work:
         try:
             about, claims, times = WORKS[name](options)
         except LeftOut as error:
-            left_out.append(f"{name}: {error}")
+            record.leave_out(f"{name}: {error}")
             continue
-        works.append(Work(name, "", about, claims, times))
-    record = as_json(
-        works,
-        {
-            "command": "python experiments/bench/probing.py " + " ".join(sys.argv[1:]),
-            "machine": machine(),
-            "repeats": options.repeats,
-            "load": [load, os.getloadavg()[0]],
-            "left out": left_out,
-        },
-    )
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    if options.json is not None:
-        write_durably(options.json, text.encode())
-    if options.markdown is not None:
-        write_durably(options.markdown, as_markdown(record, "Probing").encode())
-    print(as_markdown(record, "Probing"))
+        record.add(Work(name, "", about, claims, times))
+    print(record)
     return 0
 
 

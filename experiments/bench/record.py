@@ -1,11 +1,13 @@
-"""What a run of the benchmark leaves behind: JSON, and Markdown made from it.
+"""What a run of a benchmark leaves behind: JSON, and Markdown made from it.
 
-Enters: claims, timings and facts of the works. Leaves: one JSON-ready mapping with the machine that it was measured
-on, and its Markdown. No host names and no paths. Does not know how anything was measured.
+Enters: claims, timings and facts of the works. Leaves: files with them and the machine that they were measured on. No
+host names and no paths. Does not know how anything was measured.
 """
 
+import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -17,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from race import Timing
+
+from reprobe.provenance import write_durably
 
 LIBRARIES = ("torch", "transformers", "numpy", "transformer-lens", "nnsight", "repeng", "steering-vectors")
 #: Instructions that decide how fast a matrix product is.
@@ -73,6 +77,54 @@ def machine(device: torch.device = torch.device("cpu")) -> dict[str, Any]:  # no
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """The options that say where a `Recorder` writes."""
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--markdown", type=Path, metavar="OUT")
+
+
+class Recorder:
+    """What was measured so far, written anew after every work: those before it are not lost with one.
+
+    Made before the first work, whose load it notes; `chosen` has `repeats` and the options of `add_outputs`.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        command: str,
+        chosen: argparse.Namespace,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
+    ) -> None:
+        self._title, self._chosen, self._works = title, chosen, list[Work]()
+        self._about: dict[str, Any] = {
+            "command": command,
+            "machine": machine(device),
+            "repeats": chosen.repeats,
+            "load": [os.getloadavg()[0]] * 2,
+            "left out": [],
+        }
+
+    def add(self, *works: Work) -> None:
+        self._works += works
+        self._write()
+
+    def leave_out(self, why: str) -> None:
+        self._about["left out"].append(why)
+        self._write()
+
+    def __str__(self) -> str:
+        return as_markdown(as_json(self._works, self._about), self._title)
+
+    def _write(self) -> None:
+        self._about["load"][1] = os.getloadavg()[0]
+        if self._chosen.json is not None:
+            text = json.dumps(as_json(self._works, self._about), indent=2, ensure_ascii=False) + "\n"
+            write_durably(self._chosen.json, text.encode())
+        if self._chosen.markdown is not None:
+            write_durably(self._chosen.markdown, str(self).encode())
 
 
 def as_json(works: Iterable[Work], about: Mapping[str, Any]) -> dict[str, Any]:

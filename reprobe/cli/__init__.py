@@ -4,7 +4,6 @@ Every verb is one library call with the same names. Nothing heavy is imported be
 `reprobe --help` answers at once.
 """
 
-import reprobe.cli.edit  # noqa: F401 (registers the verbs of `reprobe edit`)
 from reprobe.cli.app import main
 
 __all__ = ["main"]

@@ -5,29 +5,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from reprobe.cli.app import (
-    AsJson,
-    Data,
-    Device,
-    Dtype,
-    Mismatch,
-    Model,
-    Overwrite,
-    Revision,
-    _load,
-    _refuse_existing,
-    _say,
-    _show,
-    _table,
-    app,
-    verb,
-)
+from reprobe.cli.inputs import load_model, parse_layers, refuse_existing
+from reprobe.cli.options import AsJson, Data, Device, Dtype, Mismatch, Model, Overwrite, Revision, SampleSeed
+from reprobe.cli.show import say, show, show_json, show_table
+from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
 
 edit_app = typer.Typer(
-    help="Facts written into weights: ROME, MEMIT, one after another; apply, revert, list, eval.", no_args_is_help=True
+    name="edit",
+    help="Facts written into weights: ROME, MEMIT, one after another; apply, revert, list, eval.",
+    no_args_is_help=True,
 )
-app.add_typer(edit_app, name="edit")
 
 Text = Annotated[
     str | None,
@@ -38,11 +26,10 @@ Limit = Annotated[int | None, typer.Option(help="Only the first N facts.")]
 Layers = Annotated[str | None, typer.Option(help="Blocks, e.g. 6,7,8 or 6-10; default: those known for the model.")]
 
 
+@edit_app.command("rome")
 @verb(
     'reprobe edit rome smollm2-135m --subject "Eiffel Tower" --prompt "The {} is in the city of" --target Rome '
-    "--to tower.safetensors",
-    on=edit_app,
-    name="rome",
+    "--to tower.safetensors"
 )
 def edit_rome(
     model: Model,
@@ -66,8 +53,8 @@ def edit_rome(
     from reprobe.methods import rome
     from reprobe.progress import terminal
 
-    _refuse_existing(to, overwrite)
-    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    refuse_existing(to, overwrite)
+    lm = load_model(model, dtype=dtype, device=device, revision=revision)
     with terminal() as progress:
         edit = rome.edit(
             lm,
@@ -80,10 +67,11 @@ def edit_rome(
             progress=progress,
         )
     edit.save(to, overwrite=overwrite)
-    _show(_told(edit) | {"saved": str(to)}, as_json)
+    show(_told(edit) | {"saved": str(to)}, as_json)
 
 
-@verb("reprobe edit memit smollm2-135m facts --limit 20 --to edits", on=edit_app, name="memit")
+@edit_app.command("memit")
+@verb("reprobe edit memit smollm2-135m facts --limit 20 --to edits")
 def edit_memit(
     model: Model,
     data: Data,
@@ -106,17 +94,17 @@ def edit_memit(
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    _refuse_existing(to, False)
+    refuse_existing(to)
     facts = facts_of(data, limit=limit)
-    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    lm = load_model(model, dtype=dtype, device=device, revision=revision)
     settings = memit.Settings(null_space=memit.NullSpace() if null_space else None)
     with terminal() as progress:
         edits = memit.edit(
-            lm, facts, layers=_layers(layers), moments=_text(text, tokens), settings=settings, progress=progress
+            lm, facts, layers=parse_layers(layers), moments=_text(text, tokens), settings=settings, progress=progress
         )
     save_edits(edits, to)
     effects = edits[0].effects
-    _show(
+    show(
         {
             "facts": len(facts),
             "with an effect": sum(e.found for e in effects),
@@ -129,7 +117,8 @@ def edit_memit(
     )
 
 
-@verb("reprobe edit sequential smollm2-135m facts --limit 50 --at-most 1.5 --to edits", on=edit_app, name="sequential")
+@edit_app.command("sequential")
+@verb("reprobe edit sequential smollm2-135m facts --limit 50 --at-most 1.5 --to edits")
 def edit_sequential(
     model: Model,
     data: Data,
@@ -161,10 +150,10 @@ def edit_sequential(
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    _refuse_existing(to, False)
+    refuse_existing(to)
     facts = facts_of(data, limit=limit)
     guard = Guard(Corpus.load(perplexity).texts, at_most, every)
-    lm = _load(model, dtype=dtype, device=device, revision=revision)
+    lm = load_model(model, dtype=dtype, device=device, revision=revision)
     where = editing.default_layers(lm).rome if layer is None else layer
     form = rome.Settings(compat="rome" if original else None)
     with terminal() as progress, warnings.catch_warnings():
@@ -180,7 +169,7 @@ def edit_sequential(
     if kept:
         save_edits([edit for edits in run.edits for edit in edits], to)
     first = [edits[0].effects[0].before for edits in run.edits]
-    _show(
+    show(
         {
             "facts": len(facts),
             "written": len(kept),
@@ -194,7 +183,8 @@ def edit_sequential(
     )
 
 
-@verb("reprobe edit apply smollm2-135m tower.safetensors --to edited-model", on=edit_app, name="apply")
+@edit_app.command("apply")
+@verb("reprobe edit apply smollm2-135m tower.safetensors --to edited-model")
 def edit_apply(
     model: Annotated[str, typer.Argument(help="The model the edits are for, or one that `edit apply` wrote.")],
     edits: Annotated[list[Path], typer.Argument(help="Edits (.safetensors), or folders of them.")],
@@ -210,15 +200,16 @@ def edit_apply(
     """Put edits into a model and save it. Raises on edits of another model."""
     from reprobe.control import apply_edits, edits_in, export_edited
 
-    _refuse_existing(to, False)
+    refuse_existing(to)
     found = [edit for path in edits for edit in edits_in(path)]
     lm = _open(model, dtype=dtype, device=device, revision=revision)
     ledger = apply_edits(lm, found, allow_mismatch=allow_mismatch)
     export_edited(lm, to, originals=originals)
-    _say(f"{to}: {lm.name} with {len(ledger.applied)} edits; take them out with `reprobe edit revert {to}`")
+    say(f"{to}: {lm.name} with {len(ledger.applied)} edits; take them out with `reprobe edit revert {to}`")
 
 
-@verb("reprobe edit revert edited-model --edit 3f2a --to model-again", on=edit_app, name="revert")
+@edit_app.command("revert")
+@verb("reprobe edit revert edited-model --edit 3f2a --to model-again")
 def edit_revert(
     model: Annotated[Path, typer.Argument(help="A folder that `reprobe edit apply` wrote.")],
     to: Annotated[Path, typer.Option(help="The folder to write.")],
@@ -231,15 +222,16 @@ def edit_revert(
     """Take edits out of a saved model, in any order, and save what is left."""
     from reprobe.control import export_edited, ledger_of, load_edited
 
-    _refuse_existing(to, False)
+    refuse_existing(to)
     lm = load_edited(model, dtype=dtype, device=device)
     ledger = ledger_of(lm)
     ledger.revert(edit or None)
     export_edited(lm, to)
-    _say(f"{to}: {len(ledger.applied)} edits left")
+    say(f"{to}: {len(ledger.applied)} edits left")
 
 
-@verb("reprobe edit list edited-model", on=edit_app, name="list")
+@edit_app.command("list")
+@verb("reprobe edit list edited-model")
 def edit_list(
     paths: Annotated[list[Path], typer.Argument(help="Edits, folders of edits, or models that `edit apply` wrote.")],
     as_json: AsJson = False,
@@ -249,19 +241,20 @@ def edit_list(
 
     found = [edit for path in paths for edit in edits_in(path)]
     if as_json:
-        _table([_told(e) | {"provenance": dict(e.provenance), "base": e.base.to_json()} for e in found], True)
+        show_json([_told(e) | {"provenance": dict(e.provenance), "base": e.base.to_json()} for e in found])
         return
-    _table([{k: v for k, v in _told(e).items() if k != "parameter"} for e in found], False)
+    show_table([{k: v for k, v in _told(e).items() if k != "parameter"} for e in found])
 
 
-@verb("reprobe edit moments smollm2-135m --sample 40000 --layers 5-10", on=edit_app, name="moments")
+@edit_app.command("moments")
+@verb("reprobe edit moments smollm2-135m --sample 40000 --layers 5-10")
 def edit_moments(
     model: Model,
     layers: Layers = None,
     sample: Annotated[int, typer.Option(help="Sample this many tokens from the model itself.")] = 40_000,
     text: Text = None,
     tokens: Annotated[int | None, typer.Option(help="With --text: at most this many tokens.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    seed: SampleSeed = 0,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -274,8 +267,8 @@ def edit_moments(
     from reprobe.methods.moments import Corpus, Sample, second_moments
     from reprobe.progress import terminal
 
-    lm = _load(model, dtype=dtype, device=device, revision=revision)
-    known = _layers(layers)
+    lm = load_model(model, dtype=dtype, device=device, revision=revision)
+    known = parse_layers(layers)
     if known is None:
         defaults = editing.default_layers(lm)
         known = sorted({defaults.rome, *defaults.memit})
@@ -296,10 +289,11 @@ def edit_moments(
                 "digest": moment.digest[:12],
             }
         )
-    _table(rows, as_json)
+    show_table(rows, as_json)
 
 
-@verb("reprobe edit eval smollm2-135m facts --method rome --limit 20", on=edit_app, name="eval")
+@edit_app.command("eval")
+@verb("reprobe edit eval smollm2-135m facts --method rome --limit 20")
 def edit_eval(
     model: Model,
     data: Data,
@@ -336,11 +330,11 @@ def edit_eval(
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    _refuse_existing(to, overwrite)
+    refuse_existing(to, overwrite)
     facts = facts_of(data, limit=limit)
     ordinary = () if perplexity is None else Corpus.load(perplexity).texts
-    lm = _load(model, dtype=dtype, device=device, revision=revision)
-    chosen = _layers(layers)
+    lm = load_model(model, dtype=dtype, device=device, revision=revision)
+    chosen = parse_layers(layers)
     with terminal() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what has no effect is in the table
         if method == "memit":
@@ -374,7 +368,7 @@ def edit_eval(
     ):
         if one is not None:
             rows.append(dict.fromkeys(rows[0]) | {"measure": name, "before": one, "after": two})
-    _table(rows, as_json)
+    show_table(rows, as_json)
 
 
 def _told(edit: Any) -> dict[str, Any]:
@@ -405,23 +399,10 @@ def _open(model: str, *, dtype: str | None, device: str | None, revision: str | 
 
     if (Path(model) / FOLDER).is_dir():
         return load_edited(model, dtype=dtype, device=device)
-    return _load(model, dtype=dtype, device=device, revision=revision)
+    return load_model(model, dtype=dtype, device=device, revision=revision)
 
 
 def _text(text: str | None, tokens: int) -> Any:
     from reprobe.methods.moments import Corpus, Sample
 
     return Sample(tokens) if text is None else Corpus.load(text, tokens=tokens)
-
-
-def _layers(text: str | None) -> list[int] | None:
-    """6,7,8 or 6-10, or both."""
-    if text is None:
-        return None
-    out: list[int] = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UsageError(f"--layers {text}: write blocks as 6,7,8 or 6-10")
-        out += range(int(first), int(last if dash else first) + 1)
-    return out

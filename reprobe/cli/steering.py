@@ -1,7 +1,7 @@
 """What `reprobe steer` does between the library's calls: prompts continued with and without steering, and the chat.
 
 Enters: a language model, a steering (from a file of a direction or of a `Steering`), prompts or typed lines. Leaves:
-texts, a score per token, prices. Does not know options or exit codes; `app` does.
+texts, a score per token, prices. Does not know options or exit codes; `reprobe.cli.steer` does.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,7 @@
 """Control: directions, maps and activations put into a model (operator × site × scope × gate); edits of weights."""
 
 from reprobe.control.along import Ablate, Add, Clamp, Scale
+from reprobe.control.baked_model import export_baked
 from reprobe.control.baking import Baked, bake
 from reprobe.control.bundle import Steering
 from reprobe.control.edited_model import edits_in, export_edited, load_edited, save_edits
@@ -41,6 +42,7 @@ __all__ = [
     "edited",
     "edits_in",
     "export",
+    "export_baked",
     "export_edited",
     "ledger_of",
     "load_edited",

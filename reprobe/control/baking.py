@@ -462,12 +462,13 @@ def _copy(parameter: Tensor, values: Tensor) -> None:
     parameter.copy_(values)
 
 
-def _double(name: str, parameter: Tensor) -> Tensor:
+def _double(name: str, parameter: Any) -> Tensor:
     """A parameter's values in float64: a copy."""
-    if not parameter.is_floating_point() or parameter.device.type == "meta":
+    # torch's quantised layers have a method in its place.
+    kept = f"{parameter.dtype} on {parameter.device.type}" if isinstance(parameter, Tensor) else "packed by a quantiser"
+    if not isinstance(parameter, Tensor) or not parameter.is_floating_point() or parameter.device.type == "meta":
         raise UnsupportedOperation(
-            f"{name} is {parameter.dtype} on {parameter.device.type}: load the model unquantised and in memory to bake "
-            "something into it"
+            f"{name} is {kept}: load the model unquantised and in memory to bake something into it"
         )
     return parameter.detach().to(torch.float64, copy=True)
 

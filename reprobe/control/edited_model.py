@@ -5,12 +5,8 @@ as it is, with the edits, the base's identity and the original matrices beside t
 take edits out again. Does not know how edits were made.
 """
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,11 @@ import torch
 
 from reprobe.control.edits import WeightEdit
 from reprobe.control.ledger import ledger_of
-from reprobe.errors import ArtifactExists, ArtifactMissing, CorruptArtifact, DiskFull, IdentityMismatch, ReprobeError
+from reprobe.control.model_folder import put_model, whole_folder
+from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch
 from reprobe.model.identity import ModelIdentity, digest_weights
 from reprobe.model.language_model import LanguageModel
-from reprobe.provenance import canonical_json, digest_file, sync_folder, versions, write_durably
+from reprobe.provenance import canonical_json, digest_file, versions, write_durably
 
 FOLDER = "reprobe-edits"
 _RECORD, _ORIGINALS = "edits.json", "originals.safetensors"
@@ -33,9 +30,8 @@ def export_edited(lm: LanguageModel, to: str | Path, *, originals: bool = True) 
     `originals` keeps a copy of each edited matrix as it was (where the ledger has it), so that reverting is exact.
     The folder exists whole or not at all. Raises `ArtifactExists` if something is there.
     """
-    with _whole(Path(to)) as folder:
-        lm.net.save_pretrained(folder)
-        lm.tokenizer.save_pretrained(folder)
+    with whole_folder(Path(to)) as folder:
+        put_model(lm, folder)
         _write_record(lm, folder / FOLDER, originals)
     return Path(to)
 
@@ -43,7 +39,7 @@ def export_edited(lm: LanguageModel, to: str | Path, *, originals: bool = True) 
 def save_edits(edits: Sequence[WeightEdit], to: str | Path) -> Path:
     """Write edits to a new folder, one file each, in their order. The folder exists whole or not at all. Raises
     `ArtifactExists`."""
-    with _whole(Path(to)) as folder:
+    with whole_folder(Path(to)) as folder:
         for i, edit in enumerate(edits):
             edit.save(folder / f"{i:04d}.safetensors")
     return Path(to)
@@ -127,26 +123,3 @@ def _write_record(lm: LanguageModel, place: Path, originals: bool) -> None:
         "versions": versions(),
     }
     write_durably(place / _RECORD, canonical_json(record).encode())
-
-
-@contextlib.contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes its place at `target` when the context is left without an error."""
-    if target.exists():
-        raise ArtifactExists(f"{target} exists; name a folder that does not")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield scratch
-        for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        os.chmod(scratch, 0o755)
-        scratch.rename(target)
-    except OSError as e:
-        if isinstance(e, ReprobeError):
-            raise
-        raise DiskFull(f"{target} could not be written: {e}; nothing was left behind") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    sync_folder(target.parent)

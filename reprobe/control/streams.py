@@ -76,18 +76,18 @@ class AddContrast(Operator):
                 "lm.logprobs computes beginnings that texts share once, so its rows are not prompts and no contrast "
                 "can be taken between them: use repe.logprobs"
             )
-        if tokens.n_prompts % 3:
+        if tokens.n_prompts % 3 or not tokens.all_prompts:
             raise UsageError(
                 f"{type(self).__name__} at {self.site} takes texts three times, with their own, the positive and the "
-                f"negative prompt, and this run has {tokens.n_prompts} prompts: use repe.generate or repe.logprobs"
+                f"negative prompt, all in one pass, and this run has {tokens.n_prompts} prompts, {tokens.rows} rows in "
+                "this pass: use repe.generate or repe.logprobs"
             )
         chosen = self.tokens.choose(tokens)
         if chosen is False:
             return False
         where = tokens.real if chosen is True else chosen
         base = where[: tokens.rows // 3]
-        if not tokens.all_generated:
-            self._require_same_tokens(base, tokens)
+        self._require_same_tokens(base, tokens)
         return base.repeat(3, 1) if self.into == "all" else torch.cat([base, torch.zeros_like(base).repeat(2, 1)])
 
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
@@ -107,6 +107,11 @@ class AddContrast(Operator):
         for mine, other in ((x[0], y) for x in (from_end, ids) for y in x[1:]):
             same &= mine == other
         if bool((base & ~same).any()):
+            if tokens.all_generated:
+                raise UsageError(
+                    f"the three rows of a text went on with different tokens, and {type(self).__name__} at {self.site} "
+                    "takes the difference at one and the same: repe.generate keeps them in step"
+                )
             raise UsageError(
                 f"the three prompts of a text do not end alike: {type(self).__name__} at {self.site} on {self.tokens} "
                 "reaches tokens that differ between them. Let the prompts differ earlier, pad on the left, or act on "

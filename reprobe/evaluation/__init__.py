@@ -1,5 +1,6 @@
 """Evaluation: the effect and the side effects of interventions."""
 
+from reprobe.evaluation.causation import Causation, causes
 from reprobe.evaluation.choices import METRICS, PRIMER, Choices, ChoiceScore, compare, multiple_choice
 from reprobe.evaluation.effect import Contrast, Readout, divergence, dose_response, log_odds
 from reprobe.evaluation.generation import distinct, entropy, fluency
@@ -11,6 +12,7 @@ __all__ = [
     "METRICS",
     "NEUTRAL",
     "PRIMER",
+    "Causation",
     "ChoiceScore",
     "Choices",
     "Contrast",
@@ -18,6 +20,7 @@ __all__ = [
     "Readout",
     "SideEffects",
     "Tuned",
+    "causes",
     "compare",
     "distinct",
     "divergence",

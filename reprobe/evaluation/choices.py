@@ -19,6 +19,7 @@ from scipy.special import logsumexp
 
 from reprobe.errors import DataError, UsageError
 from reprobe.evaluation.means import mean_of, share_of
+from reprobe.methods.dola import DoLa
 from reprobe.model.language_model import LanguageModel
 from reprobe.progress import Progress, silent
 from reprobe.prompts import PromptSet
@@ -95,6 +96,7 @@ def multiple_choice(
     data: PromptSet | str,
     *,
     primer: str = PRIMER,
+    decoding: DoLa | None = None,
     batch_tokens: int | None = None,
     progress: Progress = silent,
 ) -> Choices:
@@ -103,8 +105,9 @@ def multiple_choice(
     `data` (a prompt set, or what `PromptSet.load` takes) has the columns `question`, `answer`, `label` (1 true,
     0 false), `group`, and, unless a question has one true answer only, `best`, which marks the true answer of MC1.
     Where it has columns `mc1` and `mc2` (the benchmark's JSON), they say which answers take part in which metric, MC3
-    being over those of MC2. `batch_tokens` bounds the tokens of a forward pass. Raises `DataError` for columns or
-    sides that a question lacks.
+    being over those of MC2. With `decoding`, an answer's score is the sum of its tokens' contrasts, plausible or not,
+    as its authors score TruthfulQA. `batch_tokens` bounds the tokens of a forward pass. Raises `DataError` for columns
+    or sides that a question lacks.
     """
     prompts = data if isinstance(data, PromptSet) else PromptSet.load(data)
     questions = _questions(prompts)
@@ -114,7 +117,10 @@ def multiple_choice(
         block = questions[start : start + _BLOCK]
         texts = [f"{before}Q: {q.question}\nA:" for q in block]
         answers = [[f" {answer}" for answer in q.answers] for q in block]
-        scores += lm.logprobs(texts, answers, batch_tokens=batch_tokens)
+        if decoding is None:
+            scores += lm.logprobs(texts, answers, batch_tokens=batch_tokens)
+        else:
+            scores += decoding.logprobs(lm, texts, answers, plausible=False, batch_tokens=batch_tokens)
         progress("score", start + len(block), len(questions))
     rows = [
         {"id": i, "question": q.question, "answer": a, "label": int(t), "best": j == q.best, "score": float(s)}

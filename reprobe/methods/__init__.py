@@ -1,5 +1,5 @@
 """Published methods, one paper one file: combinations of the stations before, with no hooks of their own.
 
-Those of control (`iti`, `caa`, `actadd`, `repe`, `refusal`, `cast`) return a `Steering`. Import the one you need:
-`from reprobe.methods import iti`.
+Those of control (`iti`, `caa`, `actadd`, `repe`, `refusal`, `cast`) return a `Steering`; `dola` is a way to decode.
+Import the one you need: `from reprobe.methods import iti`.
 """

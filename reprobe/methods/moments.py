@@ -56,34 +56,37 @@ class Sample:
     tokens: int = TOKENS
     seed: int = 0
 
-    def rows(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
-        """Token ids, about `_SAMPLED_TOKENS` a row, in all at least `tokens`."""
+    def texts(self, lm: LanguageModel, progress: Progress) -> Iterator[str]:
+        """Texts of in all at least `tokens` tokens, each with its opening; of an edited model, its base's."""
         base = ledger_of(lm).base
         file = cache_folder() / "samples" / f"{digest([base.weights, base.dtype, self.digest(lm)])}.json"
 
         def make(scratch: Path) -> None:
             with unedited(lm):
-                rows = [row.tolist() for row in self._sampled(lm, progress)]
-            (scratch / file.name).write_text(json.dumps(rows))
+                (scratch / file.name).write_text(json.dumps(list(self._written(lm, progress))))
 
         build(file, make, whole=lambda path: path.is_file())
         try:
-            yield from (np.array(row, dtype=np.int64) for row in json.loads(file.read_text()))
+            yield from json.loads(file.read_text())
         except ValueError as error:
             raise CorruptArtifact(f"{file} is damaged ({error}); delete it") from error
 
-    def _sampled(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
-        """The same, written anew."""
+    def rows(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
+        """Token ids, about `_SAMPLED_TOKENS` a row, in all at least `tokens`."""
+        return (row.ids for row in tokenise(lm.tokenizer, list(self.texts(lm, progress))))
+
+    def _written(self, lm: LanguageModel, progress: Progress) -> Iterator[str]:
         done = batch = 0
         while done < self.tokens:
             first = batch * _SAMPLED_ROWS
             openings = [OPENINGS[(first + i) % len(OPENINGS)] for i in range(_SAMPLED_ROWS)]
             new = min(_SAMPLED_TOKENS, (lm.context or _SAMPLED_TOKENS) // 2)
             seed = self.seed * 1_000_003 + batch
-            texts = lm.generate(openings, max_new_tokens=new, do_sample=True, top_k=50, seed=seed)
-            for row in tokenise(lm.tokenizer, [a + b for a, b in zip(openings, texts, strict=True)]):
+            written = lm.generate(openings, max_new_tokens=new, do_sample=True, top_k=50, seed=seed)
+            texts = [a + b for a, b in zip(openings, written, strict=True)]
+            for text, row in zip(texts, tokenise(lm.tokenizer, texts), strict=True):
                 done += len(row.ids)
-                yield row.ids
+                yield text
             batch += 1
             progress("sample", min(done, self.tokens), self.tokens)
 

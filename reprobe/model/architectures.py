@@ -18,6 +18,8 @@ from reprobe.model.sites import Parts, Site, ranges
 
 #: Attention implementations of transformers that take a prepared mask as it is.
 _TAKE_MASKS = ("eager", "sdpa")
+#: Up to so many rows, a CPU goes through a large matrix faster as matrix × rows (half the time or less, in float32).
+_FEW_ROWS = 8
 _BLOCK_IN = Place("", "in")
 _BLOCK_OUT = Place("", "out")
 
@@ -222,17 +224,37 @@ class Architecture:
 
     # -- logits ----------------------------------------------------------------------------------------------
 
-    def unembed(self, net: Any, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits from vectors at `final`, with the family's scale or soft cap.
+    def normed(self, net: Any, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """A state of the stream as the final norm would hand it to the unembedding.
 
-        For encoders these are the logits of the masked-language-modelling head. `h` is moved to the network's
-        device and dtype. Raises `UnsupportedOperation` without a head.
+        The norm's arithmetic alone: hooks on the module, which are meant for the network's own passes, do not run.
         """
-        modules = self.head(net)
+        norm = self.final_norm(net)
+        if norm is None:
+            return h
+        out: Tensor = norm.forward(h.to(next((p.device for p in norm.parameters()), h.device)))
+        return out
+
+    def unembed(
+        self,
+        net: Any,
+        h: Float[Tensor, "*rows d_model"],
+        tokens: Int[Tensor, " tokens"] | None = None,
+        *,
+        raw: bool = False,
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits from vectors at `final`, with the family's scale or soft cap, or `raw`, as the head's modules return.
+
+        `tokens`: of these tokens only, (*rows, tokens). For encoders these are the logits of the
+        masked-language-modelling head. `h` is moved to the network's device and dtype. Raises `UnsupportedOperation`
+        without a head.
+        """
+        *before, last = self.head(net)
         h = h.to(device=net.device, dtype=net.dtype)
-        for module in modules:
+        for module in before:
             h = module(h)
-        return self.row.logits(h, net.config)
+        logits = _read_out(last, h, tokens)
+        return logits if raw else self.row.logits(logits, net.config)
 
 
 def architecture_of(net: Any) -> Architecture:
@@ -279,3 +301,21 @@ def _find(module: nn.Module, path: str, family: str) -> nn.Module:
 def _in_width(projection: Any) -> int:
     # Conv1D of transformers (GPT-2) calls it nx; other linear layers, quantised ones included, in_features.
     return int(projection.in_features if hasattr(projection, "in_features") else projection.nx)
+
+
+def _read_out(head: nn.Module, h: Tensor, tokens: Tensor | None) -> Tensor:
+    """The output of the head for some tokens only (None: for all)."""
+    rows = h.numel() // h.shape[-1]
+    few = h.device.type == "cpu" and 2 <= rows <= _FEW_ROWS
+    # Of a head that is quantised, adapted or kept elsewhere only the whole is sure to be right.
+    if type(head) is not nn.Linear or head.weight.device != h.device or (tokens is None and not few):
+        out: Tensor = head(h)
+        return out if tokens is None else out[..., tokens]
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if tokens is not None:
+        weight, bias = weight[tokens], None if bias is None else bias[tokens]
+    if not few:
+        return nn.functional.linear(h, weight, bias)
+    out = (weight @ h.reshape(rows, -1).T).T.contiguous().view(*h.shape[:-1], -1)
+    return out if bias is None else out + bias

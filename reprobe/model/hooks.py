@@ -1,4 +1,4 @@
-"""The only hooks in the house: reading activations (`observe`, `follow`, `capture`) and changing them (`intervene`).
+"""The only hooks in the house: reading activations (`observe`, `follow`, `capture`, `visit`), changing (`intervene`).
 
 Enters: a language model, sites, and objects that say what to do there. Leaves: tensors, and a network without a
 trace of us after any exit. Does not know what an intervention means, which prompts run or where activations go.
@@ -125,6 +125,16 @@ class Board:
             yield
         finally:
             self._run, self._fresh = before, True
+
+    @contextlib.contextmanager
+    def standing(self, tokens: Tokens) -> Iterator[None]:
+        """Say which tokens the blocks hold that are called one by one inside, without a pass of the network."""
+        before = self._tokens, self._shape
+        self._tokens, self._shape = tokens, (tokens.rows, tokens.now)
+        try:
+            yield
+        finally:
+            self._tokens, self._shape = before
 
     # -- hooks ------------------------------------------------------------------------------------------------
 
@@ -262,14 +272,14 @@ class Board:
         past = 0 if cache is None else int(cache.get_seq_length())
         told = self._run is not None
         run = self._run or self._called_directly(first, past, args, kwargs)
+        ids = None if first.is_floating_point() else first
         if self._followers:
-            ids = None if first.is_floating_point() else first
             fresh = self._fresh or (past == 0 and not told)
             for follower in self._followers:
                 follower(Pass(run.prompts, fresh, past, rows, now, ids))
         self._fresh = False
         if self._interventions:
-            self._tokens = Tokens(run, rows, past, now)
+            self._tokens = Tokens(run, rows, past, now, ids)
 
     def _called_directly(self, ids: Tensor, past: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """The run of a pass that nobody told of: its prompts are what the first pass of its sequence held."""
@@ -407,18 +417,22 @@ def board_of(lm: "LanguageModel") -> Board:
 
 
 @contextlib.contextmanager
-def observe(lm: "LanguageModel", sites: Iterable[Site | str] | Site | str) -> Iterator[dict[Site, Tensor]]:
+def observe(
+    lm: "LanguageModel",
+    sites: Iterable[Site | str] | Site | str,
+    select: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[dict[Site, Tensor]]:
     """Read activations of whatever runs inside the context.
 
     Yields a dict that after each forward pass holds, per site, the activations of that pass: (rows, columns, width)
-    in the network's dtype, on its device, detached copies. With interventions active it shows what the rest of the
-    network sees. Raises `UnknownSite`.
+    in the network's dtype, on its device, detached copies; or what `select` maps them to. With interventions active it
+    shows what the rest of the network sees. Raises `UnknownSite`.
     """
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site, h: Tensor) -> None:
         # A copy: some families go on to change the tensor in place (`mlp_output += attention_output`).
-        seen[site] = h.detach().clone()
+        seen[site] = (h if select is None else select(h)).detach().clone()
 
     with board_of(lm).entered(observers=[(site, keep) for site in lm.sites(sites)]):
         yield seen
@@ -475,19 +489,30 @@ def capture(
     unwanted tokens are never copied anywhere. Without it all is kept. Runs without gradients.
     """
     seen: dict[Site, Tensor] = {}
-    wanted = set(sites)
 
     def keep(site: Site, h: Tensor) -> None:
         seen[site] = h.clone() if select is None else select(h)
+
+    visit(lm, inputs, sites, keep)
+    return {site: seen[site] for site in sites}
+
+
+def visit(lm: "LanguageModel", inputs: Mapping[str, Any], sites: Sequence[Site], observer: Observer) -> None:
+    """`capture` for those who compute from a site's value as it passes, while it is in the cache, and keep nothing."""
+    seen: set[Site] = set()
+    wanted = set(sites)
+
+    def show(site: Site, h: Tensor) -> None:
+        observer(site, h)
+        seen.add(site)
         if len(seen) == len(wanted):
             raise _Stop
 
     board, mask = board_of(lm), inputs.get("attention_mask")
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(board.entered(observers=[(site, keep) for site in sites]))
+        stack.enter_context(board.entered(observers=[(site, show) for site in sites]))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             stack.enter_context(board.told(Prompts(mask.bool(), int(mask.shape[1]), {})))
         stack.enter_context(contextlib.suppress(_Stop))
         lm.architecture.trunk(lm.net)(**inputs, **lm.no_cache)
-    return {site: seen[site] for site in sites}

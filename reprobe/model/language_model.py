@@ -32,6 +32,7 @@ from reprobe.model import bundled, gguf
 from reprobe.model.architectures import Architecture, architecture_of, kind_of
 from reprobe.model.chat import Messages
 from reprobe.model.checks import residuals
+from reprobe.model.decoding import Decoding, Scored, TokenScorer
 from reprobe.model.hooks import board_of, follow, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
 from reprobe.model.monitor import DirectionLike, Monitor, checked
@@ -241,8 +242,7 @@ class LanguageModel:
         room: int = 0,
     ) -> list[TokenisedText]:
         batch = _batch(prompts)
-        if spans is not None and len(spans) != len(batch):
-            raise UsageError(f"{len(batch)} prompts but {len(spans)} span mappings; give one mapping per prompt")
+        _require_spans(spans, batch)
         limit = None if self.context is None else self.context - room
         if limit is not None and limit < 1:
             raise PromptTooLong(
@@ -390,9 +390,14 @@ class LanguageModel:
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def unembed(self, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits from vectors at `final` (after the final norm), with the family's scale and soft cap."""
-        return self.architecture.unembed(self.net, h)
+    def unembed(
+        self, h: Float[Tensor, "*rows d_model"], tokens: Int[Tensor, " tokens"] | None = None
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits from vectors at `final` (after the final norm), with the family's scale and soft cap.
+
+        With `tokens`, theirs only, (*rows, tokens): no more is computed.
+        """
+        return self.architecture.unembed(self.net, h, tokens)
 
     @torch.no_grad()
     def logprobs(
@@ -401,6 +406,7 @@ class LanguageModel:
         continuations: Sequence[str] | Sequence[Sequence[str]],
         *,
         mean: bool = False,
+        spans: Sequence[Mapping[str, Span]] | None = None,
         batch_tokens: int | None = None,
     ) -> list[np.ndarray]:
         """Log-probability (nats) of continuations, summed over their tokens, or with `mean` averaged over them.
@@ -409,19 +415,52 @@ class LanguageModel:
         with its prompt and found again by character offsets, so a token that straddles the seam counts as the
         continuation's. For interventions the continuation's tokens count as generated, and what differs from prompt to
         prompt (a gate, a strength per row) is the prompt's. A leading blank belongs to the continuation. Beginnings
-        that texts share are computed once, where the architecture allows it.
+        that texts share are computed once, where the architecture allows it. `spans` names character ranges, one
+        mapping per prompt, for interventions on them.
         `batch_tokens` bounds the tokens of one forward pass. Raises `PromptTooLong`.
         """
         self._need_decoder("logprobs")
+        rows, prompt, lengths = self._continued_rows(prompts, continuations, spans)
+        each = self._scores(rows, prompt, len(lengths), batch_tokens)
+        scores = (own.mean() if mean else own.sum() for own in each)
+        return [np.fromiter(islice(scores, n), np.float64, n) for n in lengths]
+
+    @torch.no_grad()
+    def scored(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[str] | Sequence[Sequence[str]],
+        scorer: TokenScorer,
+        *,
+        batch_tokens: int | None = None,
+    ) -> list[list[Scored]]:
+        """What `scorer` makes of every token of continuations, in the passes of `logprobs` and under its rules.
+
+        One list of continuations per prompt → one list per prompt.
+        """
+        self._need_decoder("scored")
+        rows, prompt, lengths = self._continued_rows(prompts, continuations)
+        each = self._scores(rows, prompt, len(lengths), batch_tokens, scorer)
+        found = (Scored(r.ids[r.suffix :], own) for r, own in zip(rows, each, strict=True))
+        return [list(islice(found, n)) for n in lengths]
+
+    def _continued_rows(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[str] | Sequence[Sequence[str]],
+        spans: Sequence[Mapping[str, Span]] | None = None,
+    ) -> tuple[list[TokenisedText], Int[np.ndarray, " rows"], list[int]]:
+        """A row per continuation, the number of its prompt, and how many continuations each prompt has."""
         batch = _batch(prompts)
         lists: list[Any] = [continuations] if isinstance(prompts, str) or _is_chat(prompts) else list(continuations)
         if len(lists) != len(batch) or any(isinstance(c, str) for c in lists):
             raise UsageError(f"{len(batch)} prompts need {len(batch)} lists of continuations, got {len(lists)} items")
+        _require_spans(spans, batch)
         flat = [(i, c) for i, group in enumerate(lists) for c in group]
-        rows = self._continue([(batch[i], c) for i, c in flat])
-        each = self._scores(rows, np.asarray([i for i, _ in flat]), len(batch), batch_tokens)
-        scores = (own.mean() if mean else own.sum() for own in each)
-        return [np.fromiter(islice(scores, len(group)), np.float64, len(group)) for group in lists]
+        if not flat:
+            raise UsageError(f"{len(batch)} prompts, and no continuation of any: there is nothing to score")
+        rows = self._continue([(batch[i], c) for i, c in flat], None if spans is None else [spans[i] for i, _ in flat])
+        return rows, np.asarray([i for i, _ in flat]), [len(group) for group in lists]
 
     @torch.no_grad()
     def perplexity(self, texts: str | Sequence[str], *, batch_tokens: int | None = None) -> float:
@@ -439,9 +478,17 @@ class LanguageModel:
         return float(np.exp(-np.concatenate(each).mean()))
 
     def _scores(
-        self, rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"], n_prompts: int, batch_tokens: int | None
-    ) -> list[Float[np.ndarray, " tokens"]]:
-        """Log-probability of each of a row's tokens from `suffix` on, in float64; row i is of prompt `prompt[i]`."""
+        self,
+        rows: Sequence[TokenisedText],
+        prompt: Int[np.ndarray, " rows"],
+        n_prompts: int,
+        batch_tokens: int | None,
+        scorer: TokenScorer | None = None,
+    ) -> list[Float[np.ndarray, " tokens *numbers"]]:
+        """Log-probability of each of a row's tokens from `suffix` on, in float64; row i is of prompt `prompt[i]`.
+
+        Or, with a `scorer`, its numbers.
+        """
         board = board_of(self)
         # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
         # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
@@ -452,19 +499,24 @@ class LanguageModel:
         )
         starts = np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])])
         plan = self.plan(numbers, starts, budget=batch_tokens)
+        named = sorted(set.intersection(*(set(r.spans) for r in rows)))
         out = [np.zeros(0)] * len(rows)
         memory: dict[Any, Any] = {}
         for k in range(plan.n_packs):
             layout = lay_out(plan, k, numbers, starts)
+            texts = [rows[p] for p in plan.pack(k)]
             told = PackedTokens(
                 at=self._put(layout.at),
                 of=self._put(np.repeat(prompt[plan.pack(k)], np.diff(layout.starts))),
                 n_prompts=n_prompts,
                 memory=memory,
+                spans={name: self._put(_in_pack(layout, [r.spans[name] for r in texts])) for name in named},
                 **self._roles_of(layout, sequences),
             )
             layout = replace(layout, ids=layout.ids // len(_Role) % vocabulary)
-            with board.told(told):
+            with contextlib.ExitStack() as stack:
+                seen = {} if scorer is None else stack.enter_context(observe(self, scorer.sites))
+                stack.enter_context(board.told(told))
                 hidden = self.architecture.trunk(self.net)(**self.pack_inputs(layout), **self.no_cache)
             prompts = plan.pack(k)
             # Continuation tokens, and the places before them, which predict them; of a place all share the logits.
@@ -473,8 +525,15 @@ class LanguageModel:
             )
             places, which = np.unique(layout.at[asked - 1], return_inverse=True)
             targets = layout.ids.ravel()[layout.at[asked]]
-            states = hidden.last_hidden_state.flatten(0, 1)
-            each = self._token_logprobs(states[torch.from_numpy(places).to(states.device)], which, targets)
+
+            def there(h: Tensor, places: np.ndarray = places) -> Tensor:
+                return h.flatten(0, 1)[torch.from_numpy(places).to(h.device)]
+
+            final = there(hidden.last_hidden_state)
+            if scorer is None:
+                each = self.token_logprobs(final, which, targets)
+            else:
+                each = scorer(final, {site: there(h) for site, h in seen.items()}, which, targets)
             cuts = np.cumsum([len(rows[p].ids) - rows[p].suffix for p in prompts])[:-1]
             for p, own in zip(prompts, np.split(each, cuts), strict=True):
                 out[p] = own
@@ -500,10 +559,10 @@ class LanguageModel:
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _token_logprobs(
+    def token_logprobs(
         self, states: Float[Tensor, "places d_model"], which: np.ndarray, targets: np.ndarray
     ) -> Float[np.ndarray, " tokens"]:
-        """Log-probability of each target token after the state `which` of those given, in float64."""
+        """Log-probability (nats, float64) of each target token after the state, at `final`, that `which` names."""
         out = np.zeros(len(targets))
         step = max(1, _LOGITS_AT_ONCE // self._vocabulary)
         for start in range(0, len(states), step):
@@ -522,13 +581,15 @@ class LanguageModel:
         max_new_tokens: int = 40,
         spans: Sequence[Mapping[str, Span]] | None = None,
         seed: int | None = None,
+        decoding: Decoding | None = None,
         **options: Any,
     ) -> list[str]:
         """Continuations of prompts as text, without the prompt; greedy unless `do_sample=True` or `num_beams=…`.
 
-        `options` go to transformers' `generate`. With `num_return_sequences=k`, k texts per prompt follow each
-        other. `seed` makes sampling repeatable and leaves the global random state as it was. Raises
-        `PromptTooLong` if prompt and new tokens do not fit the context.
+        `decoding` is another way to score the next token (`methods.dola.DoLa`). `options` go to transformers'
+        `generate`. With `num_return_sequences=k`, k texts per prompt follow each other. `seed` makes sampling
+        repeatable and leaves the global random state as it was. Raises `PromptTooLong` if prompt and new tokens do not
+        fit the context.
         """
         self._need_decoder("generate")
         for ours in ("input_ids", "inputs", "attention_mask"):
@@ -556,11 +617,12 @@ class LanguageModel:
             self._told(batch, _ids(chosen("eos_token_id")), self.pad_id if one_by_one else None),
             torch.random.fork_rng(devices, enabled=seed is not None),
             _quiet_transformers(),
+            contextlib.nullcontext({}) if decoding is None else decoding.generating(self, batch.real, settings) as own,
         ):
             if seed is not None:
                 torch.manual_seed(seed)
             tokens = self.net.generate(
-                input_ids=batch.input_ids, attention_mask=batch.real.long(), pad_token_id=self.pad_id, **settings
+                input_ids=batch.input_ids, attention_mask=batch.real.long(), pad_token_id=self.pad_id, **settings | own
             )
         new = tokens[:, batch.input_ids.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -600,21 +662,26 @@ class LanguageModel:
                 width = max(r.suffix for r in texts)
                 columns = width + max(len(r.ids) - r.suffix for r in texts)
                 padded = self._lay(texts, [width - r.suffix for r in texts], columns)
-                with board_of(self).told(Prompts(padded.real, width, {}, padded.input_ids)):
+                told = Prompts(padded.real, width, {}, padded.input_ids)
+                if not in_step:
+                    told = replace(told, numbers=self._put(np.asarray(numbers, np.int64)), given=len(rows))
+                with board_of(self).told(told):
                     self.architecture.trunk(self.net)(**self.inputs(padded), **self.no_cache)
                 for states, i, r in zip(seen[where], numbers, texts, strict=True):
                     found[int(i)] = states[width - 1 : width + len(r.ids) - r.suffix].clone()
         return [Continued(row.ids[row.suffix :], found[i]) for i, row in enumerate(rows)]
 
-    def _continue(self, pairs: Sequence[tuple[Prompt, str]]) -> list[TokenisedText]:
-        """Prompts, tokenised together with a continuation each."""
+    def _continue(
+        self, pairs: Sequence[tuple[Prompt, str]], spans: Sequence[Mapping[str, Span]] | None = None
+    ) -> list[TokenisedText]:
+        """Prompts, tokenised together with a continuation each; spans are of the prompts, one mapping per pair."""
         if any(not continuation for _, continuation in pairs):
             raise UsageError("an empty continuation has no log-probability")
         rows = tokenise(
             self.tokenizer,
             [prompt for prompt, _ in pairs],
             suffixes=[continuation for _, continuation in pairs],
-            spans=None,
+            spans=spans,
             context=self.context,
             truncate=None,
         )
@@ -726,6 +793,14 @@ def _roles(row: TokenisedText) -> np.ndarray:
     return roles
 
 
+def _in_pack(layout: Layout, tokens: Sequence[Int[np.ndarray, " in_span"]]) -> Bool[np.ndarray, "rows columns"]:
+    """Which places of a pack hold the given tokens of its texts."""
+    mask = np.zeros(layout.real.size, np.bool_)
+    for start, own in zip(layout.starts, tokens, strict=False):
+        mask[layout.at[start + np.asarray(own, np.int64)]] = True
+    return mask.reshape(layout.real.shape)
+
+
 def _beginnings(
     rows: Sequence[TokenisedText], prompt: Int[np.ndarray, " rows"]
 ) -> tuple[list[tuple[int, int]], Int[np.ndarray, " rows"]]:
@@ -735,6 +810,11 @@ def _beginnings(
         found.setdefault((int(p), r.ids[: r.suffix].tobytes()), len(found)) for r, p in zip(rows, prompt, strict=True)
     ]
     return [(p, len(ids) // rows[0].ids.itemsize) for p, ids in found], np.asarray(number, np.int64)
+
+
+def _require_spans(spans: Sequence[Mapping[str, Span]] | None, batch: Sequence[Prompt]) -> None:
+    if spans is not None and len(spans) != len(batch):
+        raise UsageError(f"{len(batch)} prompts but {len(spans)} span mappings; give one mapping per prompt")
 
 
 def _is_chat(prompt: Any) -> bool:

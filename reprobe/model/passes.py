@@ -28,7 +28,8 @@ class Prompts:
     marks real tokens (columns beyond it are real: they come from generation), `spans[name]` those of a named span;
     None where spans are not known, because the network was called directly. `ids` are their tokens, if known. A
     generated row is at its end with one of the tokens `ends`, and is then filled up; `filler` fills a row that ended in
-    another way (None where all rows end together).
+    another way (None where all rows end together). Where these are a part of the prompts that were given, `numbers` are
+    theirs among the `given`.
     """
 
     real: Bool[Tensor, "prompts columns"]
@@ -37,10 +38,12 @@ class Prompts:
     ids: Int[Tensor, "prompts columns"] | None = None
     ends: frozenset[int] = frozenset()
     filler: int | None = None
+    numbers: Int[Tensor, " prompts"] | None = None
+    given: int | None = None
 
     @property
     def n(self) -> int:
-        """How many prompts there are."""
+        """How many prompts there are here."""
         return int(self.real.shape[0])
 
     @cached_property
@@ -120,14 +123,18 @@ class Tokens:
     i // copies. `memory` lasts for the run, `once` for the pass.
     """
 
-    def __init__(self, run: Run, rows: int, past: int, now: int) -> None:
+    def __init__(self, run: Run, rows: int, past: int, now: int, ids: Int[Tensor, "rows now"] | None = None) -> None:
         prompts = run.prompts
         if rows % prompts.n:
             raise UnsupportedOperation(
                 f"a pass of {rows} rows does not fit {prompts.n} prompts: generate through lm.generate"
             )
         self._prompts, self._past = prompts, past
-        self.rows, self.now, self.n_prompts = rows, now, prompts.n
+        #: The tokens themselves; None where they are not known.
+        self.ids = ids
+        self.rows, self.now = rows, now
+        #: Of how many prompts, as given, this is a pass, or a part of the passes.
+        self.n_prompts = prompts.n if prompts.given is None else prompts.given
         self._copies = rows // prompts.n
         self.memory = run.memory
         self.once: dict[Any, Any] = {}
@@ -137,8 +144,8 @@ class Tokens:
         self.all_generated, self.none_generated = past >= prompts.width, past + now <= prompts.width
         #: Whether the pass holds the prompts from their first to their last token.
         self.whole_prompts = past == 0 and now >= prompts.width
-        #: Whether every prompt of the run has tokens in the pass.
-        self.all_prompts = True
+        #: Whether every prompt of those given has tokens in the pass.
+        self.all_prompts = prompts.numbers is None
 
     @cached_property
     def _columns(self) -> Int[Tensor, " now"]:
@@ -153,12 +160,6 @@ class Tokens:
     def real(self) -> Bool[Tensor, "rows now"]:
         """False on pads."""
         return self._window(self._prompts.real, True)
-
-    @cached_property
-    def ids(self) -> Int[Tensor, "rows now"] | None:
-        """The tokens themselves, −1 where they were not given but generated; None where they are not known."""
-        known = self._prompts.ids
-        return None if known is None else self._window(known, -1)
 
     @cached_property
     def generated(self) -> Bool[Tensor, "rows now"]:
@@ -192,7 +193,8 @@ class Tokens:
     @cached_property
     def prompt(self) -> Int[Tensor, "rows _"]:
         """Which prompt, as given, each token belongs to."""
-        return torch.arange(self.rows, device=self._prompts.real.device)[:, None] // self._copies
+        here = torch.arange(self.rows, device=self._prompts.real.device)[:, None] // self._copies
+        return here if self._prompts.numbers is None else self._prompts.numbers[here]
 
     @cached_property
     def prompt_lengths(self) -> Int[Tensor, "rows _"]:
@@ -218,7 +220,11 @@ class Tokens:
 
     def touched(self, mask: Bool[Tensor, "rows now"]) -> Bool[Tensor, " prompts"]:
         """The prompts of which a token is in the mask."""
-        return mask.any(1).view(self.n_prompts, self._copies).any(1)
+        here = mask.any(1).view(self._prompts.n, self._copies).any(1)
+        if self._prompts.numbers is None:
+            return here
+        numbers = self._prompts.numbers.to(here.device)
+        return torch.zeros(self.n_prompts, dtype=torch.bool, device=here.device).scatter(0, numbers, here)
 
 
 class PackedTokens(Tokens):
@@ -227,6 +233,7 @@ class PackedTokens(Tokens):
     The pack's texts have their tokens at the places `at` of the flattened rows, of the prompts `of`. `sequence` says of
     each token which beginning (a prompt's tokens) it stands in or follows, `prompt` of which prompt that is, `lengths`
     how many tokens it has: left out where trees are shared between prompts, which no intervention may then tell apart.
+    `spans` are those that every prompt of the run has.
     """
 
     def __init__(
@@ -244,6 +251,7 @@ class PackedTokens(Tokens):
         sequence: Int[Tensor, "rows now"] | None = None,
         prompt: Int[Tensor, "rows now"] | None = None,
         lengths: Int[Tensor, "rows now"] | None = None,
+        spans: Mapping[str, Bool[Tensor, "rows now"]] | None = None,
     ) -> None:
         self.rows, self.now = (int(n) for n in real.shape)
         self.real, self.generated, self.last, self.positions = real, generated, last, positions
@@ -253,6 +261,7 @@ class PackedTokens(Tokens):
         self.whole_prompts, self.all_prompts = True, False
         self.ids = None
         self._at, self._of, self._sequence = at, of, sequence
+        self._spans = spans or {}
         if prompt is not None:
             self.prompt = prompt
         if lengths is not None:
@@ -263,10 +272,13 @@ class PackedTokens(Tokens):
         return 0
 
     def span(self, name: str) -> Bool[Tensor, "rows now"]:
-        raise UsageError(
-            f"the scope span:{name} names a span that these prompts do not have; their spans: none (lm.logprobs takes "
-            "no spans: use lm.logits(prompts, spans=…))"
-        )
+        if name not in self._spans:
+            have = ", ".join(sorted(self._spans)) or "none"
+            raise UsageError(
+                f"the scope span:{name} names a span that not every one of these prompts has; their spans: {have} "
+                "(give lm.logprobs spans=…)"
+            )
+        return self._spans[name]
 
     def mean(
         self, h: Float[Tensor, "rows now width"], mask: Bool[Tensor, "rows now"]

@@ -12,7 +12,7 @@ again. So nothing about a family is repeated here.
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedOperation
 from reprobe.model.hooks import board_of, called, observe
+from reprobe.model.passes import Prompts, Run, Tokens
 from reprobe.model.sites import Site
 
 if TYPE_CHECKING:
@@ -64,6 +65,13 @@ class _Call:
     kwargs: Mapping[str, Any]
     named: bool
 
+    def run(self, h: Tensor, own: Callable[[Any], Any]) -> Tensor:
+        """The block's output for the stream `h`, each other argument replaced by `own` of it."""
+        args, kwargs = [own(value) for value in self.args], {name: own(value) for name, value in self.kwargs.items()}
+        out = self.block(*args, hidden_states=h, **kwargs) if self.named else self.block(h, *args, **kwargs)
+        found: Tensor = out if isinstance(out, Tensor) else out[0]
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Tail:
@@ -87,10 +95,7 @@ class Tail:
             return cache if value is self._given else value
 
         for call in self._calls:
-            kwargs = {name: own(value) for name, value in call.kwargs.items()}
-            args = tuple(own(value) for value in call.args)
-            out = call.block(*args, hidden_states=h, **kwargs) if call.named else call.block(h, *args, **kwargs)
-            h = out if isinstance(out, Tensor) else out[0]
+            h = call.run(h, own)
         norm = self._lm.architecture.final_norm(self._lm.net)
         return h if norm is None else norm(h)
 
@@ -104,8 +109,7 @@ def tail_above(lm: "LanguageModel", batch: Aligned, layer: int, sites: Sequence[
     """
     from transformers import DynamicCache
 
-    if lm.architecture.kind != "decoder":
-        raise UnsupportedOperation(f"{lm.name} is an encoder ({lm.architecture.family}): it has no earlier tokens")
+    require_decoder(lm)
     if board_of(lm).changed:
         raise UnsupportedOperation("the model is being steered: leave the steering context first")
     trunk = lm.architecture.trunk(lm.net)
@@ -118,6 +122,148 @@ def tail_above(lm: "LanguageModel", batch: Aligned, layer: int, sites: Sequence[
     with observe(lm, sites) as seen, _recorded(blocks) as calls:
         trunk(**_inputs(lm, batch, first, batch.real.shape[1]), past_key_values=given, use_cache=True)
     return Tail(layer, dict(seen), lm, tuple(calls), cache, given)
+
+
+# -- rows that branch off at any token and any block ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Rows of equally many tokens that the network has run: what was seen there, and every block's keys and values.
+
+    `seen[site]` and `end`, the state after the final norm, are (rows, columns, width).
+    """
+
+    ids: Int[Tensor, "rows columns"]
+    seen: Mapping[Site, Float[Tensor, "rows columns width"]]
+    end: Float[Tensor, "rows columns d_model"]
+    _cache: Any
+
+
+@torch.no_grad()
+def hold(lm: "LanguageModel", ids: Int[Tensor, "rows columns"], sites: Sequence[Site]) -> Held:
+    """Run rows without padding, under whatever interventions are active. Raises `UnsupportedOperation` for encoders."""
+    from transformers import DynamicCache
+
+    require_decoder(lm)
+    cache, everything = DynamicCache(), torch.ones_like(ids, dtype=torch.bool)
+    with observe(lm, sites) as seen:
+        inputs = _inputs(lm, Aligned(ids, everything, 0), 0, ids.shape[1])
+        out = lm.architecture.trunk(lm.net)(**inputs, past_key_values=cache, use_cache=True)
+    return Held(ids, dict(seen), out.last_hidden_state, cache)
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """The blocks, one at a time, for tokens from column `first` on that follow the earlier tokens of held rows.
+
+    Rows are copies of the held ones: row r continues held row r mod (number of those). Made by `branches`.
+    """
+
+    first: int
+    _lm: "LanguageModel"
+    _held: Held
+    _calls: tuple[_Call, ...]
+    _given: Any
+
+    def run(self, layer: int, h: Float[Tensor, "rows columns d_model"]) -> Float[Tensor, "rows columns d_model"]:
+        """The output of block `layer` at the columns from `first` on, given its input. Interventions act there."""
+        return self._call(layer, h, self._past(layer, self.first, len(h)))
+
+    def run_end(
+        self, layer: int, h: Float[Tensor, "rows columns d_model"], end: "Branches"
+    ) -> Float[Tensor, "rows ending d_model"]:
+        """The same at the columns of `end` only, which begin later: of the others, only keys and values are computed.
+
+        For the last block, where no other token reads what they would become.
+        """
+        n = end.first - self.first
+        if n == 0:
+            return self.run(layer, h)
+        taken = _Taken()
+        with contextlib.suppress(_Enough):
+            self._call(layer, h, taken)
+        past = self._past(layer, self.first, len(h))
+        past.update(taken.keys.narrow(-2, 0, n), taken.values.narrow(-2, 0, n))
+        return end._call(layer, h[:, n:], past)
+
+    def _past(self, layer: int, columns: int, rows: int) -> Any:
+        """Keys and values of a block at the first columns, for copies of the held rows."""
+        held = self._held._cache.layers[layer]
+        own = type(held)()
+        if columns:
+            own.update(*(_copies(t.narrow(-2, 0, columns), rows // len(t)) for t in (held.keys, held.values)))
+        return own
+
+    @torch.no_grad()
+    def _call(self, layer: int, h: Tensor, past: Any) -> Tensor:
+        cache = copy.copy(self._held._cache)
+        cache.layers = [past if i == layer else other for i, other in enumerate(cache.layers)]
+        rows, now = len(h), h.shape[1]
+        real = torch.ones(rows, self.first + now, dtype=torch.bool, device=h.device)
+        tokens = Tokens(Run(Prompts(real, self.first + now, None)), rows, self.first, now)
+
+        def own(value: Any) -> Any:
+            return cache if value is self._given else _for_rows(value, rows)
+
+        with board_of(self._lm).standing(tokens):
+            return self._calls[layer].run(h, own)
+
+
+@torch.no_grad()
+def branches(lm: "LanguageModel", held: Held, first: int) -> Branches:
+    """What runs the blocks from column `first` on, behind the keys and values that `held` has before it."""
+    given = _branch(held._cache)
+    for i, layer in enumerate(given.layers):
+        given.layers[i] = own = type(layer)()
+        if first:
+            own.update(*(t[:1].narrow(-2, 0, first) for t in (layer.keys, layer.values)))
+    one = Aligned(held.ids[:1], torch.ones_like(held.ids[:1], dtype=torch.bool), first)
+    with _recorded(lm.architecture.blocks(lm.net)) as calls:
+        inputs = _inputs(lm, one, first, held.ids.shape[1])
+        lm.architecture.trunk(lm.net)(**inputs, past_key_values=given, use_cache=True)
+    return Branches(first, lm, held, tuple(calls), given)
+
+
+class _Enough(Exception):
+    """Ends a block's call when its keys and values are there."""
+
+
+class _Taken:
+    """Stands for a layer of a cache: keeps a block's keys and values, and ends its call before they are used."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.keys, self.values = keys, values
+        raise _Enough
+
+
+def _copies(held: Tensor, n: int) -> Tensor:
+    return held.repeat(n, *(1 for _ in held.shape[1:]))
+
+
+def _for_rows(value: Any, rows: int) -> Any:
+    """An argument that a block was given for one row, for `rows` rows.
+
+    Tensors begin with the row, or with row × head (ALiBi); vectors count columns.
+    """
+    if isinstance(value, Tensor) and value.ndim > 1:
+        return value.expand(rows, *value.shape[1:]) if value.shape[0] == 1 else _copies(value, rows)
+    if isinstance(value, tuple | list):
+        return type(value)(_for_rows(item, rows) for item in value)
+    if isinstance(value, dict):
+        return {name: _for_rows(item, rows) for name, item in value.items()}
+    return value
+
+
+# -- both -----------------------------------------------------------------------------------------------------------
+
+
+def require_decoder(lm: "LanguageModel") -> None:
+    if lm.architecture.kind != "decoder":
+        raise UnsupportedOperation(f"{lm.name} is an encoder ({lm.architecture.family}): it has no earlier tokens")
 
 
 def _inputs(lm: "LanguageModel", batch: Aligned, start: int, stop: int) -> dict[str, Tensor]:

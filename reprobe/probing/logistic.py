@@ -104,12 +104,12 @@ def solve_many(
     def solve(at: slice) -> list[Tensor]:
         found = []
         for rows, of in sets:
-            shared = _Shared.of(X[at] if rows is None else X[at][:, rows])
+            shared = _Shared.of(X[at], rows)
             lines, used = shared.A.shape[:2]
             per_problem = lines * (used + width**2 if newton else used + width)
             for part in _chunks(len(of), 4 * _room(X) // per_problem):
                 own = of[part]
-                labels, weight = (a[:, own] if rows is None else a[rows][:, own] for a in (y, omega))
+                labels, weight = (a[:, own] if rows is None else a[:, own].index_select(0, rows) for a in (y, omega))
                 found.append(_solve_chunk(shared, labels, weight, penalty[at][:, own], newton))
         return [torch.cat(one, dim=1)[:, back] for one in zip(*found, strict=True)]
 
@@ -173,12 +173,14 @@ class _Shared:
     constant: Bool[Tensor, "sites width"]
 
     @classmethod
-    def of(cls, X: Float[Tensor, "sites rows width"]) -> "_Shared":
-        A = pad(X.double(), (0, 1), value=1.0)
-        x = A[..., :-1]
-        mean = x.mean(1)
-        x -= mean[:, None]
-        scale = x.square().mean(1).sqrt()
+    def of(cls, X: Float[Tensor, "sites all_rows width"], rows: Int[Tensor, " rows"] | None = None) -> "_Shared":
+        # In few arrays: fresh memory takes longer than the sums.
+        raw = (X if rows is None else X.index_select(1, rows)).double()
+        A = raw.new_empty(*raw.shape[:2], raw.shape[2] + 1)
+        A[..., -1] = 1.0
+        mean = raw.mean(1)
+        x = torch.sub(raw, mean[:, None], out=A[..., :-1])
+        scale = torch.mul(x, x, out=None if raw is X else raw).mean(1).sqrt()
         constant = constant_features(scale.square(), mean, x.shape[1])
         scale = torch.where(constant, 1.0, scale)
         x /= scale[:, None]

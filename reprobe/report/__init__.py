@@ -5,13 +5,17 @@ curves   · accuracy over blocks, effect over strength
 maps     · accuracy of heads, scores of tokens
 points   · rows of one site                   transfer · from data set to data set
 reliability · probabilities and what comes true    cosines · which directions are one
+traces   · which states carry a fact
 style    · how figures look
 sections · what the page says                 blocks   · what sections are made of
+detectors · how many detectors where, and what they cause      dissection · the report of those
 svg      · a figure as part of a page         page     · the page itself
 """
 
 from reprobe.report.cosines import cosine_map, layer_cosines
 from reprobe.report.curves import dose_curves, layer_curves
+from reprobe.report.detectors import causal_intervals, detector_bars
+from reprobe.report.dissection import write_dissection
 from reprobe.report.maps import head_map, scan_map
 from reprobe.report.page import write_report
 from reprobe.report.points import projections, scatter
@@ -33,6 +37,7 @@ from reprobe.report.results import (
     write_scan,
     write_steering,
 )
+from reprobe.report.traces import trace_curves, trace_map
 from reprobe.report.transfer import transfer_map
 
 __all__ = [
@@ -41,8 +46,10 @@ __all__ = [
     "ScanResult",
     "SteeringResult",
     "Step",
+    "causal_intervals",
     "comparison_path",
     "cosine_map",
+    "detector_bars",
     "dose_curves",
     "head_map",
     "layer_cosines",
@@ -57,7 +64,10 @@ __all__ = [
     "scan_map",
     "scatter",
     "store_path",
+    "trace_curves",
+    "trace_map",
     "transfer_map",
+    "write_dissection",
     "write_report",
     "write_run",
     "write_scan",

@@ -29,7 +29,15 @@ class Digest:
         return self.full if self.whole else self.full[:12]
 
 
-Cell = str | Digest
+@dataclass(frozen=True)
+class Link:
+    """A text that leads to another place on the page."""
+
+    text: str
+    to: str
+
+
+Cell = str | Digest | Link
 
 
 @dataclass(frozen=True)

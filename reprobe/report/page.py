@@ -6,8 +6,9 @@ equal, byte for byte, for equal results. Does not know what the sections say.
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -15,6 +16,7 @@ from matplotlib import style
 
 from reprobe.errors import ArtifactExists
 from reprobe.provenance import write_durably
+from reprobe.report.blocks import Section
 from reprobe.report.results import Results, read_results
 from reprobe.report.sections import sections
 from reprobe.store.reader import ActivationStore
@@ -34,19 +36,42 @@ def write_report(
     results in the folder were made from, their rows are drawn. Raises `ArtifactMissing` if there is no result at all,
     `CorruptArtifact` if one is damaged, `ArtifactExists` if `to` is something else than a report.
     """
-    path = Path(folder) / REPORT if to is None else Path(to)
-    if path.is_dir():
-        raise ArtifactExists(f"{path} is a folder; name a file, e.g. {path / REPORT}")
-    if path.exists() and _MARK not in path.read_bytes()[:1024]:
-        raise ArtifactExists(f"{path} exists and is not a report; choose another name")
+    path = writable(Path(folder) / REPORT if to is None else Path(to))
     text = render(read_results(folder, stores))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, text.encode())
     return path
 
 
+def writable(path: Path) -> Path:
+    """`path`, where there is nothing yet or an older report; raises `ArtifactExists` otherwise."""
+    if path.is_dir():
+        raise ArtifactExists(f"{path} is a folder; name a file, e.g. {path / REPORT}")
+    if path.exists() and _MARK not in path.read_bytes()[:1024]:
+        raise ArtifactExists(f"{path} exists and is not a report; choose another name")
+    return path
+
+
 def render(results: Results) -> str:
-    """The page as text."""
+    """The page of a results folder as text."""
+    # A user's matplotlibrc must not change the page. `style.context` leaves the backend alone.
+    with style.context("default"):
+        shown = sections(results)
+    title = results.run.title if results.run else f"Results in {results.folder.absolute().name}"
+    return page("page.html", title, results.run.summary if results.run else (), shown)
+
+
+def page(
+    template: str,
+    title: str,
+    summary: Sequence[str],
+    shown: Sequence[Section],
+    *,
+    scripts: Mapping[str, str] | None = None,
+    **more: Any,
+) -> str:
+    """A page from its template. `scripts` are further ones by the name that the template has for them: with the page's
+    own, they are all that a browser may run. `more` goes to the template."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -55,15 +80,19 @@ def render(results: Results) -> str:
         lstrip_blocks=True,
     )
     css, script = ((_HERE / name).read_text().strip() for name in ("page.css", "page.js"))
-    # A user's matplotlibrc must not change the page. `style.context` leaves the backend alone.
-    with style.context("default"):
-        shown = sections(results)
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(
-        title=results.run.title if results.run else f"Results in {results.folder.absolute().name}",
-        summary=results.run.summary if results.run else (),
+    own = scripts or {}
+    allowed = " ".join(f"'sha256-{_digest(text)}'" for text in (script, *own.values()))
+    return environment.get_template(template).render(
+        title=title,
+        summary=summary,
         sections=shown,
         css=Markup(css),
         script=Markup(script),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; img-src data:",
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}; img-src data:",
+        **{name: Markup(text) for name, text in own.items()},
+        **more,
     )
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -118,7 +118,7 @@ def legend(figure: Figure, axes: Axes) -> None:
         text.set_parse_math(False)
 
 
-def colorbar(figure: Figure, mesh: Any, axes: Axes, label: str, **options: Any) -> Any:
+def colorbar(figure: Figure, mesh: Any, axes: Axes | list[Axes], label: str, **options: Any) -> Any:
     """A colour bar with its quantity and unit named."""
     bar = figure.colorbar(mesh, ax=axes, **options)
     bar.outline.set_visible(False)

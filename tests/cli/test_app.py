@@ -16,7 +16,8 @@ from tiny import tiny_net, tiny_tokenizer
 from typer.testing import CliRunner
 
 import reprobe as rp
-from reprobe.cli.app import ReaderName, app
+from reprobe.cli.app import app
+from reprobe.cli.probing import ReaderName
 from reprobe.probing import READERS
 
 VERBS = (
@@ -132,6 +133,7 @@ def test_help_of_the_data_verbs_shows_an_example(verb):
         (["pull", "nowhere", "--to", "d.safetensors"], "--overwrite"),
         (["evaluate", "truthfulqa", "model"], "--data misconceptions"),
         (["evaluate", "truthfulqa", "model", "--data", "cities"], "no column question"),
+        (["evaluate", "truthfulqa", "model", "--data", "misconceptions", "--strength", "4"], "--direction"),
         (["evaluate", "truthfulqa", "model", "--data", "misconceptions", "--primer", "none.txt"], "none.txt"),
         (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--data", "cities"], "target_new"),
         (["evaluate", "side-effects", "model", "--direction", "d.safetensors", "--texts", "none.txt"], "none.txt"),
@@ -400,7 +402,7 @@ def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
     lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"  # the context is short
     d = rp.Direction.from_vector(d.site, d.vector, scale=d.scale, offset=d.offset)
     d.save(made / "plain.safetensors", overwrite=True)
-    monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
+    monkeypatch.setattr("reprobe.cli.steer.load_model", lambda model, **options: lm)
     typed = ["the end", "", "/strength 9", "/off", "is it", "/on", "of a"]
     typed += ["/strength x", "/strength inf", "/jump", "/quit"]
     result = CliRunner().invoke(
@@ -432,7 +434,7 @@ def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
 def test_a_chat_without_a_template_continues_each_line_and_survives_one_that_is_too_long(run, made, monkeypatch):
     lm = rp.LanguageModel.load(made / "model")
     lm.tokenizer.chat_template, mismatch = None, ["--allow-mismatch"]  # the template is a part of the identity
-    monkeypatch.setattr("reprobe.cli.app._load", lambda model, **options: lm)
+    monkeypatch.setattr("reprobe.cli.steer.load_model", lambda model, **options: lm)
     result = CliRunner().invoke(
         app,
         ["steer", "model", "--chat", "--ablate", "--direction", "d.safetensors", "--max-new-tokens", "4", *mismatch],
@@ -504,6 +506,12 @@ def test_multiple_choice_is_compared_with_and_without_a_direction(run, made, fol
     assert saved["primer"] == "Q: is it?\nA: it is.\n"
     assert saved["table"][0].keys() >= {"question", "mc2", "mc2_steered"}
     assert "choose another name" in run(*line, "--to-table", "mc.json", code=2).output
+    dola = json.loads(run(*line, "--dola", "0,1", "--to-table", "dola.json").stdout)
+    assert [row["unsteered"] for row in dola] == [row["mean"] for row in plain]
+    assert dola[1]["steered"] != dola[1]["unsteered"]
+    assert json.loads((folder / "dola.json").read_text())["dola"]["layers"] == [0, 1]
+    assert "a layer's number" in run(*line, "--dola", "middle", code=2).output
+    assert "no premature layer" in run(*line, "--dola", "99", code=2).output
 
 
 def test_side_effects_are_shown_and_saved(run, made, folder):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import reprobe as rp
 from reprobe.errors import DataError, UsageError
 from reprobe.evaluation.choices import PRIMER, Choices, compare, mc1, mc2, mc3
+from reprobe.methods.dola import DoLa
 
 T, F = True, False
 
@@ -172,6 +173,17 @@ def test_the_table_is_the_metrics_of_the_scores(tiny_lm):
     assert summary["mean"].to_list() == pytest.approx([found.table[m].mean() for m in ("mc1", "mc2", "mc3")])
     assert (summary["low"] <= summary["mean"]).all()
     assert (summary["mean"] <= summary["high"]).all()
+
+
+def test_dola_scores_answers_without_the_plausibility_bound(tiny_lm):
+    lm, data, dola = tiny_lm("llama"), questions(2), DoLa([1, 2])
+    found = rp.multiple_choice(lm, data, primer="", decoding=dola)
+    for row in found.answers.iter_rows(named=True):
+        (score,) = dola.logprobs(lm, f"Q: {row['question']}\nA:", [f" {row['answer']}"], plausible=False)[0]
+        assert row["score"] == pytest.approx(score, abs=1e-4)
+    plain = rp.multiple_choice(lm, data, primer="")
+    assert np.abs(scores_of(found) - scores_of(plain)).min() > 0.1
+    assert compare(plain, found)["n"].to_list() == [2, 2, 2]
 
 
 def test_a_single_question_has_a_mean_and_no_interval(tiny_lm):

@@ -253,6 +253,11 @@ def test_contrasts_save_and_refuse_what_are_no_streams(tiny_lm, tmp_path):
         (lambda: lm.logits(["the cat", "the dog", "the cat"]), UsageError, "do not end alike"),
         (lambda: lm.generate(["on", "a cat is", "in"], max_new_tokens=2), UsageError, "do not end alike"),
         (lambda: lm.logits(["a cat", "the old cat", "cat"], padding="right"), UsageError, "pad on the left"),
+        (
+            lambda: lm.generate([p for row in STREAMS.rows for p in row], max_new_tokens=8, min_new_tokens=8),
+            UsageError,
+            "went on with different tokens",
+        ),
     ):
         with rp.steer(lm, made), pytest.raises(error, match=why):
             what()

@@ -28,6 +28,17 @@ def test_check_passes_on_every_family(tiny_lm, name):
     assert max(tiny_lm(name).check().values()) < 1e-5
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_some_tokens_are_those_of_the_whole_vocabulary_whatever_the_number_of_rows(tiny_lm, name):
+    lm = tiny_lm(name)
+    states = torch.randn(2, 7, lm.d_model, generator=torch.Generator().manual_seed(0))
+    whole, tokens = lm.unembed(states), torch.tensor([5, 0, 300])
+    assert torch.allclose(lm.unembed(states, tokens), whole[..., tokens], atol=1e-5)
+    for rows in (1, 3):  # few rows go another way
+        assert torch.allclose(lm.unembed(states[0, :rows]), whole[0, :rows], atol=1e-5)
+        assert torch.allclose(lm.unembed(states[0, :rows], tokens), whole[0, :rows, tokens], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_states_along_continuations_are_those_of_a_stock_forward_steered_in_their_role(tiny_lm, name):
     lm = tiny_lm(name)
@@ -203,6 +214,8 @@ def test_bad_prompts_are_refused(tiny_lm):
         (lambda: lm.generate("a", input_ids=1), UsageError, "pass text"),
         (lambda: lm.logprobs(["a", "b"], [["c"]]), UsageError, "lists of continuations"),
         (lambda: lm.logprobs("a", [""]), UsageError, "empty continuation"),
+        (lambda: lm.logprobs("a", []), UsageError, "no continuation"),
+        (lambda: lm.logprobs(["a", "b"], [[], []]), UsageError, "no continuation"),
         (lambda: lm.logits(["a"], spans=[{}, {}]), UsageError, "one mapping per prompt"),
         (lambda: lm.logits(["a"], spans=[{"s": (0, 5)}]), DataError, "outside"),
     ):

@@ -1,4 +1,4 @@
-"""The blocks above a layer, run again, give what the whole network gives: on every decoder family."""
+"""Blocks that are run again give what the whole network gives: on every decoder family."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 import reprobe as rp
 from reprobe.errors import UnsupportedOperation
 from reprobe.model.sites import Site
-from reprobe.model.tail import align, tail_above
+from reprobe.model.tail import align, branches, hold, tail_above
 from reprobe.model.text import tokenise
 
 #: One begins with the token that is changed, one has it far from the left, one ends with it.
@@ -75,6 +75,42 @@ def test_the_projection_and_what_follows_it_give_mlp_out(tiny_lm, family):
             torch.testing.assert_close(
                 lm.architecture.after_projection(lm.net, layer, raw), seen[out], atol=1e-6, rtol=1e-5
             )
+
+
+@pytest.mark.parametrize("first", [0, 3, -1])
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_branches_are_the_blocks_of_the_network_behind_the_rows_held(tiny_lm, family, first):
+    """Two rows with noise, held once; three copies of each, block by block, are the same rows again, and the last block
+    has its last tokens without the others."""
+    lm = tiny_lm(family)
+    ids = torch.from_numpy(tokenise(lm.tokenizer, [TEXTS[1]])[0].ids)[None].expand(2, -1)
+    n, last = ids.shape[1], lm.n_layers - 1
+    first %= n
+    posts = [Site("resid.post", layer) for layer in range(lm.n_layers)]
+    with rp.steer(lm, rp.Noise(0.7, site="embed", tokens="positions:0:3")):
+        held = hold(lm, ids, [Site("embed"), *posts])
+    assert (held.seen[posts[0]][0] != held.seen[posts[0]][1]).any()
+    here, end = branches(lm, held, first), branches(lm, held, n - 1)
+    h = held.seen[Site("embed")][:, first:].repeat(3, 1, 1)
+    for layer, post in enumerate(posts):
+        want = held.seen[post][:, first:].repeat(3, 1, 1)
+        if layer == last:
+            ending = here.run_end(layer, h, end)
+            torch.testing.assert_close(ending, want[:, -1:], atol=2e-5, rtol=1e-4)
+        h = here.run(layer, h)
+        torch.testing.assert_close(h, want, atol=2e-5, rtol=1e-4)
+
+
+def test_interventions_act_on_branches_at_positions_of_the_text(tiny_lm):
+    lm = tiny_lm("opt")  # its MLP sees all tokens in one row
+    ids = torch.from_numpy(tokenise(lm.tokenizer, [TEXTS[1]])[0].ids)[None]
+    held = hold(lm, ids, [Site("resid.post", 0), Site("resid.post", 1)])
+    site, given = Site("mlp.out", 1), held.seen[Site("resid.post", 0)]
+    with rp.steer(lm, rp.Scale(site, 0.0, tokens="positions:4")):
+        want = hold(lm, ids, [Site("resid.post", 1)]).seen[Site("resid.post", 1)]
+        got = branches(lm, held, 2).run(1, given[:, 2:].repeat(2, 1, 1))
+    torch.testing.assert_close(got, want[:, 2:].repeat(2, 1, 1), atol=2e-5, rtol=1e-4)
+    assert (want[:, 4] != held.seen[Site("resid.post", 1)][:, 4]).any()
 
 
 def test_encoders_and_steered_models_have_no_tail(tiny_lm):
