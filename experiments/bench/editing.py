@@ -7,24 +7,21 @@ our search and with Adam as published, in turn, so that a change in the machine 
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
 from reprobe.methods import editing, memit, rome
 from reprobe.methods.editing import PUBLISHED_RATE, Search
 from reprobe.methods.moments import Sample, second_moments
 from reprobe.prompts import facts_of
-from reprobe.provenance import write_durably
 
 #: Seconds per fact that are claimed, on two cores.
 MOST = 3.0
@@ -89,30 +86,19 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--facts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=40_000, help="of the text of the second moments")
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    add_outputs(parser)
     chosen = parser.parse_args()
     if chosen.facts < 1:
         parser.error("--facts is 1 or more")
     lm = rp.LanguageModel.load(chosen.model)
-    load = [os.getloadavg()[0]]
+    shown = f"--model {chosen.model} --facts {chosen.facts} --tokens {chosen.tokens}"
+    method = "Each fact is edited once in each way, in turn, and the median over facts counts"
+    record = Recorder("Editing", f"uv run python experiments/bench/editing.py {shown}", chosen, lm.device, method)
     every = list({f.group: f for f in facts_of("facts")}.values())
     facts = [every[i * len(every) // chosen.facts] for i in range(chosen.facts)]
-    works = [one_by_one(lm, facts, chosen.tokens), values(lm, facts)]
-    about: dict[str, Any] = {
-        "command": f"uv run python experiments/bench/editing.py --model {chosen.model} --facts {chosen.facts} "
-        f"--tokens {chosen.tokens}",
-        "machine": machine(lm.device),
-        "method": "Each fact is edited once in each way, in turn, and the median over facts counts",
-        "load": [*load, os.getloadavg()[0]],
-        "left out": [],
-    }
-    record = as_json(works, about)
-    if chosen.json is not None:
-        write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-    if chosen.markdown is not None:
-        write_durably(chosen.markdown, as_markdown(record, "Editing").encode())
-    print(as_markdown(record, "Editing"))
+    record.add(one_by_one(lm, facts, chosen.tokens))
+    record.add(values(lm, facts))
+    print(record)
 
 
 if __name__ == "__main__":
