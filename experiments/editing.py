@@ -2,6 +2,7 @@
 
     uv run python experiments/editing.py rome       [--model NAME] [--facts 100] [--counterfact PATH]
     uv run python experiments/editing.py layers     [--facts 12]      ROME block by block
+    uv run python experiments/editing.py choice     [--facts 12] --layers 2,4,6   the same, on facts that `rome` lacks
     uv run python experiments/editing.py search     [--facts 20]      our search against Adam's as published
     uv run python experiments/editing.py tokens     [--facts 20]      ROME from fewer and more tokens of ordinary text
     uv run python experiments/editing.py memit      [--sizes 1,10,100,500]
@@ -21,6 +22,7 @@ import random
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +53,34 @@ def candidates(source):
     return [f for f in facts_of(source) if f.new is not None and f.true is not None]
 
 
+def said(lm, facts):
+    """Of each fact whether the model, greedily, continues the prompt with the true object."""
+    texts = []
+    for start in range(0, len(facts), 64):
+        texts += lm.generate([f.prompt for f in facts[start : start + 64]], max_new_tokens=6)
+    return [text.strip().startswith(f.true) for text, f in zip(texts, facts, strict=True)]
+
+
 def known(lm, source, n):
-    """The first n facts whose true object the model says, one for a subject."""
-    found, subjects = [], set()
-    facts = candidates(source)
+    """The first n facts that the model says, one for a subject."""
+    found, facts = {}, candidates(source)
     for start in range(0, len(facts), 64):
         batch = facts[start : start + 64]
-        for fact, text in zip(batch, lm.generate([f.prompt for f in batch], max_new_tokens=6), strict=True):
-            if text.strip().startswith(fact.true) and fact.group not in subjects:
-                found.append(fact)
-                subjects.add(fact.group)
+        for fact, says in zip(batch, said(lm, batch), strict=True):
+            if says:
+                found.setdefault(fact.group, fact)
         if len(found) >= n:
             break
-    return found[:n]
+    return list(found.values())[:n]
+
+
+def held_out(lm, source, n):
+    """n facts that are not `known`, from all over the source: the model does not say the true object, but finds it
+    likelier than the new one."""
+    facts = spread(candidates(source), 4 * n)
+    unsaid = [fact for fact, says in zip(facts, said(lm, facts), strict=True) if not says]
+    true, new = (editing.probabilities(lm, some) for some in ([replace(f, new=f.true) for f in unsaid], unsaid))
+    return spread([fact for fact, better in zip(unsaid, true > new, strict=True) if better], n)
 
 
 def spread(facts, n):
@@ -124,14 +141,18 @@ def run_rome(lm, a):
     }
 
 
-def run_layers(lm, a):
+def run_layers(lm, a, facts=None):
     layers = a.layers or list(range(0, lm.n_layers * 3 // 4 + 1, 2))
     moments = second_moments(lm, layers, Sample(a.tokens))
-    facts = spread(known(lm, "facts", 100), a.facts)
+    facts = facts or spread(known(lm, "facts", 100), a.facts)
     return {
         layer: one_at_a_time(lm, facts, lambda f, at=layer: rome.edit(lm, f, layer=at, moment=moments[at]))
         for layer in layers
     }
+
+
+def run_choice(lm, a):
+    return run_layers(lm, a, [fact for source in sources(a).values() for fact in held_out(lm, source, a.facts)])
 
 
 def run_search(lm, a):
@@ -163,9 +184,7 @@ def run_memit(lm, a):
     layers = a.layers or list(editing.default_layers(lm).memit)
     moments = second_moments(lm, layers, Sample(a.tokens))
     facts = mixed(a)[: max(a.sizes)]
-    start = time.perf_counter(), time.process_time()
-    values = memit.find_values(lm, facts, layers[-1], memit.Settings())
-    found = time.perf_counter() - start[0], time.process_time() - start[1]
+    values, found = values_of(lm, facts, layers[-1], a.values)
     out = {"seconds to find a value": [s / len(facts) for s in found], "facts of": counted(facts), "layers": layers}
     forms = {
         "MEMIT": memit.Settings(),
@@ -187,6 +206,20 @@ def run_memit(lm, a):
             }
             print(name, n, time.perf_counter() - start[0], file=sys.stderr, flush=True)
     return out
+
+
+def values_of(lm, facts, layer, file):
+    """Values, and the seconds that finding them took (wall, processor); from a file of an earlier run if there is one,
+    which is made else."""
+    if file is not None and file.is_file():
+        kept = np.load(file)
+        return torch.from_numpy(kept["values"]), tuple(kept["seconds"].tolist())
+    start = time.perf_counter(), time.process_time()
+    values = memit.find_values(lm, facts, layer, memit.Settings())
+    spent = time.perf_counter() - start[0], time.process_time() - start[1]
+    if file is not None:
+        np.savez(file, values=values.numpy(), seconds=spent)
+    return values, spent
 
 
 def counted(facts):
@@ -255,6 +288,7 @@ def run_baseline(lm, a):
 RUNS = {
     "rome": (run_rome, 100),
     "layers": (run_layers, 12),
+    "choice": (run_choice, 12),
     "search": (run_search, 20),
     "tokens": (run_tokens, 20),
     "memit": (run_memit, None),
@@ -274,7 +308,10 @@ def run(a):
     record = {
         "what": a.what,
         "command": " ".join(
-            ["experiments/editing.py", *("PATH" if x == str(a.counterfact) else x for x in sys.argv[1:])]
+            [
+                "experiments/editing.py",
+                *("PATH" if x in (str(a.counterfact), str(a.values)) else x for x in sys.argv[1:]),
+            ]
         ),
         "second moments of": a.tokens,
         "model": lm.identity.to_json(),
@@ -363,6 +400,12 @@ def shown(what, record, folder):
         layer = next(iter(result.values()))["layer"]
         return [f"## ROME, one fact at a time (block {layer})", "", *table(result.items()), "",
                 f"Processor time per fact, median, on a busy machine: {times}."]  # fmt: skip
+    if what == "choice":
+        return [
+            "## ROME's block, chosen on facts that are not scored above",
+            "",
+            *table([(f"block {at}", r) for at, r in result.items()]),
+        ]
     if what in ("layers", "tokens"):
         rows = [(int(at), r) for at, r in result.items()]
         curves(rows, "block" if what == "layers" else "tokens of text", log=what == "tokens").savefig(
@@ -432,6 +475,7 @@ def main():
     parser.add_argument("--sizes", type=lambda s: [int(x) for x in s.split(",")], default=[1, 10, 100, 500])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--score", type=int, default=200, help="facts scored of those that MEMIT writes")
+    parser.add_argument("--values", type=Path, help="an .npz to keep MEMIT's values in, or to take them from")
     parser.add_argument("--limit", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=Path("experiments/editing"))
     a = parser.parse_args()
