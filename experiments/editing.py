@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.ticker import LogFormatter
 
 import reprobe as rp
 from reprobe.control.edits import Matrix
@@ -132,13 +133,13 @@ def one_at_a_time(lm, facts, make, texts=()):
 def run_rome(lm, a):
     layer = a.layer if a.layer is not None else editing.default_layers(lm).rome
     moment = second_moments(lm, [layer], Sample(a.tokens))[layer]
-    return {
-        name: {"layer": layer}
-        | one_at_a_time(
-            lm, known(lm, source, a.facts), lambda f: rome.edit(lm, f, layer=layer, moment=moment), a.texts[:FEW]
-        )
-        for name, source in sources(a).items()
-    }
+    out = {}
+    for name, source in sources(a).items():
+        facts = known(lm, source, a.facts)
+        make = lambda f: rome.edit(lm, f, layer=layer, moment=moment)  # noqa: E731
+        out[name] = {"layer": layer} | one_at_a_time(lm, facts, make, a.texts[:FEW])
+        a.keep(out)
+    return out
 
 
 def run_layers(lm, a, facts=None):
@@ -204,7 +205,7 @@ def run_memit(lm, a):
                 "with an effect": sum(e.found for e in edits[0].effects) / n,
                 "norms": [e.norm for e in edits],
             }
-            print(name, n, time.perf_counter() - start[0], file=sys.stderr, flush=True)
+            a.keep(out)
     return out
 
 
@@ -304,24 +305,25 @@ def run(a):
     warnings.simplefilter("ignore", UserWarning)  # edits without effect are in the numbers
     lm = rp.LanguageModel.load(a.model)
     start = time.perf_counter()
-    result = function(lm, a)
-    record = {
-        "what": a.what,
-        "command": " ".join(
-            [
-                "experiments/editing.py",
-                *("PATH" if x in (str(a.counterfact), str(a.values)) else x for x in sys.argv[1:]),
-            ]
-        ),
-        "second moments of": a.tokens,
-        "model": lm.identity.to_json(),
-        "seconds": time.perf_counter() - start,
-        "result": result,
-        "versions": versions(),
-    }
+    shown = ["PATH" if x in (str(a.counterfact), str(a.values)) else x for x in sys.argv[1:]]
     folder = a.out / a.model
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{a.what}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def keep(result):
+        """Write what there is: parts of a long run are not lost with it."""
+        record = {
+            "what": a.what,
+            "command": " ".join(["experiments/editing.py", *shown]),
+            "second moments of": a.tokens,
+            "model": lm.identity.to_json(),
+            "seconds": time.perf_counter() - start,
+            "result": result,
+            "versions": versions(),
+        }
+        (folder / f"{a.what}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    a.keep = keep
+    keep(function(lm, a))
     print(folder / f"{a.what}.json")
 
 
@@ -386,6 +388,8 @@ def perplexities(result):
     first = result["r-ROME"]["perplexity"][0][1]
     axes.axhline(2 * first, color=MUTED, linestyle="--", linewidth=1.1, label="the guard's limit")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     dress(axes, x="facts written one after another", y="perplexity")
     legend(figure, axes)
     return figure
