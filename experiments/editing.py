@@ -6,6 +6,7 @@
     uv run python experiments/editing.py search     [--facts 20]      our search against Adam's as published
     uv run python experiments/editing.py tokens     [--facts 20]      ROME from fewer and more tokens of ordinary text
     uv run python experiments/editing.py memit      [--sizes 1,10,100,500]
+    uv run python experiments/editing.py weights    [--weights 1,3,6,12]   500 facts at once by λ
     uv run python experiments/editing.py sequential [--facts 200]     r-ROME against the published form; all reverted
     uv run python experiments/editing.py baseline   [--facts 20]      constrained fine-tuning
     uv run python experiments/editing.py show                         tables and figures of what was run
@@ -187,13 +188,9 @@ def run_memit(lm, a):
     facts = mixed(a)[: max(a.sizes)]
     values, found = values_of(lm, facts, layers[-1], a.values)
     out = {"seconds to find a value": [s / len(facts) for s in found], "facts of": counted(facts), "layers": layers}
-    forms = {
-        "MEMIT": memit.Settings(),
-        "λ = 300": memit.Settings(weight=300.0),
-        "null space": memit.Settings(null_space=memit.NullSpace()),
-    }
+    forms = {"MEMIT": memit.Settings(), "null space": memit.Settings(null_space=memit.NullSpace())}
     for n in a.sizes:
-        # The other forms only where there are many facts: with few, all are alike.
+        # The other form only where there are many facts: with few, both are alike.
         for name, how in forms.items() if n == max(a.sizes) else list(forms.items())[:1]:
             start = time.perf_counter(), time.process_time()
             edits = memit.edit(lm, facts[:n], layers=layers, moments=moments, settings=how, values=values[:n])
@@ -206,6 +203,25 @@ def run_memit(lm, a):
                 "norms": [e.norm for e in edits],
             }
             a.keep(out)
+    return out
+
+
+def run_weights(lm, a):
+    """Many facts at once by λ. The facts behind those scored, and the texts behind those read, are for choosing λ."""
+    layers = a.layers or list(editing.default_layers(lm).memit)
+    moments = second_moments(lm, layers, Sample(a.tokens))
+    facts = mixed(a)[: max(a.sizes)]
+    values, _ = values_of(lm, facts, layers[-1], a.values)
+    beyond = tuple(rp.PromptSet.load("emotions").texts[ORDINARY : 2 * ORDINARY])
+    out = {"layers": layers, "written": len(facts), "weights": {}}
+    for widths in a.weights:
+        how = memit.Settings(weight=widths * moments[layers[0]].width)
+        edits = memit.edit(lm, facts, layers=layers, moments=moments, settings=how, values=values)
+        parts = {"scored": (facts[: a.score], a.texts), "held out": (facts[a.score : a.score * 3 // 2], beyond)}
+        out["weights"][widths] = {
+            part: told(scores.evaluate_together(lm, some, edits, texts=texts)) for part, (some, texts) in parts.items()
+        } | {"with an effect": sum(e.found for e in edits[0].effects) / len(facts), "norms": [e.norm for e in edits]}
+        a.keep(out)
     return out
 
 
@@ -293,6 +309,7 @@ RUNS = {
     "search": (run_search, 20),
     "tokens": (run_tokens, 20),
     "memit": (run_memit, None),
+    "weights": (run_weights, None),
     "sequential": (run_sequential, 200),
     "baseline": (run_baseline, 20),
 }
@@ -436,6 +453,12 @@ def shown(what, record, folder):
                 f"The facts: {of}; “facts” in the table are those scored. {most['written']} facts took "
                 f"{most['seconds'][0] / 60:.1f} minutes on a busy machine, {most['seconds'][1] / 60:.1f} of them "
                 f"processor time; {100 * most['with an effect']:.0f} % of all have an effect."]  # fmt: skip
+    if what == "weights":
+        out = [f"## {result['written']} facts at once by λ", ""]
+        for part, title in (("held out", "To choose by"), ("scored", "Facts and texts of the table above")):
+            rows = [(f"λ = {float(w):g} widths", r[part]) for w, r in result["weights"].items()]
+            out += [f"{title}:", "", *table(rows), ""]
+        return out[:-1]
     if what == "sequential":
         perplexities(result).savefig(folder / "sequential.svg")
         out = ["## One after another", "", "![Perplexity over sequential edits](sequential.svg)", "",
@@ -479,6 +502,10 @@ def main():
     parser.add_argument("--sizes", type=lambda s: [int(x) for x in s.split(",")], default=[1, 10, 100, 500])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--score", type=int, default=200, help="facts scored of those that MEMIT writes")
+    parser.add_argument(
+        "--weights", type=lambda s: [float(x) for x in s.split(",")], default=[1, 3, 6, 12],
+        help="MEMIT's λ, in widths of the keys",
+    )  # fmt: skip
     parser.add_argument("--values", type=Path, help="an .npz to keep MEMIT's values in, or to take them from")
     parser.add_argument("--limit", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=Path("experiments/editing"))
