@@ -188,9 +188,13 @@ def run_memit(lm, a):
     facts = mixed(a)[: max(a.sizes)]
     values, found = values_of(lm, facts, layers[-1], a.values)
     out = {"seconds to find a value": [s / len(facts) for s in found], "facts of": counted(facts), "layers": layers}
-    forms = {"MEMIT": memit.Settings(), "null space": memit.Settings(null_space=memit.NullSpace())}
+    forms = {
+        "MEMIT": memit.Settings(),
+        "λ = 300": memit.Settings(weight=300.0),
+        "null space": memit.Settings(null_space=memit.NullSpace()),
+    }
     for n in a.sizes:
-        # The other form only where there are many facts: with few, both are alike.
+        # The other forms only where there are many facts: with few, all are alike.
         for name, how in forms.items() if n == max(a.sizes) else list(forms.items())[:1]:
             start = time.perf_counter(), time.process_time()
             edits = memit.edit(lm, facts[:n], layers=layers, moments=moments, settings=how, values=values[:n])
