@@ -163,7 +163,7 @@ def edit_sequential(
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    refuse_existing(to)
+    new_folder(to)
     facts = facts_of(data, limit=limit)
     guard = Guard(Corpus.load(perplexity).texts, at_most, every)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
