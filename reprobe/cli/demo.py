@@ -64,8 +64,11 @@ def run_demo(
     overwrite: bool = False,
     progress: Progress = silent,
     say: Callable[[str], None] = lambda message: None,
-) -> str:
-    """Extract, probe, scan, steer, report; returns the summary. Raises `ArtifactExists` if `out` holds anything."""
+) -> tuple[list[str], Path]:
+    """Extract, probe, scan, steer, report; returns what was found, in sentences, and the report.
+
+    Raises `ArtifactExists` if `out` holds anything and `overwrite` is not set.
+    """
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ArtifactExists(f"{out} is not empty; choose another folder with --out, or pass --overwrite")
     steps: list[results.Step] = []
@@ -135,7 +138,7 @@ def run_demo(
     results.write_run(out, run)
     page = rp.write_report(out)
     seconds = sum(s.seconds for s in steps)
-    return "\n".join([*summary, f"It took {seconds:.0f} s. The report: {page}"])
+    return [*summary, f"It took {seconds:.0f} s."], page
 
 
 def _summary(

@@ -12,15 +12,17 @@ from typing import Any
 
 import polars as pl
 
-from reprobe.errors import CorruptArtifact, ReprobeError, UsageError
+from reprobe.errors import UsageError
 from reprobe.evaluation.choices import METRICS, Choices, compare
 from reprobe.evaluation.editing import Evaluation, summarise
 from reprobe.model.identity import ModelIdentity
 from reprobe.probing.transfer import COLUMNS, TransferGrid
+from reprobe.provenance import rebuilding
 from reprobe.report.results import require_dose_table
 
 TRANSFER, CHOICES, SIDE_EFFECTS = "transfer table", "multiple-choice table", "side-effects table"
-EDITING, DOSES, TUNING = "edit-scores table", "dose-response table", "strength search"
+COMPARED, EDITING = "multiple-choice comparison", "edit-scores table"
+DOSES, TUNING = "dose-response table", "strength search"
 
 _INTERVAL = {"low": pl.Float64, "high": pl.Float64}
 _PER_QUESTION: dict[str, Any] = dict.fromkeys(METRICS, pl.Float64)
@@ -31,6 +33,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("unsteered", "steered", "change"), pl.Float64)
     | _INTERVAL
     | {"n": pl.Int64, "over": pl.String},
+    COMPARED: {"metric": pl.String}
+    | dict.fromkeys(("unsteered", "steered", "change"), pl.Float64)
+    | _INTERVAL
+    | {"n": pl.Int64},
     CHOICES: {"question": pl.String, "group": pl.String} | _PER_QUESTION,
     EDITING: dict.fromkeys(("fact", "group", "kind", "prompt", "state"), pl.String)
     | {"p_new": pl.Float64, "p_true": pl.Float64, "success": pl.Boolean},
@@ -39,8 +45,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 #: Where a value may be missing: bounds of a single group, the block of `final`, the unit of a ratio.
 _MAY_LACK = ("low", "high", "layer", "head", "unit")
-#: What values of other types or shapes lead to.
-_MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,8 @@ class Measured:
     def choices(self) -> pl.DataFrame:
         """`metric`, `low`, `high`, `n` as `reprobe evaluate truthfulqa` shows them: `mean` of a single run, or
         `unsteered`, `steered` and `change` of two."""
+        if self.kind == COMPARED:
+            return self.table
         plain = self._run("")
         steered = [f"{m}_steered" for m in METRICS]
         return compare(plain, self._run("_steered")) if set(steered) <= set(self.table.columns) else plain.summary()
@@ -104,45 +110,33 @@ def kind_of_columns(columns: Collection[str]) -> str | None:
 
 
 def columns_of(path: Path) -> list[str]:
-    """The columns of a table, without its rows where that is possible. Raises `CorruptArtifact` if it cannot be read,
-    `UsageError` for JSON that holds no table."""
+    """The columns of a table, without its rows where that is possible. Raises as `read_measured` does."""
     if path.suffix == ".json":
         return _json(path)[0].columns
-    try:
+    with rebuilding(f"{path} cannot be read as a table"):
         scan = pl.scan_csv if path.suffix == ".csv" else pl.scan_parquet
         return scan(path).collect_schema().names()
-    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
-        raise CorruptArtifact(f"{path} cannot be read as a table: {_first_line(error)}") from error
 
 
 def read_measured(path: str | Path) -> Measured:
-    """A table of one of the kinds. Raises `CorruptArtifact`; `UsageError` if it is of another kind."""
+    """A table of one of the kinds. Raises `CorruptArtifact`; `UsageError` for a table of another kind, or none."""
     path, about = Path(path), dict[str, Any]()
-    try:
-        if path.suffix == ".json":
-            table, about = _json(path)
-        elif path.suffix == ".csv":
-            table = pl.read_csv(path, infer_schema_length=None)
-        else:
-            table = pl.read_parquet(path)
-        kind = kind_of_columns(table.columns)
-        if kind is None:
-            raise UsageError(f"{path} is a table of {', '.join(table.columns)}: none that a report shows")
-        schema = SCHEMAS[kind]
-        table = table.with_columns(pl.col(name).cast(dtype) for name, dtype in schema.items())
+    if path.suffix == ".json":
+        table, about = _json(path)
+    else:
+        with rebuilding(f"{path} cannot be read as a table"):
+            table = pl.read_csv(path, infer_schema_length=None) if path.suffix == ".csv" else pl.read_parquet(path)
+    kind = kind_of_columns(table.columns)
+    if kind is None:
+        raise UsageError(f"{path} is a table of {', '.join(table.columns)}: none that a report shows")
+    with rebuilding(f"{path} is not as it was written"):
         if not table.height:
-            raise CorruptArtifact(f"{path} is a table without lines")
-        for name in schema:
-            if table[name].null_count() and not name.endswith(_MAY_LACK):
-                raise CorruptArtifact(f"{path}: values are missing in the column {name!r}")
-        found = Measured(kind, table, about)
+            raise ValueError("it has no lines")
+        found = Measured(kind, table.with_columns(pl.col(c).cast(dtype) for c, dtype in SCHEMAS[kind].items()), about)
+        for name in SCHEMAS[kind]:
+            if found.table[name].null_count() and not name.endswith(_MAY_LACK):
+                raise ValueError(f"values are missing in the column {name!r}")
         _require_whole(found)
-    except CorruptArtifact:
-        raise
-    except (pl.exceptions.PolarsError, OSError, ReprobeError, *_MALFORMED) as error:
-        if isinstance(error, UsageError) and "none that a report shows" in str(error):
-            raise
-        raise CorruptArtifact(f"{path} is not as it was written: {_first_line(error)}") from error
     return found
 
 
@@ -163,19 +157,11 @@ def _require_whole(found: Measured) -> None:
 
 def _json(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
     """The table of a JSON file, and what stands beside it."""
-    try:
+    with rebuilding(f"{path} is not JSON"):
         value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise CorruptArtifact(f"{path} is not JSON: {error}") from error
     about = dict(value) if isinstance(value, dict) else {}
     rows = about.pop("table", None) if isinstance(value, dict) else value
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} holds no table")
-    try:
+    with rebuilding(f"{path} cannot be read as a table"):
         return pl.DataFrame(rows, infer_schema_length=None), about
-    except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
-        raise CorruptArtifact(f"{path} cannot be read as a table: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

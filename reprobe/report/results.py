@@ -31,7 +31,7 @@ from reprobe.evaluation.effect import Contrast
 from reprobe.methods.repe import Scan
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
-from reprobe.provenance import canonical_json, digest_bytes, write_durably
+from reprobe.provenance import canonical_json, digest_bytes, rebuilding, text, texts, write_durably
 
 RUN = "run.json"
 STORE_SUFFIX = ".reprobe"
@@ -135,12 +135,12 @@ def read_run(folder: str | Path) -> Run:
 
     def build(value: dict[str, Any]) -> Run:
         return Run(
-            title=_text(value.pop("title")),
-            steps=tuple(Step(_text(s["name"]), float(s["seconds"]), _text(s["detail"])) for s in value.pop("steps")),
+            title=text(value.pop("title")),
+            steps=tuple(Step(text(s["name"]), float(s["seconds"]), text(s["detail"])) for s in value.pop("steps")),
             identity=_identity(value),
-            versions={k: _text(v) for k, v in value.pop("versions").items()},
-            commands=_texts(value.pop("commands")),
-            summary=_texts(value.pop("summary")),
+            versions={k: text(v) for k, v in value.pop("versions").items()},
+            commands=texts(value.pop("commands")),
+            summary=texts(value.pop("summary")),
         )
 
     return _parse(path, RUN_KIND, build)
@@ -171,13 +171,13 @@ def read_scan(path: str | Path) -> ScanResult:
     """What `write_scan` wrote. Raises `ArtifactMissing`, `CorruptArtifact`."""
 
     def build(value: dict[str, Any]) -> ScanResult:
-        sites = tuple(Site.parse(s) for s in _texts(value.pop("sites")))
-        tokens = _texts(value.pop("tokens"))
+        sites = tuple(Site.parse(s) for s in texts(value.pop("sites")))
+        tokens = texts(value.pop("tokens"))
         scores = np.asarray(value.pop("scores"), dtype=np.float32)
         if scores.shape != (len(sites), len(tokens)) or not np.isfinite(scores).all():
             raise ValueError(f"scores must be {len(sites)} × {len(tokens)} finite numbers")
-        text, grid = _text(value.pop("text")), _text(value.pop("grid"))
-        return ScanResult(Scan(tokens, sites, scores), text, grid, _identity(value))
+        scanned, grid = text(value.pop("text")), text(value.pop("grid"))
+        return ScanResult(Scan(tokens, sites, scores), scanned, grid, _identity(value))
 
     return _parse(Path(path), SCAN_KIND, build)
 
@@ -207,14 +207,14 @@ def read_steering(path: str | Path) -> SteeringResult:
     path = Path(path)
 
     def build(value: dict[str, Any]) -> SteeringResult:
-        contrast = {k: _texts(v) for k, v in value.pop("contrast").items()}
+        contrast = {k: texts(v) for k, v in value.pop("contrast").items()}
         return SteeringResult(
-            table=_read_table(path.with_name(f"{path.stem}.parquet"), _text(value.pop("table"))),
+            table=_read_table(path.with_name(f"{path.stem}.parquet"), text(value.pop("table"))),
             contrast=Contrast(**contrast),
-            neutral=_texts(value.pop("neutral")),
+            neutral=texts(value.pop("neutral")),
             site=Site.parse(value.pop("site")),
             identity=_identity(value),
-            **{k: _text(value.pop(k)) for k in ("story", "direction", "intervention")},
+            **{k: text(value.pop(k)) for k in ("story", "direction", "intervention")},
         )
 
     return _parse(path, STEERING_KIND, build)
@@ -269,25 +269,25 @@ def _identity(value: dict[str, Any]) -> ModelIdentity | None:
 def _parse(path: Path, kind: str, build: Callable[[dict[str, Any]], Value]) -> Value:
     """`build` of the JSON object in a file; it takes each field out, and none may be left over."""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactMissing(f"there is no {path}") from error
-    except ValueError as error:
-        raise CorruptArtifact(f"{path} is not JSON: {error}") from error
-    try:
+    with rebuilding(f"{path} is not JSON"):
+        value = json.loads(data)
+    with rebuilding(f"{path} is malformed"):
+        canonical_json(value).encode()  # neither NaN nor half a character
         if not isinstance(value, dict):
             raise TypeError("the file must hold one JSON object")
         if (found := value.pop("kind", kind)) != kind:
             raise ValueError(f"it holds a {found}, not a {kind}")
-        out = build(value)
+        try:
+            out = build(value)
+        except KeyError as error:
+            missing = error.args[0] if type(error) is KeyError else error
+            raise ValueError(f"missing or unknown {missing}") from error
         if value:
             raise ValueError(f"unknown fields: {', '.join(sorted(value))}")
-    except KeyError as error:
-        missing = error.args[0] if type(error) is KeyError else error
-        raise CorruptArtifact(f"{path} is malformed: missing or unknown {missing}") from error
-    except (TypeError, ValueError, AttributeError, CorruptArtifact) as error:
-        raise CorruptArtifact(f"{path} is malformed: {error}") from error
-    return out
+        return out
 
 
 def _read_table(path: Path, digest: str) -> pl.DataFrame:
@@ -297,16 +297,5 @@ def _read_table(path: Path, digest: str) -> pl.DataFrame:
         raise CorruptArtifact(f"{path} is missing beside its .json") from error
     if digest_bytes(data) != digest:
         raise CorruptArtifact(f"{path} is not as it was written: its checksum is wrong")
-    return pl.read_parquet(io.BytesIO(data))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} should be text")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} should be a list of texts")
-    return tuple(_text(v) for v in value)
+    with rebuilding(f"{path} is malformed"):
+        return require_dose_table(pl.read_parquet(io.BytesIO(data)))

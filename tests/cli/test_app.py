@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import reprobe as rp
 from reprobe.cli.app import app
-from reprobe.cli.probing import ReaderName
+from reprobe.cli.options import ReaderName
 from reprobe.probing import READERS
 from reprobe.report import read_results
 
@@ -65,7 +65,7 @@ def made(folder):
     store, grid, direction = (folder / name for name in ("s.reprobe", "g.safetensors", "d.safetensors"))
     for line in (
         ["extract", folder / "model", folder / "prompts.jsonl", "--to", store, "--sites", "resid.post@*,attn.heads@1"],
-        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--direction", direction],
+        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--to-direction", direction],
     ):
         result = runner.invoke(app, [str(a) for a in line])
         assert result.exit_code == 0, result.output
@@ -300,7 +300,7 @@ def test_a_typed_label_finds_the_number_that_it_means(run, made):
 
 def test_transfer_prints_every_pair_and_saves_table_and_figure(run, made):
     arguments = ["transfer", "one=s.reprobe", "s.reprobe", "--folds", 4, "--sites", "resid.post@*", "--transductive"]
-    shown = run(*arguments, "--at", "resid.post@1", "--to", "t.json", "--figure", "t.png").stdout
+    shown = run(*arguments, "--at", "resid.post@1", "--to-table", "t.json", "--figure", "t.png").stdout
     assert "resid.post@1" in shown
     assert "resid.post@0" not in shown
     rows = json.loads(run(*arguments, "--json").stdout)
@@ -507,7 +507,7 @@ def test_multiple_choice_is_compared_with_and_without_a_direction(run, made, fol
     plain = json.loads(run(*line, "--to-table", "mc.parquet").stdout)
     assert [row["metric"] for row in plain] == ["mc1", "mc2", "mc3"]
     assert pl.read_parquet(folder / "mc.parquet").height == 3
-    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--questions", 2).stdout)
+    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--limit", 2).stdout)
     assert both[1]["steered"] != both[1]["unsteered"]
     assert both[1]["n"] == 2
     saved = json.loads((folder / "mc.json").read_text())
