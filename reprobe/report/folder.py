@@ -25,7 +25,7 @@ from reprobe.probing.artifact import kind_in
 from reprobe.probing.comparison import Comparison
 from reprobe.probing.direction import Direction
 from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.provenance import digest_file
+from reprobe.provenance import digest_file, rebuilding, text
 from reprobe.report.measured import SCHEMAS, Measured, columns_of, kind_of_columns, read_measured
 from reprobe.report.results import (
     DOSE_COLUMNS,
@@ -52,7 +52,10 @@ _DISSECTED = re.compile(rb'<meta name="dissection" content="([0-9a-f]{64})">')
 _HEAD = 4096  # bytes of an HTML file in which those stand
 #: Folders inside folders that are searched.
 _DEPTH = 4
-_STORE, _EDITED, _PAGE, _RECIPE, _FIGURE = "store", "edited model", "report", "recipe", "figure"
+_STORE, _EDITED, _PAGE, _FIGURE = "store", "edited model", "report", "figure"
+_RECIPE, _RECORD = "recipe", "record of a run"
+#: Keys of the record that the run of a recipe leaves.
+_RECORDED = {"recipe", "model", "data", "digest", "finished"}
 _FIGURES = (".svg", ".png", ".pdf")
 #: Where JSON files lie whose kind is not written in them.
 _PLACES = {"scans": SCAN_KIND, "steering": STEERING_KIND}
@@ -82,7 +85,8 @@ class Results:
     """Everything found in a results folder, by kind and name, in the order of the paths.
 
     `edits` are those of a file or of an edited model, `measured` tables that verbs saved, `pages` the own pages of
-    dissections by these's digests, `recipes` the texts of TOML files. `unknown` are paths of what is no result.
+    dissections by these's digests, `recipes` the texts of TOML files, `records` digests that the run of a recipe left,
+    by what they are of. `unknown` are paths of what is no result.
     """
 
     folder: Path
@@ -100,6 +104,7 @@ class Results:
     dissections: Mapping[str, Dissection] = field(default_factory=dict)
     pages: Mapping[str, Path] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
+    records: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     files: Sequence[File] = ()
     damaged: Sequence[Damaged] = ()
     unknown: Sequence[str] = ()
@@ -123,6 +128,7 @@ _KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     _EDITED: ("edits", edits_in),
     dissected.KIND: ("dissections", Dissection.load),
     _RECIPE: ("recipes", lambda path: path.read_text(encoding="utf-8")),
+    _RECORD: ("records", lambda path: _read_record(path)),
     **dict.fromkeys(SCHEMAS, ("measured", read_measured)),
 }
 
@@ -181,7 +187,7 @@ def read_results(folder: str | Path, stores: Mapping[str, ActivationStore] | Non
         except ReprobeError as error:
             damaged.append(_damage(folder, path, error))
     found["stores"] |= dict(stores or {})
-    if run is None and not any(found[attribute] for attribute in found if attribute != "recipes"):
+    if run is None and not any(found[attribute] for attribute in found if attribute not in ("recipes", "records")):
         _raise_empty(folder, damaged)
     return Results(folder, run, pages=pages, files=files, damaged=damaged, unknown=unknown, **found)
 
@@ -256,10 +262,10 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 def _kind_of_json(path: Path) -> str | None:
     placed = RUN_KIND if path.name == RUN else _PLACES.get(path.parent.name)
-    try:
+    with rebuilding(f"{path} is not JSON"):
         value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptArtifact(f"{path} is not JSON: {error}") from error
+    if isinstance(value, dict) and set(value) >= _RECORDED:
+        return _RECORD
     said = value.get("kind") if isinstance(value, dict) else None
     if said in (SCAN_KIND, STEERING_KIND):
         return str(said)
@@ -269,6 +275,13 @@ def _kind_of_json(path: Path) -> str | None:
         return kind_of_columns(columns_of(path)) or placed
     except UsageError:  # no table
         return placed
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    with rebuilding(f"{path} is malformed"):
+        value = json.loads(path.read_bytes())
+        data = {f"data {name}": text(digest) for name, digest in value["data"].items()}
+        return {"recipe": text(value["recipe"])} | data | {"recipe, model and data": text(value["digest"])}
 
 
 def _kind_of_table(path: Path) -> str | None:

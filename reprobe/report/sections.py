@@ -79,6 +79,9 @@ def _reproduce(results: Results) -> Section:
         rows.append(("prompts", name, Digest(store.manifest.prompts, whole=True)))
         rows.append(("store", name, Digest(store.manifest.digest, whole=True)))
     rows += [(f.kind, f.name, Digest(f.digest, whole=True)) for f in results.files if f.digest and f.kind != "store"]
+    rows += [
+        (what, name, Digest(d, whole=True)) for name, found in results.records.items() for what, d in found.items()
+    ]
     for name, steered in results.steering.items():
         rows.append(("direction", f"{name}, {steered.site}", Digest(steered.direction, whole=True)))
     blocks: list[Block] = []

@@ -32,7 +32,7 @@ from reprobe.report.blocks import (
 )
 from reprobe.report.curves import dose_curves
 from reprobe.report.folder import Results
-from reprobe.report.measured import CHOICES, DOSES, EDITING, SIDE_EFFECTS, TUNING, Measured
+from reprobe.report.measured import CHOICES, COMPARED, DOSES, EDITING, SIDE_EFFECTS, TUNING, Measured
 from reprobe.report.results import SteeringResult, effect_of
 from reprobe.report.shifts import Shift, shift_lines
 from reprobe.report.wording import HYPHEN, bounded, capital, change, many, signed, words
@@ -159,7 +159,8 @@ def _generations(measured: Measured) -> list[Block]:
 
 def choices(results: Results) -> Section:
     blocks: list[Block] = []
-    for i, (name, measured) in enumerate(results.of(CHOICES).items()):
+    tables = results.of(CHOICES) | results.of(COMPARED)
+    for i, (name, measured) in enumerate(tables.items()):
         found = measured.choices
         n = f"{found['n'][0]:,} questions"
         of = _of_table(measured)

@@ -146,6 +146,16 @@ def test_a_recipe_is_kept_as_text_and_is_no_result_by_itself(tmp_path: Path):
     assert read_results(tmp_path).recipes == {"recipe": 'model = "smollm2-135m"\n'}
 
 
+def test_the_record_of_a_run_is_known_and_its_digests_are_kept(folder: Path):
+    record = {"recipe": "aa", "model": {}, "data": {"cities": "bb"}, "digest": "cc", "versions": {}, "finished": {}}
+    (folder / "recipe.json").write_text(json.dumps(record))
+    found = read_results(folder)
+    assert found.records == {"recipe": {"recipe": "aa", "data cities": "bb", "recipe, model and data": "cc"}}
+    assert not found.unknown
+    (folder / "recipe.json").write_text(json.dumps(record | {"data": {"cities": 1}}))
+    assert [d.path for d in read_results(folder).damaged] == ["recipe.json"]
+
+
 def test_where_nothing_can_be_read_that_is_an_error_which_says_why(tmp_path: Path):
     (tmp_path / "x.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(CorruptArtifact, match=r"nothing in .* can be read: x\.safetensors: .*safetensors"):

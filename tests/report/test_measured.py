@@ -12,12 +12,13 @@ from reprobe.errors import CorruptArtifact, UsageError
 from reprobe.evaluation import Choices, compare
 from reprobe.evaluation.editing import summarise
 from reprobe.probing import write_table
-from reprobe.report.measured import CHOICES, DOSES, EDITING, SIDE_EFFECTS, TRANSFER, TUNING, read_measured
+from reprobe.report.measured import CHOICES, COMPARED, DOSES, EDITING, SIDE_EFFECTS, TRANSFER, TUNING, read_measured
 
 TABLES: dict[str, Any] = {
     TRANSFER: synthetic.transfers,
     SIDE_EFFECTS: synthetic.side_effects,
     CHOICES: synthetic.choices,
+    COMPARED: lambda: compare(*(Choices(synthetic.choices(), pl.DataFrame(), "", "", "") for _ in range(2))),
     EDITING: synthetic.edit_scores,
     DOSES: synthetic.doses,
     TUNING: lambda: pl.DataFrame({"strength": [1.0, 2.0], "kl": [0.1, 0.3]}),

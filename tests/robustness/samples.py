@@ -33,11 +33,12 @@ from reprobe.methods.dissected import Dissection
 from reprobe.methods.dissection import dissect
 from reprobe.methods.tracing import Settings, Trace, TraceGrid
 from reprobe.model import gguf
-from reprobe.probing import Comparison, LDAReader, MeanDifference, ProbeGrid, compare, probe
+from reprobe.probing import Comparison, LDAReader, MeanDifference, ProbeGrid, compare, probe, write_table
 from reprobe.probing.sharing import load
 from reprobe.prompts import facts_of
 from reprobe.provenance import digest, digest_file
 from reprobe.report import read_run, read_scan, read_steering, write_run, write_scan, write_steering
+from reprobe.report.measured import read_measured
 from reprobe.store import ActivationStore, verify
 from reprobe.store.sealed import seal
 
@@ -291,6 +292,11 @@ def write_results_steering(folder: Path) -> Path:
     return write_steering(folder, "happiness", results.make_steering())
 
 
+def write_measured(table: Callable[[], pl.DataFrame], name: str) -> Callable[[Path], Path]:
+    about = {"model": results.IDENTITY.to_json(), "interventions": ["Add"]} if name.endswith("json") else None
+    return lambda folder: write_table(table(), folder / name, about=about)
+
+
 def write_results_run(folder: Path) -> Path:
     run = rp.report.Run("Truth", (rp.report.Step("load", 3.4),), results.IDENTITY, {"python": "3"}, ("ls",), ("x",))
     return write_run(folder, run)
@@ -447,6 +453,9 @@ EVERY: tuple[Sample, ...] = (
     Sample("vllm", write_vllm, VllmFiles.scan, (*m.DAMAGE, m.odd_header), "r0.safetensors"),
     Sample("scan", write_results_scan, read_scan, JSON),
     Sample("dose-response", write_results_steering, read_steering, JSON),
+    Sample("table.json", write_measured(results.choices, "t.json"), read_measured, JSON, costly=True),
+    Sample("table.csv", write_measured(results.side_effects, "t.csv"), read_measured, m.DAMAGE),
+    Sample("table.parquet", write_measured(results.doses, "t.parquet"), read_measured, (*m.DAMAGE, odd_frame)),
     Sample("run", write_results_run, lambda p: read_run(p.parent), JSON),
     Sample("prompts.jsonl", write_json(TABLE, "t.jsonl"), read_prompts, JSONL),
     Sample("prompts.json", write_json(TABLE, "t.json"), read_prompts, JSON),
