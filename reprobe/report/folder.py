@@ -116,7 +116,7 @@ class Results:
 
 #: Of each kind, which field of `Results` holds it, and how it is read.
 _KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    _STORE: ("stores", ActivationStore.open),
+    _STORE: ("stores", lambda path: _open_store(path)),
     probe_grid.KIND: ("grids", ProbeGrid.load),
     comparison.KIND: ("comparisons", Comparison.load),
     direction.KIND: ("directions", Direction.load),
@@ -275,6 +275,13 @@ def _kind_of_json(path: Path) -> str | None:
         return kind_of_columns(columns_of(path)) or placed
     except UsageError:  # no table
         return placed
+
+
+def _open_store(path: Path) -> ActivationStore:
+    """A store whose manifest and index are sound. Its rows, which may be many, are checked as they are read."""
+    store = ActivationStore.open(path)
+    _ = store.index
+    return store
 
 
 def _read_record(path: Path) -> dict[str, str]:

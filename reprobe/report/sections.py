@@ -6,6 +6,7 @@ HTML.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from reprobe.model.identity import ModelIdentity
@@ -19,15 +20,16 @@ from reprobe.store.reader import ActivationStore
 _TOLD = 30
 
 
-def sections(results: Results, base: Path) -> tuple[Section, ...]:
-    """All sections for which there are results, in the order of the page, which will lie in the folder `base`."""
+def sections(results: Results, base: Path, say: Callable[[str], None]) -> tuple[Section, ...]:
+    """All sections for which there are results, in the order of the page, which will lie in the folder `base`; `say` is
+    told of what turns out to be damaged."""
     found = studies(results)
     made = (
         _overview(results),
         sections_probing.layers(found),
         sections_probing.readers(found),
         sections_probing.heads(found),
-        sections_probing.geometry(found),
+        sections_probing.geometry(found, say),
         sections_probing.directions(found),
         sections_probing.transfers(results),
         sections_probing.scans(results, found),
