@@ -6,6 +6,7 @@ a table; names and places only name it. Does not know how anything is drawn.
 """
 
 import json
+import os
 import re
 import tomllib
 from collections import Counter
@@ -50,6 +51,8 @@ REPORT_MARK = b'<meta name="generator" content="reprobe">'
 #: A dissection's own page says by its digest which one it is of.
 _DISSECTED = re.compile(rb'<meta name="dissection" content="([0-9a-f]{64})">')
 _HEAD = 4096  # bytes of an HTML file in which those stand
+#: Bytes up to which a JSON file may be a result; larger ones are data.
+_LARGEST = 1 << 26
 #: Folders inside folders that are searched.
 _DEPTH = 4
 _STORE, _EDITED, _PAGE, _FIGURE = "store", "edited model", "report", "figure"
@@ -209,7 +212,7 @@ def _walk(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if not path.is_dir() or _whole(path):
+        if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK) or _whole(path):
             yield path
         elif depth and not path.is_symlink():  # a link may lead in a circle
             yield from _walk(path, depth - 1)
@@ -233,13 +236,16 @@ def _is_store(folder: Path) -> bool:
 def _kind(path: Path) -> str | None:
     """What a file or a whole folder is, None if it is no result. Raises `CorruptArtifact` if it cannot be told."""
     if path.is_dir():
+        _ = next(path.iterdir(), None)  # raises where one may not look
         edited = (path / FOLDER).is_dir()
         return _EDITED if edited else _STORE if path.suffix == STORE_SUFFIX or _is_store(path) else None
+    if not path.is_file():  # a pipe would be waited for, a link lead nowhere
+        return None
     head, suffix = _head(path), path.suffix.lower()
     if suffix == ".safetensors" or _is_safetensors(head, path.stat().st_size):
         kind = kind_in(path)
         return kind if kind in _KINDS else None
-    if suffix == ".json":
+    if suffix == ".json" and path.stat().st_size <= _LARGEST:
         return _kind_of_json(path)
     if head.startswith(b"PAR1") or suffix in (".parquet", ".csv"):
         return _kind_of_table(path)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
 
 from reprobe.errors import UsageError
 from reprobe.evaluation.choices import METRICS, Choices, compare
 from reprobe.evaluation.editing import Evaluation, summarise
 from reprobe.model.identity import ModelIdentity
 from reprobe.probing.transfer import COLUMNS, TransferGrid
-from reprobe.provenance import rebuilding
+from reprobe.provenance import rebuilding, text, texts
 from reprobe.report.results import require_dose_table
 
 TRANSFER, CHOICES, SIDE_EFFECTS = "transfer table", "multiple-choice table", "side-effects table"
@@ -67,12 +68,12 @@ class Measured:
         if self.kind == TRANSFER:
             lines = self.table.select("test", "test_rows").unique(maintain_order=True)
             return {f"rows of {name}": digest for name, digest in lines.iter_rows()}
-        return {"data": str(self.about["data"])} if "data" in self.about else {}
+        return {"data": text(self.about["data"])} if "data" in self.about else {}
 
     @property
     def interventions(self) -> str:
         """What was done in the model, where the file says so."""
-        return ", ".join(map(str, self.about.get("interventions", ())))
+        return ", ".join(self.about.get("interventions", ()))
 
     @property
     def transfer(self) -> TransferGrid:
@@ -132,6 +133,7 @@ def read_measured(path: str | Path) -> Measured:
     with rebuilding(f"{path} is not as it was written"):
         if not table.height:
             raise ValueError("it has no lines")
+        table = table.with_columns(cs.matches("_(low|high)$").cast(pl.Float64))
         found = Measured(kind, table.with_columns(pl.col(c).cast(dtype) for c, dtype in SCHEMAS[kind].items()), about)
         for name in SCHEMAS[kind]:
             if found.table[name].null_count() and not name.endswith(_MAY_LACK):
@@ -142,9 +144,11 @@ def read_measured(path: str | Path) -> Measured:
 
 def _require_whole(found: Measured) -> None:
     """Everything that is shown of it can be worked out."""
-    _ = found.identity, found.data, found.interventions
+    _ = found.identity, found.data
+    texts(found.about.get("interventions", ()))
     if found.kind == TRANSFER:
         grid = found.transfer
+        texts(list(grid.notes.values()))
         for site in grid.sites:
             grid.matrix(site)
     elif found.kind == CHOICES:
@@ -153,6 +157,11 @@ def _require_whole(found: Measured) -> None:
         _ = found.editing
     elif found.kind == DOSES:
         require_dose_table(found.table)
+        if "text" in found.table.columns:
+            texts(found.table["text"].drop_nulls().to_list())
+    elif found.kind == TUNING:
+        for name in ("strength", "target_kl"):
+            float(found.about.get(name, 0.0))
 
 
 def _json(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A results folder is read by what lies in it: content tells the kinds, and nothing that lies there stops the rest."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,6 +132,14 @@ def test_what_is_no_result_is_unknown_and_figures_and_reports_are_neither(folder
     results = read_results(folder)
     assert list(results.unknown) == ["model", "notes.txt", "other.json", "rows.csv", "weights.safetensors"]
     assert not results.damaged
+
+
+def test_a_pipe_and_a_link_to_nowhere_are_passed_over(folder: Path):
+    os.mkfifo(folder / "pipe")
+    (folder / "lost.json").symlink_to(folder / "nowhere")
+    results = read_results(folder)
+    assert list(results.unknown) == ["lost.json", "pipe"]
+    assert list(results.traces) == ["facts"]
 
 
 def test_a_link_to_a_folder_is_not_followed_in_a_circle(folder: Path):
