@@ -399,7 +399,8 @@ def _trace(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.prompts import facts_of
 
     given, unknown = step.given, step.given.get("unknown", "refuse")
-    how = {k: tuple(v) if isinstance(v, list) else v for k, v in _all_but(given, "data", "limit", "unknown").items()}
+    asked = _all_but(given, "data", "limit", "unknown")
+    how: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
     limit = given.get("limit")
     facts = facts_of(kitchen.recipe.file(given["data"]), limit=None if unknown == "drop" else limit)
     if unknown == "drop":

@@ -218,7 +218,7 @@ def test_a_recipe_that_is_not_there_is_told_with_those_that_are(run):
 
 
 def test_the_bundled_recipe_runs_on_any_model(run, folder):
-    checked = json.loads(run("mood", "--check", "--json").stdout)
+    checked = json.loads(run("mood", "--dry-run", "--json").stdout)
     assert checked["steps"] == ["extract.scenes", "probe.happiness", "scan.two-scenes", "steer.happier"]
     text = recipes.find("mood").read_text()
     for there, here in (
@@ -238,4 +238,4 @@ def test_the_bundled_recipe_runs_on_any_model(run, folder):
 def test_the_recipe_of_the_readme_is_one(run, tmp_path):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (tmp_path / "shown.toml").write_text(readme.split("```toml\n")[1].split("```")[0])
-    assert "extract.scenes, probe.happiness" in run("shown.toml", "--check").stdout
+    assert "extract.scenes, probe.happiness" in run("shown.toml", "--dry-run").stdout
