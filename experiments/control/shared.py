@@ -204,11 +204,11 @@ class Words:
 
     def __call__(self, lm: rp.LanguageModel, prompts: Sequence[str]) -> dict[str, dict[str, float]]:
         logp = lm.logits(list(prompts)).double()
-        odds = logp[:, self._ids(lm, self.positive)].logsumexp(-1) - logp[:, self._ids(lm, self.negative)].logsumexp(-1)
+        odds = logp[:, self.ids(lm, self.positive)].logsumexp(-1) - logp[:, self.ids(lm, self.negative)].logsumexp(-1)
         return {"log-odds": dict(zip(prompts, odds.tolist(), strict=True))}
 
     @staticmethod
-    def _ids(lm: rp.LanguageModel, words: Sequence[str]) -> list[int]:
+    def ids(lm: rp.LanguageModel, words: Sequence[str]) -> list[int]:
         ids = [lm.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
         if long := [word for word, own in zip(words, ids, strict=True) if len(own) != 1]:
             raise SystemExit(f"not one token of {lm.name}: {', '.join(long)}")

@@ -18,6 +18,7 @@ from reprobe.cli.doctor import doctor
 from reprobe.cli.edit import edit_app
 from reprobe.cli.evaluate import evaluate_app
 from reprobe.cli.extract import extract, import_app
+from reprobe.cli.lorra import lorra
 from reprobe.cli.probing import compare, probe, scan, transfer
 from reprobe.cli.report import demo, report
 from reprobe.cli.run import run
@@ -38,6 +39,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     scan,
     trace,
     dissect,
+    lorra,
     bake,
     export,
     push,

@@ -101,7 +101,7 @@ def run_demo(
     truth = {site: d for site, d in grids["cities", SCAN_READER].directions.items() if site.part == "resid.post"}
     with step("scan", "every token at every block"):
         found = repe.scan(lm, SCAN_TEXT, truth)
-        results.write_scan(out, "truth", results.ScanResult(found, SCAN_TEXT, f"cities-{SCAN_READER}"))
+        results.write_scan(out, "truth", results.ScanResult(found, SCAN_TEXT, f"cities-{SCAN_READER}", lm.identity))
 
     mood = grids["emotions", "mean-difference"].best(part="resid.post")
     mood.save(out / "happiness.safetensors", overwrite=overwrite)
@@ -123,6 +123,7 @@ def run_demo(
             site=rp.Site.parse(str(mood.site)),
             direction=mood.digest,
             intervention=f"strength × scale of happiness added at {mood.site}, on all tokens",
+            identity=lm.identity,
         )
         results.write_steering(out, "happiness", done)
     summary = _summary(lm, grids, table, mood)

@@ -25,7 +25,9 @@ from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
 
 edit_app = typer.Typer(
-    name="edit", help="Facts written into weights: ROME, MEMIT; apply, revert, list, eval.", no_args_is_help=True
+    name="edit",
+    help="Facts written into weights: ROME, MEMIT, one after another; apply, revert, list, eval.",
+    no_args_is_help=True,
 )
 
 Text = Annotated[
@@ -123,6 +125,72 @@ def edit_memit(
             "probability after": sum(e.after for e in effects) / len(effects),
             "edits": ", ".join(f"{e.parameter} (rank {e.rank}, norm {e.norm:.3g})" for e in edits),
             "saved": str(to),
+        },
+        as_json,
+    )
+
+
+@edit_app.command("sequential")
+@verb("reprobe edit sequential smollm2-135m facts --limit 50 --at-most 1.5 --to edits")
+def edit_sequential(
+    model: Model,
+    data: Data,
+    to: Annotated[Path, typer.Option(help="A new folder for the edits, one file a fact, in their order.")],
+    at_most: Annotated[
+        float, typer.Option(help="Stop when the perplexity is more than this many times what it was at first.")
+    ] = 2.0,
+    every: Annotated[int, typer.Option(help="Facts between two measurements of the perplexity.")] = 10,
+    perplexity: Annotated[
+        str, typer.Option(help="Ordinary text whose perplexity is measured: .txt, a data set, hf:NAME.")
+    ] = "emotions",
+    limit: Limit = None,
+    layer: Annotated[int | None, typer.Option(help="Block to edit; default: the one known for the model.")] = None,
+    original: Annotated[bool, typer.Option("--original", help="ROME as published instead of r-ROME.")] = False,
+    text: Text = None,
+    tokens: Tokens = 40_000,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write facts one after another with ROME, and stop before the model collapses."""
+    import warnings
+
+    from reprobe.control import save_edits
+    from reprobe.methods import editing, rome
+    from reprobe.methods.moments import Corpus, second_moments
+    from reprobe.methods.sequential import Guard, sequential
+    from reprobe.progress import terminal
+    from reprobe.prompts import facts_of
+
+    new_folder(to)
+    facts = facts_of(data, limit=limit)
+    guard = Guard(Corpus.load(perplexity).texts, at_most, every)
+    lm = load_model(model, dtype=dtype, device=device, revision=revision)
+    where = editing.default_layers(lm).rome if layer is None else layer
+    form = rome.Settings(compat="rome" if original else None)
+    with terminal() as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what has no effect is counted
+        moment = second_moments(lm, [where], _text(text, tokens), progress=progress)[where]
+
+        def make(lm: Any, fact: Any) -> Any:
+            return rome.edit(lm, fact, layer=where, moment=moment, settings=form)
+
+        run = sequential(lm, facts, make, guard, progress=progress)
+        kept = [edits[0].facts[0] for edits in run.edits]
+        hold = [float(p) for p in editing.probabilities(lm, kept)] if kept else []
+    if kept:
+        save_edits([edit for edits in run.edits for edit in edits], to)
+    first = [edits[0].effects[0].before for edits in run.edits]
+    show(
+        {
+            "facts": len(facts),
+            "written": len(kept),
+            "stopped": run.stopped or "no",
+            "perplexity": ", ".join(f"{c.perplexity:.4g} after {c.facts}" for c in run.checked),
+            "probability before": sum(first) / len(kept) if kept else None,
+            "probability after all": sum(hold) / len(kept) if kept else None,
+            "saved": str(to) if kept else "nothing",
         },
         as_json,
     )

@@ -76,7 +76,7 @@ def evaluate_truthfulqa(
     --to-table saves a line per question.
     """
     import reprobe as rp
-    from reprobe.cli.steering import load
+    from reprobe.cli.steering import done_by, load
     from reprobe.evaluation import PRIMER, compare
     from reprobe.methods.dola import DoLa
     from reprobe.probing import write_table
@@ -108,6 +108,8 @@ def evaluate_truthfulqa(
             table = plain.table.hstack(own)
     if to_table is not None:
         about = {"model": lm.identity.to_json(), "data": prompts.digest, "primer": before, "metrics": result.to_dicts()}
+        if items:
+            about["interventions"] = done_by(*items)
         if decoding is not None:
             about["dola"] = dataclasses.asdict(decoding)
         write_table(table, to_table, overwrite=overwrite, about=about)
@@ -141,7 +143,7 @@ def evaluate_side_effects(
 ) -> None:
     """What steering costs: ordinary text, variety of what is written, unrelated knowledge, with intervals."""
     import reprobe as rp
-    from reprobe.cli.steering import load
+    from reprobe.cli.steering import done_by, load
     from reprobe.probing import write_table
     from reprobe.progress import terminal
 
@@ -162,7 +164,11 @@ def evaluate_side_effects(
             progress=progress,
         )
     if to_table is not None:
-        about = {"model": lm.identity.to_json(), "generations": found.generations.to_dicts()}
+        about = {
+            "model": lm.identity.to_json(),
+            "interventions": done_by(item),
+            "generations": found.generations.to_dicts(),
+        }
         write_table(found.table, to_table, overwrite=overwrite, about=about)
     show_table(found.table.to_dicts(), as_json)
 

@@ -159,7 +159,7 @@ def compare(
     if to_table is not None:
         write_table(found.table, to_table, overwrite=overwrite)
     if out is not None:
-        say(f"the report: {write_report(out, stores={name: opened})}")
+        say(f"the report: {write_report(out, stores={name: opened}, say=say)}")
     if as_json:
         show_json({what: getattr(found, what).to_dicts() for what in ("table", "choices", "differences")})
         return

@@ -339,7 +339,9 @@ def _scan(kitchen: _Kitchen, step: Step) -> None:
     if not directions:
         raise UsageError(f"[{step}]: the grid {step.given['probe']!r} has no directions of {part}")
     found = repe.scan(kitchen.lm, step.given["text"], directions)
-    results.write_scan(kitchen.out, step.name, results.ScanResult(found, step.given["text"], step.given["probe"]))
+    results.write_scan(
+        kitchen.out, step.name, results.ScanResult(found, step.given["text"], step.given["probe"], kitchen.lm.identity)
+    )
 
 
 def _steer(kitchen: _Kitchen, step: Step) -> None:
@@ -367,6 +369,7 @@ def _steer(kitchen: _Kitchen, step: Step) -> None:
         direction=direction.digest,
         intervention=f"strength × scale of {given['probe']} added at {direction.site}, on the tokens "
         f"{given.get('tokens', 'all')}",
+        identity=kitchen.lm.identity,
     )
     results.write_steering(kitchen.out, step.name, done)
 

@@ -37,7 +37,9 @@ def demo(
 
 @verb("reprobe report reprobe-demo")
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder with results, as `reprobe demo` makes it.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder with what verbs saved: stores, grids, traces, edits, tables …")
+    ],
     to: Annotated[
         Path | None, typer.Option(help="The HTML file, in place of an older; default: report.html in the folder.")
     ] = None,
@@ -46,10 +48,13 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the self-contained HTML report of a folder of results."""
+    """Join all results in a folder in one self-contained HTML page.
+
+    Artifacts are found by what they are, wherever they lie in the folder. Damaged ones are named on the page and here.
+    """
     from reprobe.report import write_report
     from reprobe.store import ActivationStore
 
     new_report(to)
     stores = {name: ActivationStore.open(path) for name, path in map(named_store, store or ())}
-    show_saved(write_report(folder, to, stores=stores), as_json)
+    show_saved(write_report(folder, to, stores=stores, say=say), as_json)

@@ -147,7 +147,9 @@ def steer_tune(
         )
     told = {"strength": found.strength, "kl": found.kl, "kl_low": found.kl_low, "kl_high": found.kl_high}
     if to_table is not None:
-        write_table(found.tried, to_table, overwrite=overwrite, about={"target_kl": target_kl, **told})
+        done = run.done_by(steerer(found.strength))
+        about = {"model": lm.identity.to_json(), "interventions": done, "target_kl": target_kl, **told}
+        write_table(found.tried, to_table, overwrite=overwrite, about=about)
     show(told | {"target_kl": target_kl, "evaluations": found.tried.height}, as_json)
 
 

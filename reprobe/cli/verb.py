@@ -36,7 +36,7 @@ def verb(example: str, *, resumable: bool = False) -> Callable[[Callable[P, R]],
                 say(f"{e.strerror or e}" + (f": {e.filename}" if e.filename is not None else ""))
                 raise typer.Exit(1) from e
             except KeyboardInterrupt as e:
-                say("interrupted." + (" What is complete is kept: go on with --resume." if resumable else ""))
+                say("interrupted." + (" What was completed is kept: go on with --resume." if resumable else ""))
                 raise typer.Exit(130) from e
 
         shown = "\n".join(f"    {line}" for line in example.strip().splitlines())

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reprobe.errors import CorruptArtifact, UnsupportedOperation, UsageError
+from reprobe.errors import UnsupportedOperation, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.language_model import LanguageModel
 from reprobe.probing import artifact
 from reprobe.probing.artifact import Artifact
 from reprobe.prompts.fact import Fact
-from reprobe.provenance import digest, digest_bytes
+from reprobe.provenance import digest, digest_bytes, rebuilding, text, texts
 
 KIND = "weight edit"
 #: An edit that raises the probability of its target by less than this did nothing worth the name.
@@ -119,19 +119,17 @@ class WeightEdit:
     def from_artifact(cls, found: Artifact, where: str) -> "WeightEdit":
         """What `to_artifact` made; `where` it was, for errors. Raises `CorruptArtifact`."""
         h = found.header
-        try:
+        with rebuilding(f"{where}: malformed header"):
             return cls(
-                parameter=str(h["parameter"]),
+                parameter=text(h["parameter"]),
                 left=found.arrays["left"],
                 right=found.arrays["right"],
                 base=ModelIdentity.from_json(h["base"]),
-                after=tuple(h["after"]),
+                after=texts(h["after"]),
                 facts=tuple(Fact.from_json(f) for f in h["facts"]),
-                effects=tuple(EditEffect(*e) for e in h["effects"]),
-                provenance=h["provenance"],
+                effects=tuple(EditEffect(float(before), float(after)) for before, after in h["effects"]),
+                provenance=dict(h["provenance"]),
             )
-        except (KeyError, TypeError) as error:
-            raise CorruptArtifact(f"{where}: malformed header ({error!r})") from error
 
 
 @dataclass(frozen=True, eq=False)

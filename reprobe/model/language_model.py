@@ -738,6 +738,11 @@ def _resolve(name: str, progress: Progress) -> tuple[str, str]:
         return str(gguf.convert(path, progress=progress)), path.stem
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise ModelLoadFailed(
+                    f"{name} holds an adapter, not a model: load the model that it is for, and put it on with "
+                    f"edited(lm, Adapter.load({name!r}).edits()), or merge it: reprobe edit apply MODEL {name} --to NEW"
+                )
             raise ModelLoadFailed(f"{name} is a folder without config.json: not a saved transformers model")
         return str(path), path.name
     if path.is_file():

@@ -520,6 +520,7 @@ def test_side_effects_are_shown_and_saved(run, made, folder):
     rows = json.loads(run(*line, "--data", "none", "--max-new-tokens", 3, "--to-table", "s.json", "--json").stdout)
     assert [row["measure"] for row in rows][:3] == ["kl", "cross-entropy", "perplexity"]
     assert rows[0]["change"] > 0
+    assert json.loads((folder / "s.json").read_text())["interventions"][0].endswith(", strength 4")
     assert [g["prompt"] for g in json.loads((folder / "s.json").read_text())["generations"]] == ["the", "and"]
     assert "perplexity" in run(*line, "--data", "none", "--max-new-tokens", 0).stdout
 
@@ -532,6 +533,12 @@ def test_a_report_is_drawn_from_a_folder_of_results(run, made):
     text = page.read_text()
     assert "<svg" in text
     assert rp.ActivationStore.open(made / "s.reprobe").manifest.prompts[:8] in text
+    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes()[:-1])
+    told = run("report", made, "--to", page).stderr
+    assert "probes/mine.safetensors is damaged and not in the report" in told
+    assert "prompts.jsonl" in told
+    assert "probes/mine.safetensors" in page.read_text()
+    (made / "probes" / "mine.safetensors").unlink()
 
 
 def test_the_list_of_data_sets_names_all_eight(run):
