@@ -21,8 +21,9 @@ from typing import Any
 
 import reprobe as rp
 from reprobe.cli.recipe import Recipe, Step
+from reprobe.cli.steering import done_by, per_question
 from reprobe.errors import ArtifactExists, CorruptArtifact, IdentityMismatch, UsageError
-from reprobe.evaluation import NEUTRAL
+from reprobe.evaluation import NEUTRAL, PRIMER
 from reprobe.evaluation.choices import compare as compare_choices
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS
 from reprobe.probing import readers, write_table
@@ -111,6 +112,7 @@ def run(
     )
     about: dict[str, Any] = {"recipe": recipe.digest, "model": lm.identity.to_json(), "data": data}
     record: dict[str, Any] = about | {"digest": digest(about), "versions": versions(), "finished": {}}
+    record["kind"] = results.RECORD_KIND
     if before is not None:
         _require_same(before, record, out)
         for name, version in before["versions"].items():
@@ -378,10 +380,13 @@ def _side_effects(kitchen: _Kitchen, step: Step) -> None:
     how = _all_but(step.given, *_ACT, "strength")
     if "unrelated" in how:
         how["unrelated"] = None if how["unrelated"] == "none" else kitchen.recipe.file(how["unrelated"])
-    found = rp.side_effects(
-        kitchen.lm, kitchen.steering(step.given, step.given["strength"]), progress=kitchen.progress, **how
-    )
-    about = {"generations": found.generations.to_dicts()}
+    steering = kitchen.steering(step.given, step.given["strength"])
+    found = rp.side_effects(kitchen.lm, steering, progress=kitchen.progress, **how)
+    about = {
+        "model": kitchen.lm.identity.to_json(),
+        "interventions": done_by(steering),
+        "generations": found.generations.to_dicts(),
+    }
     write_table(found.table, kitchen.file(step.kind, f"{step.name}.json"), overwrite=True, about=about)
 
 
@@ -390,11 +395,19 @@ def _multiple_choice(kitchen: _Kitchen, step: Step) -> None:
     if "limit" in given:
         first = data.frame["group"].unique(maintain_order=True).head(given["limit"])
         data = data.where(group=first.to_list())
+    steering = kitchen.steering({"tokens": "generated"} | given, given["strength"])  # as the verb does
     plain = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
-    with rp.steer(kitchen.lm, kitchen.steering(given, given["strength"])):
+    with rp.steer(kitchen.lm, steering):
         steered = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
-    table = compare_choices(plain, steered, **_some(given, "seed"))
-    write_table(table, kitchen.file(step.kind, f"{step.name}.json"), overwrite=True)
+    about = {
+        "model": kitchen.lm.identity.to_json(),
+        "data": data.digest,
+        "primer": PRIMER,
+        "metrics": compare_choices(plain, steered, **_some(given, "seed")).to_dicts(),
+        "interventions": done_by(steering),
+    }
+    to = kitchen.file(step.kind, f"{step.name}.json")
+    write_table(per_question(plain, steered), to, overwrite=True, about=about)
 
 
 def _trace(kitchen: _Kitchen, step: Step) -> None:
