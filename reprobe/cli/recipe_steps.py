@@ -135,7 +135,7 @@ def run(
         files = {str(path.relative_to(out)): _digest_of(path) for path in own}
         record["finished"][str(step)] = {"files": files, "seconds": time.perf_counter() - start}
         write_durably(out / RECORD, canonical_json(record).encode())
-    return _report(kitchen, record)
+    return _report(kitchen, record, say)
 
 
 def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -232,7 +232,7 @@ def _verify(out: Path, step: Step, files: Mapping[str, str]) -> None:
             )
 
 
-def _report(kitchen: _Kitchen, record: Mapping[str, Any]) -> Done:
+def _report(kitchen: _Kitchen, record: Mapping[str, Any], say: Callable[[str], None]) -> Done:
     recipe, out, finished = kitchen.recipe, kitchen.out, record["finished"]
     found = digest({name: step["files"] for name, step in finished.items()})
     summary = tuple(_findings(kitchen))
@@ -250,7 +250,7 @@ def _report(kitchen: _Kitchen, record: Mapping[str, Any]) -> Done:
             ),
         ),
     )
-    return Done(out, record["digest"], found, summary, rp.write_report(out))
+    return Done(out, record["digest"], found, summary, rp.write_report(out, say=say))
 
 
 def _findings(kitchen: _Kitchen) -> list[str]:
@@ -395,7 +395,7 @@ def _multiple_choice(kitchen: _Kitchen, step: Step) -> None:
     if "limit" in given:
         first = data.frame["group"].unique(maintain_order=True).head(given["limit"])
         data = data.where(group=first.to_list())
-    steering = kitchen.steering({"tokens": "generated"} | given, given["strength"])  # as the verb does
+    steering = kitchen.steering({"tokens": "generated", **given}, given["strength"])  # as the verb does
     plain = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
     with rp.steer(kitchen.lm, steering):
         steered = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)

@@ -92,12 +92,11 @@ def folder(tmp_path_factory):
                 "prompt": "a cat is on the", "prediction": " mat", "relation_id": "P1"}  # fmt: skip
         (path / "known.json").write_text(json.dumps([fact]))
         answers = [
-            {"id": f"q{i}-{a}", "text": f"Q: is it {i}? A: {a}", "question": f"is it {i}?", "answer": a, "label": i == a,
-             "group": f"q{i}", "best": i == a}
+            {"id": f"q{i}-{a}", "text": f"Q: is it {i}? A: {a}", "question": f"is it {i}?", "answer": str(a),
+             "label": int(i == a), "group": f"q{i}", "best": i == a}
             for i in range(2) for a in range(2)
         ]  # fmt: skip
-        lines = [json.dumps({**a, "answer": str(a["answer"]), "label": int(a["label"])}) + "\n" for a in answers]
-        (path / "questions.jsonl").write_text("".join(lines))
+        (path / "questions.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
         (path / "text.txt").write_text("In May I saw her; she gave me a cat in March and it is on the mat. " * 20)
         (path / "study.toml").write_text(STUDY)
         yield path
