@@ -151,15 +151,24 @@ def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
         raise ArtifactExists(
             f"{out} holds no run of a recipe ({RECORD}), so nothing can be gone on with; choose another"
         )
+    return read_record(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a run. Raises `CorruptArtifact` if it is none."""
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
         for name, of in (("recipe", str), ("model", dict), ("data", dict), ("versions", dict), ("finished", dict)):
             if not isinstance(record[name], of):
-                raise TypeError(f"{name} is {record[name]!r}")
+                raise TypeError(f"{name} is {record[name]!r:.60}")
         for name, step in record["finished"].items():
-            if not all(isinstance(f, str) and isinstance(d, str) for f, d in step["files"].items()):
-                raise TypeError(f"the files of {name} are {step['files']!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if not all(isinstance(text, str) for item in step["files"].items() for text in item):
+                raise TypeError(f"the files of {name} are {step['files']!r:.60}")
+            results.Step(name, float(step["seconds"]))
+        for name, version in record["versions"].items():
+            if not isinstance(version, str):
+                raise TypeError(f"the version of {name} is {version!r:.60}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise CorruptArtifact(f"{path} is damaged: {e}") from e
     return record
 
