@@ -21,9 +21,9 @@ from typing import Any
 
 import reprobe as rp
 from reprobe.cli.recipe import Recipe, Step
-from reprobe.cli.steering import done_by
+from reprobe.cli.steering import done_by, per_question
 from reprobe.errors import ArtifactExists, CorruptArtifact, IdentityMismatch, UsageError
-from reprobe.evaluation import NEUTRAL
+from reprobe.evaluation import NEUTRAL, PRIMER
 from reprobe.evaluation.choices import compare as compare_choices
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS
 from reprobe.probing import readers, write_table
@@ -116,6 +116,7 @@ def run(
     )
     about: dict[str, Any] = {"recipe": recipe.digest, "model": lm.identity.to_json(), "data": data}
     record: dict[str, Any] = about | {"digest": digest(about), "versions": versions(), "finished": {}}
+    record["kind"] = results.RECORD_KIND
     if before is not None:
         _require_same(before, record, out)
         for name, version in before["versions"].items():
@@ -138,7 +139,7 @@ def run(
         files = {str(path.relative_to(out)): _digest_of(path) for path in own}
         record["finished"][str(step)] = {"files": files, "seconds": time.perf_counter() - start}
         write_durably(out / RECORD, canonical_json(record).encode())
-    return _report(kitchen, record)
+    return _report(kitchen, record, say)
 
 
 def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -154,15 +155,24 @@ def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
         raise ArtifactExists(
             f"{out} holds no run of a recipe ({RECORD}), so nothing can be gone on with; choose another"
         )
+    return read_record(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a run. Raises `CorruptArtifact` if it is none."""
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
         for name, of in (("recipe", str), ("model", dict), ("data", dict), ("versions", dict), ("finished", dict)):
             if not isinstance(record[name], of):
-                raise TypeError(f"{name} is {record[name]!r}")
+                raise TypeError(f"{name} is {record[name]!r:.60}")
         for name, step in record["finished"].items():
-            if not all(isinstance(f, str) and isinstance(d, str) for f, d in step["files"].items()):
-                raise TypeError(f"the files of {name} are {step['files']!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if not all(isinstance(text, str) for item in step["files"].items() for text in item):
+                raise TypeError(f"the files of {name} are {step['files']!r:.60}")
+            results.Step(name, float(step["seconds"]))
+        for name, version in record["versions"].items():
+            if not isinstance(version, str):
+                raise TypeError(f"the version of {name} is {version!r:.60}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise CorruptArtifact(f"{path} is damaged: {e}") from e
     return record
 
@@ -235,7 +245,7 @@ def _verify(out: Path, step: Step, files: Mapping[str, str]) -> None:
             )
 
 
-def _report(kitchen: _Kitchen, record: Mapping[str, Any]) -> Done:
+def _report(kitchen: _Kitchen, record: Mapping[str, Any], say: Callable[[str], None]) -> Done:
     recipe, out, finished = kitchen.recipe, kitchen.out, record["finished"]
     found = digest({name: step["files"] for name, step in finished.items()})
     summary = tuple(_findings(kitchen))
@@ -253,7 +263,7 @@ def _report(kitchen: _Kitchen, record: Mapping[str, Any]) -> Done:
             ),
         ),
     )
-    return Done(out, record["digest"], found, summary, rp.write_report(out))
+    return Done(out, record["digest"], found, summary, rp.write_report(out, say=say))
 
 
 def _findings(kitchen: _Kitchen) -> list[str]:
@@ -393,13 +403,17 @@ def _multiple_choice(kitchen: _Kitchen, step: Step) -> None:
     if "limit" in given:
         first = data.frame["group"].unique(maintain_order=True).head(given["limit"])
         data = data.where(group=first.to_list())
+    steering = kitchen.steering({"tokens": "generated", **given}, given["strength"])  # as the verb does
     plain = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
-    steering = kitchen.steering(given, given["strength"])
     with rp.steer(kitchen.lm, steering):
         steered = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
-    table = compare_choices(plain, steered, **_some(given, "seed"))
-    about = kitchen.about(steering) | {"data": data.digest}
-    write_table(table, kitchen.file(step.kind, f"{step.name}.json"), overwrite=True, about=about)
+    about = kitchen.about(steering) | {
+        "data": data.digest,
+        "primer": PRIMER,
+        "metrics": compare_choices(plain, steered, **_some(given, "seed")).to_dicts(),
+    }
+    to = kitchen.file(step.kind, f"{step.name}.json")
+    write_table(per_question(plain, steered), to, overwrite=True, about=about)
 
 
 def _trace(kitchen: _Kitchen, step: Step) -> None:
@@ -407,9 +421,8 @@ def _trace(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.prompts import facts_of
 
     given, unknown = step.given, step.given.get("unknown", "refuse")
-    how: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in _all_but(given, "data", "limit", "unknown").items()
-    }
+    asked = _all_but(given, "data", "limit", "unknown")
+    how: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
     limit = given.get("limit")
     facts = facts_of(kitchen.recipe.file(given["data"]), limit=None if unknown == "drop" else limit)
     if unknown == "drop":

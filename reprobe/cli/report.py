@@ -22,8 +22,10 @@ def demo(
     """Find, plot and use a language model's truth and sentiment directions (3 minutes on 2 cores)."""
     from reprobe.cli.demo import run_demo
     from reprobe.progress import terminal
+    from reprobe.report.page import REPORT
 
     results_folder(out)
+    new_report(out / REPORT)
     quiet_libraries()
     with terminal() as progress:
         summary, page = run_demo(out, model=model, overwrite=overwrite, progress=progress, say=say)

@@ -30,6 +30,7 @@ from reprobe.provenance import digest_file, rebuilding, text
 from reprobe.report.measured import SCHEMAS, Measured, columns_of, kind_of_columns, read_measured
 from reprobe.report.results import (
     DOSE_COLUMNS,
+    RECORD_KIND,
     RUN,
     RUN_KIND,
     SCAN_KIND,
@@ -273,7 +274,7 @@ def _kind_of_json(path: Path) -> str | None:
     if isinstance(value, dict) and set(value) >= _RECORDED:
         return _RECORD
     said = value.get("kind") if isinstance(value, dict) else None
-    if said in (SCAN_KIND, STEERING_KIND):
+    if said in (SCAN_KIND, STEERING_KIND, RECORD_KIND):
         return str(said)
     if said is not None:
         return placed if said == placed else None

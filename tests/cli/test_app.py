@@ -533,20 +533,21 @@ def test_side_effects_are_shown_and_saved(run, made, folder):
     assert "perplexity" in run(*line, "--data", "none", "--max-new-tokens", 0).stdout
 
 
-def test_a_report_is_drawn_from_a_folder_of_results(run, made):
-    page = (made / "page.html").resolve()
-    (made / "probes").mkdir()
-    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes())
-    assert str(page) in run("report", made, "--to", page).stdout
+def test_a_report_is_drawn_from_a_folder_of_results(run, made, tmp_path):
+    page, grid = (tmp_path / "page.html").resolve(), tmp_path / "probes" / "mine.safetensors"
+    shutil.copytree(made / "s.reprobe", tmp_path / "s.reprobe")
+    shutil.copy(made / "prompts.jsonl", tmp_path)
+    grid.parent.mkdir()
+    grid.write_bytes((made / "g.safetensors").read_bytes())
+    assert str(page) in run("report", tmp_path, "--to", page).stdout
     text = page.read_text()
     assert "<svg" in text
     assert rp.ActivationStore.open(made / "s.reprobe").manifest.prompts[:8] in text
-    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes()[:-1])
-    told = run("report", made, "--to", page).stderr
+    grid.write_bytes((made / "g.safetensors").read_bytes()[:-1])
+    told = run("report", tmp_path, "--to", page).stderr
     assert "probes/mine.safetensors is damaged and not in the report" in told
     assert "prompts.jsonl" in told
     assert "probes/mine.safetensors" in page.read_text()
-    (made / "probes" / "mine.safetensors").unlink()
 
 
 def test_the_list_of_data_sets_names_all_eight(run):

@@ -5,6 +5,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from store import synthetic
 from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
+from reprobe.cli import recipe, recipe_steps
 from reprobe.control import EditEffect, edits_in, export_edited, ledger_of, read_control_vector
 from reprobe.control.edited_model import read_record
 from reprobe.control.edits import Matrix
@@ -376,6 +378,18 @@ def write_json(value: Any, name: str) -> Callable[[Path], Path]:
     return write
 
 
+def write_recipe(folder: Path) -> Path:
+    return Path(shutil.copy(recipe.find("mood"), folder / "recipe.toml"))
+
+
+def write_record(folder: Path) -> Path:
+    finished = {"extract.a": {"files": {"a.reprobe": "0" * 64}, "seconds": 1.5}}
+    about = {"recipe": "0" * 64, "model": lm().identity.to_json(), "data": {"cities": "1" * 64}}
+    record = about | {"versions": {"torch": "2"}, "finished": finished}
+    (folder / "recipe.json").write_text(json.dumps(record))
+    return folder / "recipe.json"
+
+
 def write_text(text: str, name: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         (folder / name).write_text(text)
@@ -457,6 +471,8 @@ EVERY: tuple[Sample, ...] = (
     Sample("table.csv", write_measured(results.side_effects, "t.csv"), read_measured, m.DAMAGE),
     Sample("table.parquet", write_measured(results.doses, "t.parquet"), read_measured, (*m.DAMAGE, odd_frame)),
     Sample("run", write_results_run, lambda p: read_run(p.parent), JSON),
+    Sample("recipe", write_recipe, recipe.read, (*m.DAMAGE, m.odd_toml)),
+    Sample("recipe's record", write_record, recipe_steps.read_record, JSON),
     Sample("prompts.jsonl", write_json(TABLE, "t.jsonl"), read_prompts, JSONL),
     Sample("prompts.json", write_json(TABLE, "t.json"), read_prompts, JSON),
     Sample("chats.jsonl", write_json(CHATS, "t.jsonl"), read_prompts, JSONL),
