@@ -26,6 +26,9 @@ LIBRARIES = ("torch", "transformers", "numpy", "transformer-lens", "nnsight", "r
 #: Instructions that decide how fast a matrix product is.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
+#: How most benchmarks time.
+ROUNDS = "Sides run in turn in one process, {} rounds, the fastest of each counts"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -85,7 +88,8 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 class Recorder:
     """What was measured so far, written anew after every work: those before it are not lost with one.
 
-    Made before the first work, whose load it notes; `chosen` has `repeats` and the options of `add_outputs`.
+    Made before the first work, whose load it notes; `chosen` has the options of `add_outputs`, and `repeats` where no
+    `method` says how else was timed.
     """
 
     def __init__(
@@ -94,12 +98,13 @@ class Recorder:
         command: str,
         chosen: argparse.Namespace,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
+        method: str | None = None,
     ) -> None:
         self._title, self._chosen, self._works = title, chosen, list[Work]()
         self._about: dict[str, Any] = {
             "command": command,
             "machine": machine(device),
-            "repeats": chosen.repeats,
+            **({"repeats": chosen.repeats} if method is None else {"method": method}),
             "load": [os.getloadavg()[0]] * 2,
             "left out": [],
         }
@@ -172,9 +177,9 @@ def as_markdown(record: Mapping[str, Any], about: str) -> str:
         f"{at['memory GiB']} GiB, {at.get('gpu') or 'no GPU used'}, {at['torch threads']} torch threads; "
         f"Python {at['python']}, {versions}.",
         "",
-        f"Sides run in turn in one process, {record['repeats']} rounds, the fastest of each counts; the machine's load "
+        f"{record.get('method') or ROUNDS.format(record['repeats'])}; the machine's load "
         f"was {record['load'][0]:.1f} before and {record['load'][1]:.1f} after. Absolute numbers vary with the "
-        "machine; the ratios are what is claimed.",
+        f"machine{'' if record.get('method') else '; the ratios are what is claimed'}.",
         "",
         "| work | model | claim | target | measured | |",
         "|---|---|---|---|---|---|",

@@ -10,11 +10,14 @@ import typer
 from reprobe.cli.bake import bake
 from reprobe.cli.data import data_app
 from reprobe.cli.dissect import dissect
+from reprobe.cli.doctor import doctor
 from reprobe.cli.edit import edit_app
 from reprobe.cli.evaluate import evaluate_app
 from reprobe.cli.extract import extract, import_app
+from reprobe.cli.lorra import lorra
 from reprobe.cli.probing import compare, probe, scan, transfer
 from reprobe.cli.report import demo, report
+from reprobe.cli.run import run
 from reprobe.cli.sharing import export, pull, push
 from reprobe.cli.steer import steer_app
 from reprobe.cli.store import info, verify
@@ -22,6 +25,7 @@ from reprobe.cli.trace import trace
 
 VERBS: tuple[Callable[..., None], ...] = (
     demo,
+    doctor,
     extract,
     info,
     verify,
@@ -31,11 +35,13 @@ VERBS: tuple[Callable[..., None], ...] = (
     scan,
     trace,
     dissect,
+    lorra,
     bake,
     export,
     push,
     pull,
     report,
+    run,
 )
 #: Verbs with verbs of their own.
 GROUPS = (data_app, import_app, evaluate_app, steer_app, edit_app)

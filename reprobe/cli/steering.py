@@ -54,6 +54,15 @@ def load(path: Path, *, ablate: bool, site: str | None, tokens: str | None, othe
     return Steerer(of, 1.0 if ablate else 4.0)
 
 
+def done_by(*steerings: rp.Steering) -> list[str]:
+    """What steerings do, in words, for the tables of what that does."""
+    return [
+        f"{item}" + ("" if isinstance(item.strength, np.ndarray) else f", strength {item.strength:g}")
+        for steering in steerings
+        for item in steering.interventions
+    ]
+
+
 def read_by(steering: rp.Steering) -> list[rp.Direction]:
     """The directions along which a steering acts, where it acts: with these a text is scored."""
     found: dict[tuple[rp.Site, bytes], rp.Direction] = {}

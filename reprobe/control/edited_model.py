@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from reprobe.control.adapters import Adapter, holds_adapter
 from reprobe.control.edits import WeightEdit
 from reprobe.control.ledger import ledger_of
 from reprobe.control.model_folder import put_model, whole_folder
@@ -68,10 +69,12 @@ def load_edited(folder: str | Path, **options: Any) -> LanguageModel:
 
 
 def edits_in(path: str | Path) -> list[WeightEdit]:
-    """The edits of a file, of a folder of such files, or of an exported model."""
+    """The edits of a file, of a folder of such files, of an adapter, or of an exported model."""
     place = Path(path)
     if not place.is_dir():
         return [WeightEdit.load(place)]
+    if holds_adapter(place):
+        return list(Adapter.load(place).edits())
     if (place / FOLDER / _RECORD).is_file():
         return read_record(place)[1]
     files = sorted(place.glob("*.safetensors"))

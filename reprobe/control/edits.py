@@ -76,6 +76,7 @@ class WeightEdit:
 
     @property
     def rank(self) -> int:
+        """Columns of the factors."""
         return int(self.left.shape[1])
 
     @property
@@ -103,6 +104,7 @@ class WeightEdit:
         return cls.from_artifact(artifact.read(Path(path), KIND), str(path))
 
     def to_artifact(self) -> Artifact:
+        """The edit as a file's header and arrays."""
         header = {
             "parameter": self.parameter,
             "base": self.base.to_json(),
@@ -115,6 +117,7 @@ class WeightEdit:
 
     @classmethod
     def from_artifact(cls, found: Artifact, where: str) -> "WeightEdit":
+        """What `to_artifact` made; `where` it was, for errors. Raises `CorruptArtifact`."""
         h = found.header
         with rebuilding(f"{where}: malformed header"):
             return cls(

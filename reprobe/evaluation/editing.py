@@ -11,8 +11,9 @@ made. Works on the bundled `facts` and on CounterFact in both layouts, which `fa
 - score: the harmonic mean of the three shares (S in the papers).
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -193,11 +194,27 @@ def evaluate_together(
     write: int = 0,
     seed: int = 0,
 ) -> Evaluation:
-    """Scores of facts without and with edits that are applied all at once, as MEMIT's are; else as `evaluate`."""
-    before = _State.of(lm, facts, texts, write, seed)
-    with edited(lm, edits):
-        after = _State.of(lm, facts, texts, write, seed)
+    """Scores of facts without and with edits that are applied all at once, as MEMIT's are; else as `evaluate`.
+
+    Neighbours that the edits write about are left out: see `spared`.
+    """
+    made = [edits] if isinstance(edits, WeightEdit) else list(edits)
+    scored = spared(facts, [fact for edit in made for fact in edit.facts])
+    before = _State.of(lm, scored, texts, write, seed)
+    with edited(lm, made):
+        after = _State.of(lm, scored, texts, write, seed)
     return _evaluation(before, after, seed)
+
+
+def spared(facts: Sequence[Fact], written: Iterable[Fact]) -> list[Fact]:
+    """The facts without neighbours whose prompts name a subject that is written about.
+
+    The neighbours of one fact are often the subjects of others in the same set (the Louvre, where the Eiffel Tower is
+    moved): that an edit changes what is said of its own subject is no harm to a neighbour.
+    """
+    subjects = {fact.subject for fact in written}
+    named = re.compile("|".join(rf"(?<!\w){re.escape(s)}(?!\w)" for s in sorted(subjects)) or r"(?!)")
+    return [replace(f, neighbours=tuple(n for n in f.neighbours if not named.search(n.prompt))) for f in facts]
 
 
 @dataclass(frozen=True, eq=False)

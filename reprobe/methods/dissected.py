@@ -24,7 +24,7 @@ from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing import artifact
 from reprobe.probing.artifact import Artifact, array
-from reprobe.provenance import rebuilding, text, texts
+from reprobe.provenance import digest, digest_chunks, rebuilding, text, texts
 
 KIND = "dissection"
 #: Arrays of a value per unit, or per unit and something, that are saved as they are: their kind of numbers, and shape.
@@ -122,6 +122,14 @@ class Dissection:
         return [concept.name for concept in self.asked]
 
     @cached_property
+    def digest(self) -> str:
+        """sha256 over the model, the stream, the settings, the units, the concepts and what was counted of them."""
+        counted = (self.threshold, self.active, self.hits, self.null, self.top)
+        said = [self.identity.weights, self.stream.digest, asdict(self.settings), self.names]
+        units = [[str(reading.site), reading.n] for reading in self.readings]
+        return digest([KIND, said, units, digest_chunks(np.ascontiguousarray(a).tobytes() for a in counted)])
+
+    @cached_property
     def sizes(self) -> Int[np.ndarray, " concepts"]:
         """How many tokens each concept has."""
         sizes: np.ndarray = self.of.sum(0)
@@ -129,6 +137,7 @@ class Dissection:
 
     @cached_property
     def iou(self) -> Float[np.ndarray, "units concepts"]:
+        """Overlap of each unit's top tokens with each concept: intersection over union."""
         return iou(self.hits, self.active, self.sizes)
 
     @cached_property
@@ -147,6 +156,7 @@ class Dissection:
 
     @cached_property
     def unit_names(self) -> list[str]:
+        """The units as texts, `mlp.neurons@7.1500`, in the order of the rows."""
         return [reading.name(i) for reading in self.readings for i in range(reading.n)]
 
     @cached_property

@@ -36,28 +36,35 @@ from reprobe.provenance import digest
 
 #: Version of how prefixes are sampled.
 _PREFIXES = 1
+#: Adam's, in the code of ROME and MEMIT.
+PUBLISHED_RATE = 0.5
 
 
 @dataclass(frozen=True)
 class Search:
-    """How δ is searched: Adam at `rate` for `steps` evaluations at most, until the first part of the loss is below
+    """How δ is searched: down the gradient for `steps` evaluations at most, until the first part of the loss is below
     `stop` (in the original the whole loss, which at small models stays above it through the last part alone).
 
     Loss (nats) = mean −log p(new object) over the prefixes + `kl` · KL of the next-token distribution after the
     subject in "{subject} is a" + `decay` · ‖δ‖ / ‖v₀‖². After each step ‖δ‖ is cut to `clamp` · ‖v₀‖. v₀ is the vector
     that δ is added to, at the bare prompt.
+
+    A step is as long as would bring the loss to 0 if it were linear, loss / ‖∇loss‖ (Polyak), and at most
+    `stride` · ‖v₀‖. With `rate`, Adam at that rate instead, as published: its first steps go along the signs of the
+    gradient, off to the side, so that δ ends about twice as long, and so does all that reaches other subjects.
     """
 
     steps: int = 20
-    rate: float = 0.5
+    rate: float | None = None
+    stride: float = 0.5
     stop: float = 0.05
     kl: float = 0.0625
     decay: float = 0.5
     clamp: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rate <= 0 or self.clamp <= 0:
-            raise UsageError(f"{self}: steps, rate and clamp are positive")
+        if self.steps < 1 or self.stride <= 0 or self.clamp <= 0 or (self.rate is not None and self.rate <= 0):
+            raise UsageError(f"{self}: steps, rate, stride and clamp are positive")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Layers:
 
 #: (architecture, blocks, d_model) of the bundled models → blocks to begin with.
 _LAYERS = {
-    ("llama", 30, 576): Layers(rome=5, memit=(6, 7, 8, 9, 10)),
+    ("llama", 30, 576): Layers(rome=6, memit=(4, 5, 6, 7, 8)),
     ("gemma3_text", 18, 640): Layers(rome=5, memit=(3, 4, 5, 6)),
 }
 
@@ -218,7 +225,7 @@ def search(
     """The δ of each fact. `stream` is the output of the edited block; `place` gives its value at the subject's last
     token for the δ of each row; `start` is v₀."""
     delta = torch.zeros_like(start, dtype=torch.float32, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=settings.rate)
+    adam = None if settings.rate is None else torch.optim.Adam([delta], lr=settings.rate)
     size = start.float().norm(dim=1)
     fact_of = lookup.owner[lookup.asked[:, 0]]
     before: Tensor | None = None
@@ -240,9 +247,15 @@ def search(
         if bool(done.all()) or step == settings.steps - 1:
             break
         held[done] = delta.detach()[done]
-        (delta.grad,) = torch.autograd.grad(loss.sum(), delta)
-        adam.step()
+        (slope,) = torch.autograd.grad(loss.sum(), delta)
+        if adam is not None:
+            delta.grad = slope
+            adam.step()
         with torch.no_grad():
+            if adam is None:
+                steep = slope.norm(dim=1).clamp(min=1e-30)
+                stride = torch.minimum(loss.clamp(min=0) / steep, settings.stride * size)
+                delta -= (stride / steep)[:, None] * slope
             limit = settings.clamp * size
             delta *= (limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)[:, None]
             delta[done] = held[done]
@@ -302,6 +315,7 @@ def _behind(fronts: Sequence[str], facts: Sequence[Fact]) -> tuple[list[str], li
 
 
 def effects(before: Float[np.ndarray, " facts"], after: Float[np.ndarray, " facts"]) -> tuple[EditEffect, ...]:
+    """Probabilities of the new objects before and after, fact by fact."""
     return tuple(EditEffect(float(b), float(a)) for b, a in zip(before, after, strict=True))
 
 

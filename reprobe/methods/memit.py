@@ -78,13 +78,16 @@ def edit(
     layers: Sequence[int] | None = None,
     moments: Mapping[int, SecondMoment] | Text | None = None,
     settings: Settings | None = None,
+    values: Float[Tensor, "facts d_model"] | None = None,
     progress: Progress = silent,
 ) -> list[WeightEdit]:
     """The edits, one a block in ascending order, that together write all facts.
 
-    `layers` default to those known to work for the bundled models. `moments` are theirs, or the text they are of. Each
-    edit carries all facts with their effect when all edits are applied; a warning counts those without. Errors are
-    those of `rome.edit`, and `UsageError` for no facts or no layers.
+    `layers` default to those known to work for the bundled models. `moments` are theirs, or the text they are of.
+    `values` are those that `find_values` gave for these facts at the last block, where they are known already: finding
+    them is most of the work, and neither λ nor the blocks below change them. Each edit carries all facts with their
+    effect when all edits are applied; a warning counts those without. Errors are those of `rome.edit`, and `UsageError`
+    for no facts, no layers, or values of another shape.
     """
     how = settings or Settings()
     wanted = list(facts)
@@ -97,9 +100,12 @@ def edit(
     given = moments if isinstance(moments, Mapping) else second_moments(lm, where, moments, progress=progress)
     if missing := [layer for layer in where if layer not in given]:
         raise UsageError(f"no second moment of the blocks {missing}; there are {sorted(given)}")
+    if values is not None and values.shape != (len(wanted), lm.d_model):
+        raise UsageError(f"{len(wanted)} facts need values {len(wanted)} × {lm.d_model}, not {tuple(values.shape)}")
     before = editing.probabilities(lm, wanted)
     prefixes = editing.sample_prefixes(lm, n=how.prefixes, seed=how.seed)
-    values = find_values(lm, wanted, prefixes, where[-1], how, progress)
+    if values is None:
+        values = find_values(lm, wanted, where[-1], how, progress)
     ledger = ledger_of(lm)
     made: list[WeightEdit] = []
     try:
@@ -138,13 +144,13 @@ def edit(
 def find_values(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    prefixes: Sequence[str],
     layer: int,
     settings: Settings,
     progress: Progress = silent,
 ) -> Float[Tensor, "facts d_model"]:
     """For each fact the output of block `layer` at the subject's last token that makes the model say its new object,
     in float64."""
+    prefixes = editing.sample_prefixes(lm, n=settings.prefixes, seed=settings.seed)
     post = Site("resid.post", layer)
     out = torch.zeros(len(facts), lm.d_model, dtype=torch.float64, device=lm.device)
     # Prompts of like length together: little is padded.

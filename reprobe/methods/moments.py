@@ -5,6 +5,7 @@ Enters: a language model, blocks, and a text: given by the user, or sampled from
 tokens and the way of computing it. Does not know edits; of an edited model they are the base's.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,21 +49,33 @@ _SAMPLED_ROWS, _SAMPLED_TOKENS = 64, 96
 class Sample:
     """Text that the model writes itself: continuations of `OPENINGS`, drawn from its 50 likeliest next tokens.
 
-    Needs no data and fits any model; takes about as long as writing `tokens` tokens (SmolLM2: two minutes).
+    Needs no data and fits any model; takes about as long as writing `tokens` tokens (SmolLM2: two minutes), once: the
+    text is kept in the user's cache.
     """
 
     tokens: int = TOKENS
     seed: int = 0
 
     def texts(self, lm: LanguageModel, progress: Progress) -> Iterator[str]:
-        """Texts of in all at least `tokens` tokens, each with its opening."""
-        return (text for text, _ in self._written(lm, progress))
+        """Texts of in all at least `tokens` tokens, each with its opening; of an edited model, its base's."""
+        base = ledger_of(lm).base
+        file = cache_folder() / "samples" / f"{digest([base.weights, base.dtype, self.digest(lm)])}.json"
+
+        def make(scratch: Path) -> None:
+            with unedited(lm):
+                (scratch / file.name).write_text(json.dumps(list(self._written(lm, progress))))
+
+        build(file, make, whole=lambda path: path.is_file())
+        try:
+            yield from json.loads(file.read_text())
+        except ValueError as error:
+            raise CorruptArtifact(f"{file} is damaged ({error}); delete it") from error
 
     def rows(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
         """Token ids, about `_SAMPLED_TOKENS` a row, in all at least `tokens`."""
-        return (ids for _, ids in self._written(lm, progress))
+        return (row.ids for row in tokenise(lm.tokenizer, list(self.texts(lm, progress))))
 
-    def _written(self, lm: LanguageModel, progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
+    def _written(self, lm: LanguageModel, progress: Progress) -> Iterator[str]:
         done = batch = 0
         while done < self.tokens:
             first = batch * _SAMPLED_ROWS
@@ -73,7 +86,7 @@ class Sample:
             texts = [a + b for a, b in zip(openings, written, strict=True)]
             for text, row in zip(texts, tokenise(lm.tokenizer, texts), strict=True):
                 done += len(row.ids)
-                yield text, row.ids
+                yield text
             batch += 1
             progress("sample", min(done, self.tokens), self.tokens)
 
@@ -157,8 +170,14 @@ class SecondMoment:
         return self.n < self.width
 
     def regularised(self, ridge: float) -> Float[np.ndarray, "width width"]:
-        """C + ridge · (tr C / width) · 1: a ridge in units of the mean eigenvalue."""
-        out: np.ndarray = self.matrix + ridge * np.trace(self.matrix) / self.width * np.eye(self.width)
+        """C + ridge · unit · 1. The unit is the median neuron's mean square, of those that are ever used.
+
+        Not the mean eigenvalue: where a first token's activations are massive (SmolLM2's block 11), that is two
+        thousand times what other tokens have, and one hundredth of it would drown all their directions.
+        """
+        used = np.diag(self.matrix)[np.diag(self.matrix) > 0]
+        unit = float(np.median(used)) if len(used) else 0.0
+        out: np.ndarray = self.matrix + ridge * unit * np.eye(self.width)
         return out
 
     def solve(self, k: Float[np.ndarray, "..."], ridge: float) -> Float[np.ndarray, "..."]:
@@ -168,7 +187,7 @@ class SecondMoment:
         one, a warning says that the ridge decides what the directions cost that no token used.
         """
         if ridge < 0:
-            raise UsageError(f"ridge={ridge}: a share of the mean eigenvalue, 0 or more")
+            raise UsageError(f"ridge={ridge}: in units of the median neuron's mean square, 0 or more")
         if ridge not in self._factors:
             try:
                 if self.singular and ridge == 0:

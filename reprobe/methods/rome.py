@@ -11,7 +11,7 @@ such edits sometimes destroy a model (Gupta et al. 2024, "Rebuilding ROME", arXi
 three places; `compat="rome"` gives the published form.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -23,14 +23,14 @@ from reprobe.control.edits import Matrix, WeightEdit
 from reprobe.control.ledger import edited, ledger_of
 from reprobe.errors import UsageError
 from reprobe.methods import editing
-from reprobe.methods.editing import Search
+from reprobe.methods.editing import PUBLISHED_RATE, Search
 from reprobe.methods.moments import SecondMoment, Text, second_moments
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.sites import Site
 from reprobe.progress import Progress, silent
 from reprobe.prompts.fact import Fact
 
-#: The ridge on C, in units of its mean eigenvalue.
+#: The ridge on C, in units of the median neuron's mean square.
 RIDGE = 0.01
 
 
@@ -39,8 +39,8 @@ class Settings:
     """`prefixes` sampled with `seed` stand before the prompt in turn: all of them for the key, the first `searched` for
     the value (in the original all, which takes twice as long). `bare` is the weight of the bare prompt in the key: a
     short subject that begins a text has another key there than elsewhere, and with 1/21 of the mean (None: all count
-    alike, as in the original) the edit misses it. `ridge` is in units of C's mean eigenvalue; `compat="rome"` is the
-    published form (see above), with equal weights."""
+    alike, as in the original) the edit misses it. `ridge` is that of `SecondMoment.solve`; `compat="rome"` is the
+    published form (see above), with equal weights and Adam's search."""
 
     search: Search = field(default_factory=Search)
     prefixes: int = 20
@@ -53,6 +53,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.bare is not None and not 0 < self.bare <= 1:
             raise UsageError(f"bare={self.bare}: a weight above 0 and at most 1, or None")
+
+    @property
+    def searching(self) -> Search:
+        """`search`, and with Adam as published for `compat="rome"`."""
+        if self.compat == "rome" and self.search.rate is None:
+            return replace(self.search, rate=PUBLISHED_RATE)
+        return self.search
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +155,7 @@ def associate(lm: LanguageModel, fact: Fact, layer: int, settings: Settings) -> 
     def place(delta: Tensor) -> Tensor:
         return rest + lm.architecture.after_projection(lm.net, layer, (raw + delta).to(raw.dtype))
 
-    found = editing.search(lm, lookup, stream, place, start, settings.search)
+    found = editing.search(lm, lookup, stream, place, start, settings.searching)
     return Association(
         layer,
         editing.mean_key(keys, None if settings.compat == "rome" else settings.bare),

@@ -476,28 +476,58 @@ def called(
         yield
 
 
+@contextlib.contextmanager
+def computed(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `compute(x)` stand in for what `module` makes of x (rows, columns, width) inside the context.
+
+    The module itself is called with none of the columns. Others' hooks that come before see x, those after the result.
+    """
+    given: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given[:] = args[:1]
+        return (args[0][:, :0], *args[1:])
+
+    def give(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        return compute(given.pop())
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(take).remove)
+        stack.callback(module.register_forward_hook(give, prepend=True).remove)
+        yield
+
+
 def capture(
     lm: "LanguageModel",
     inputs: Mapping[str, Any],
     sites: Sequence[Site],
     select: Callable[[Tensor], Tensor] | None = None,
+    *,
+    gradients: bool = False,
 ) -> dict[Site, Tensor]:
     """Run the stack of blocks (no unembedding) on `inputs` only as far as the last wanted site, and read.
 
     `inputs` are the trunk's keyword arguments (input_ids, attention_mask, position_ids …). `select` maps a site's
     (rows, columns, width) to what should be kept of it and must return a new tensor; it runs on the device, so that
-    unwanted tokens are never copied anywhere. Without it all is kept. Runs without gradients.
+    unwanted tokens are never copied anywhere. Without it all is kept. Runs without gradients, unless they are wanted.
     """
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site, h: Tensor) -> None:
         seen[site] = h.clone() if select is None else select(h)
 
-    visit(lm, inputs, sites, keep)
+    visit(lm, inputs, sites, keep, gradients=gradients)
     return {site: seen[site] for site in sites}
 
 
-def visit(lm: "LanguageModel", inputs: Mapping[str, Any], sites: Sequence[Site], observer: Observer) -> None:
+def visit(
+    lm: "LanguageModel",
+    inputs: Mapping[str, Any],
+    sites: Sequence[Site],
+    observer: Observer,
+    *,
+    gradients: bool = False,
+) -> None:
     """`capture` for those who compute from a site's value as it passes, while it is in the cache, and keep nothing."""
     seen: set[Site] = set()
     wanted = set(sites)
@@ -510,7 +540,7 @@ def visit(lm: "LanguageModel", inputs: Mapping[str, Any], sites: Sequence[Site],
 
     board, mask = board_of(lm), inputs.get("attention_mask")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(board.entered(observers=[(site, show) for site in sites]))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             stack.enter_context(board.told(Prompts(mask.bool(), int(mask.shape[1]), {})))

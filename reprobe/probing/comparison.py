@@ -105,6 +105,7 @@ class Comparison:
 
     @property
     def readers(self) -> tuple[str, ...]:
+        """Names of the readers, in the order in which they were given."""
         return tuple(self.grids)
 
     @property

@@ -107,6 +107,7 @@ class Direction:
 
     @property
     def width(self) -> int:
+        """Components of the vector."""
         return int(self.vector.size)
 
     @property

@@ -81,6 +81,7 @@ class Fact:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fact":
+        """What `to_json` made. Raises `CorruptArtifact` for anything else."""
         known = {f.name for f in fields(cls)}
         if not isinstance(value, Mapping) or not set(value) <= known or not {"prompt", "subject", "span"} <= set(value):
             raise CorruptArtifact(f"a fact has the fields {', '.join(sorted(known))}")

@@ -104,6 +104,7 @@ class ActivationStore:
 
     @property
     def rows(self) -> int:
+        """Rows of the whole store, written or not."""
         return self.manifest.grid.rows
 
     @property

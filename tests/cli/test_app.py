@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import reprobe as rp
 from reprobe.cli.app import app
-from reprobe.cli.probing import ReaderName
+from reprobe.cli.options import ReaderName
 from reprobe.probing import READERS
 
 VERBS = (
@@ -64,7 +64,7 @@ def made(folder):
     store, grid, direction = (folder / name for name in ("s.reprobe", "g.safetensors", "d.safetensors"))
     for line in (
         ["extract", folder / "model", folder / "prompts.jsonl", "--to", store, "--sites", "resid.post@*,attn.heads@1"],
-        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--direction", direction],
+        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--to-direction", direction],
     ):
         result = runner.invoke(app, [str(a) for a in line])
         assert result.exit_code == 0, result.output
@@ -299,7 +299,7 @@ def test_a_typed_label_finds_the_number_that_it_means(run, made):
 
 def test_transfer_prints_every_pair_and_saves_table_and_figure(run, made):
     arguments = ["transfer", "one=s.reprobe", "s.reprobe", "--folds", 4, "--sites", "resid.post@*", "--transductive"]
-    shown = run(*arguments, "--at", "resid.post@1", "--to", "t.json", "--figure", "t.png").stdout
+    shown = run(*arguments, "--at", "resid.post@1", "--to-table", "t.json", "--figure", "t.png").stdout
     assert "resid.post@1" in shown
     assert "resid.post@0" not in shown
     rows = json.loads(run(*arguments, "--json").stdout)
@@ -499,7 +499,7 @@ def test_multiple_choice_is_compared_with_and_without_a_direction(run, made, fol
     plain = json.loads(run(*line, "--to-table", "mc.parquet").stdout)
     assert [row["metric"] for row in plain] == ["mc1", "mc2", "mc3"]
     assert pl.read_parquet(folder / "mc.parquet").height == 3
-    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--questions", 2).stdout)
+    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--limit", 2).stdout)
     assert both[1]["steered"] != both[1]["unsteered"]
     assert both[1]["n"] == 2
     saved = json.loads((folder / "mc.json").read_text())
@@ -520,6 +520,7 @@ def test_side_effects_are_shown_and_saved(run, made, folder):
     rows = json.loads(run(*line, "--data", "none", "--max-new-tokens", 3, "--to-table", "s.json", "--json").stdout)
     assert [row["measure"] for row in rows][:3] == ["kl", "cross-entropy", "perplexity"]
     assert rows[0]["change"] > 0
+    assert json.loads((folder / "s.json").read_text())["interventions"][0].endswith(", strength 4")
     assert [g["prompt"] for g in json.loads((folder / "s.json").read_text())["generations"]] == ["the", "and"]
     assert "perplexity" in run(*line, "--data", "none", "--max-new-tokens", 0).stdout
 
@@ -532,6 +533,12 @@ def test_a_report_is_drawn_from_a_folder_of_results(run, made):
     text = page.read_text()
     assert "<svg" in text
     assert rp.ActivationStore.open(made / "s.reprobe").manifest.prompts[:8] in text
+    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes()[:-1])
+    told = run("report", made, "--to", page).stderr
+    assert "probes/mine.safetensors is damaged and not in the report" in told
+    assert "prompts.jsonl" in told
+    assert "probes/mine.safetensors" in page.read_text()
+    (made / "probes" / "mine.safetensors").unlink()
 
 
 def test_the_list_of_data_sets_names_all_eight(run):

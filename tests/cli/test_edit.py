@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from reprobe.cli.app import app
 
-VERBS = ("rome", "memit", "apply", "revert", "list", "moments", "eval")
+VERBS = ("rome", "memit", "sequential", "apply", "revert", "list", "moments", "eval")
 PROMPT = ("--subject", "cat", "--prompt", "the {} is on the", "--target", "mat", "--layer", 1)
 
 
@@ -80,11 +80,26 @@ def test_many_facts_are_written_at_once(run, folder):
     assert "no such" in run("list", "nowhere", code=2).output
 
 
+def test_facts_are_written_one_after_another_until_the_guard_stops(run, folder):
+    (folder / "else.txt").write_text("the cat is on the dog. the horse is on the dog. the theory is on the dog. " * 5)
+    common = ("sequential", "model", "facts.json", "--layer", 1, "--text", "text.txt", "--perplexity", "else.txt")
+    told = json.loads(run(*common, "--at-most", 1e6, "--every", 2, "--to", "in-a-row", "--json").stdout)
+    assert (told["facts"], told["written"], told["stopped"]) == (3, 3, "no")
+    assert told["perplexity"].count("after") == 3  # before, after two, after the last
+    assert len(list((folder / "in-a-row").glob("*.safetensors"))) == 3
+    run("apply", "model", "in-a-row", "--to", "with-all")
+    told = json.loads(run(*common, "--at-most", 1 + 1e-9, "--every", 3, "--to", "none-kept", "--json").stdout)
+    assert told["written"] == 0
+    assert "3 were reverted" in told["stopped"]
+    assert told["saved"] == "nothing"
+    assert not (folder / "none-kept").exists()
+
+
 @pytest.mark.parametrize("method", ["rome", "memit", "finetune"])
 def test_edits_are_scored(run, folder, method):
     told = run(
         *("eval", "model", "facts.json", "--method", method, "--layers", "1", "--text", "text.txt", "--json"),
-        *("--perplexity", "text.txt", "--write", "4", "--to", f"{method}.parquet"),
+        *("--perplexity", "text.txt", "--write", "4", "--to-table", f"{method}.parquet"),
     )
     measures = {row["measure"]: row for row in json.loads(told.stdout)}
     assert {"efficacy", "paraphrase", "neighbourhood", "score", "perplexity", "fluency"} <= set(measures)
@@ -94,7 +109,7 @@ def test_edits_are_scored(run, folder, method):
 def test_moments_are_shown(run):
     rows = json.loads(run("moments", "model", "--layers", "0,2", "--text", "text.txt", "--json").stdout)
     assert [row["block"] for row in rows] == [0, 2]
-    assert len(json.loads(run("moments", "model", "--layers", "1", "--sample", 200, "--json").stdout)) == 1
+    assert len(json.loads(run("moments", "model", "--layers", "1", "--tokens", 200, "--json").stdout)) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,6 +124,7 @@ def test_moments_are_shown(run):
         (["revert", "model", "--to", "x"], "remembers no edits"),
         (["eval", "model", "facts.json", "--layers", "0,1", "--text", "text.txt"], "one block"),
         (["moments", "model"], "say layer"),
+        (["sequential", "model", "facts.json", "--at-most", 1, "--to", "x"], "above 1"),
     ],
 )
 def test_a_wrong_call_fails_and_says_what_to_do(run, arguments, says):

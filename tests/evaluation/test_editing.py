@@ -1,5 +1,6 @@
 """Scores of edits against sums by hand, on our facts and on CounterFact's layouts; the guard of sequential editing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -149,6 +150,19 @@ def test_edits_together_are_scored_together():
         want = editing.score_facts(lm, FACTS)
     np.testing.assert_allclose(result.after.prompts["p_new"], want["p_new"])
     assert result.perplexity_after is None
+
+
+def test_what_is_written_about_is_no_neighbour():
+    lm = fresh()
+    dog = rp.Fact.of(subject="dog", prompt="the dog is on the", new="roof", true="hat")
+    left = editing.spared(FACTS, [FACTS[0], dog])
+    assert [n.prompt for n in left[0].neighbours] == ["a horse is on the"]
+    part = rp.Fact.of(subject="hors", prompt="the hors is", new="a")  # in words, not in parts of them
+    assert editing.spared(FACTS, [part]) == editing.spared(FACTS, []) == FACTS
+    edit = dataclasses.replace(random_edit(lm), facts=(FACTS[0], dog))
+    for scored in (editing.evaluate_together(lm, FACTS, edit).after, editing.evaluate_together(lm, FACTS, edit).before):
+        kept = scored.prompts.filter(pl.col("kind") == "neighbourhood")["prompt"].to_list()
+        assert kept == ["a horse is on the"]
 
 
 def test_facts_without_both_objects_are_named():

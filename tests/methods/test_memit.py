@@ -75,7 +75,7 @@ def test_one_fact_at_one_block_is_the_closed_form():
         at = int(batch.spans["subject"][0].nonzero().max())
         keys.append(seen[Site("mlp.neurons", 1)][0, at].double().numpy())
         posts.append(seen[Site("resid.post", 1)][0, at].double().numpy())
-    value = memit.find_values(lm, FACTS[:1], prefixes, 1, how)[0].numpy()
+    value = memit.find_values(lm, FACTS[:1], 1, how)[0].numpy()
     k, r = (keys[0] + np.mean(keys[1:], 0)) / 2, value - posts[0]
     spread = np.linalg.solve(7.0 * moment[1].regularised(0.1), k)
     want = np.outer(r, spread / (1 + k @ spread))
@@ -94,7 +94,7 @@ def test_where_ordinary_text_counts_for_nothing_the_last_block_gives_the_values(
     edits = memit.edit(lm, FACTS, layers=layers, moments=TEXT, settings=how)
     assert lm.identity == before
     assert [e.provenance["layer"] for e in edits] == layers
-    values = memit.find_values(lm, FACTS, (), layers[-1], how).numpy()
+    values = memit.find_values(lm, FACTS, layers[-1], how).numpy()
 
     def ends():
         out = []
@@ -145,9 +145,21 @@ def test_in_the_null_space_ordinary_keys_are_mapped_as_before():
 def test_what_one_search_finds_does_not_depend_on_the_facts_beside_it():
     lm = fresh("gemma3_text")
     one, all_ = (memit.Settings(search=Search(steps=5), prefixes=2, batch=b) for b in (1, 8))
-    prefixes = editing.sample_prefixes(lm, n=2)
-    a, b = (memit.find_values(lm, FACTS, prefixes, 1, how) for how in (one, all_))
+    a, b = (memit.find_values(lm, FACTS, 1, how) for how in (one, all_))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_values_that_are_known_are_not_searched_again():
+    lm = fresh("llama")
+    how = memit.Settings(search=Search(steps=3), prefixes=2)
+    first = memit.edit(lm, FACTS, layers=[0, 1], moments=TEXT, settings=how)
+    values = memit.find_values(lm, FACTS, 1, how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(editing, "search", None)
+        again = memit.edit(lm, FACTS, layers=[0, 1], moments=TEXT, settings=how, values=values)
+    assert [e.digest for e in again] == [e.digest for e in first]
+    with pytest.raises(UsageError, match="3 facts need values"):
+        memit.edit(lm, FACTS, layers=[1], moments=TEXT, settings=how, values=values[:2])
 
 
 def test_bad_input_is_refused_and_the_weights_are_untouched():

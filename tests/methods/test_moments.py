@@ -8,7 +8,7 @@ from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.control.edits import Matrix
-from reprobe.errors import UnknownSite, UnsupportedOperation, UsageError
+from reprobe.errors import CorruptArtifact, UnknownSite, UnsupportedOperation, UsageError
 from reprobe.methods import moments
 from reprobe.methods.moments import Corpus, Sample, SecondMoment, second_moments
 from reprobe.model.sites import Site
@@ -90,12 +90,29 @@ def test_of_an_edited_model_they_are_the_bases(tiny_lm):
     np.testing.assert_allclose(found.matrix, want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_sample_is_as_long_as_asked_and_repeats_with_its_seed(tiny_lm):
+def test_a_sample_is_as_long_as_asked_and_repeats_with_its_seed(tiny_lm, tmp_path, monkeypatch):
     lm = tiny_lm("llama")
-    one, same, other = (second_moments(lm, [0], Sample(tokens=300, seed=s), fresh=True)[0] for s in (0, 0, 1))
+    one, other = (second_moments(lm, [0], Sample(tokens=300, seed=s))[0] for s in (0, 1))
+    monkeypatch.setenv("REPROBE_CACHE", str(tmp_path / "elsewhere"))
+    same = second_moments(lm, [0], Sample(tokens=300))[0]
     assert one.n == 300
     assert np.array_equal(one.matrix, same.matrix)
     assert not np.allclose(one.matrix, other.matrix)
+
+
+def test_a_sample_is_written_once_for_all_blocks_and_is_that_of_the_base(tiny_lm, own_cache, monkeypatch):
+    lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    matrix = Matrix.projection(lm, 0)
+    edit = rp.WeightEdit(matrix.name, np.ones((27, 1)), np.ones((tiny.D_FF, 1)), lm.identity)
+    with rp.edited(lm, edit):
+        second_moments(lm, [0], Sample(tokens=200))
+    monkeypatch.setattr(lm, "generate", None)
+    later = second_moments(lm, [1, 2], Sample(tokens=200))
+    assert later[1].n == later[2].n == 200
+    (file,) = (own_cache / "samples").glob("*.json")
+    file.write_text("[[1, 2], [3")
+    with pytest.raises(CorruptArtifact, match="delete it"):
+        second_moments(lm, [0], Sample(tokens=200), fresh=True)
 
 
 def test_texts_come_from_files(tiny_lm, tmp_path):
@@ -108,12 +125,12 @@ def test_texts_come_from_files(tiny_lm, tmp_path):
         Corpus.load(tmp_path / "nothing.txt")
 
 
-def test_a_ridge_is_in_units_of_the_mean_eigenvalue_and_solves_as_the_direct_way_does():
+def test_a_ridge_is_in_units_of_the_median_neuron_and_solves_as_the_direct_way_does():
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(50, 7))
+    rows = rng.normal(size=(50, 7)) * [1, 1, 2, 2, 2, 3, 1e3]  # one massive neuron does not drown the others
     moment = SecondMoment(Site("mlp.neurons", 0), 50, rows.T @ rows / 50, {}, "")
     k = rng.normal(size=7)
-    want = np.linalg.solve(moment.matrix + 0.1 * np.linalg.eigvalsh(moment.matrix).mean() * np.eye(7), k)
+    want = np.linalg.solve(moment.matrix + 0.1 * np.median((rows**2).mean(0)) * np.eye(7), k)
     np.testing.assert_allclose(moment.solve(k, 0.1), want, rtol=1e-10)
     np.testing.assert_allclose(moment.solve(k, 0.0), np.linalg.solve(moment.matrix, k), rtol=1e-9)
     with pytest.raises(UsageError, match="0 or more"):

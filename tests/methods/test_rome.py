@@ -101,7 +101,7 @@ def test_the_search_raises_the_probability_and_the_edit_says_what_the_edited_net
     lm = double(family)
     layer = layer_of(lm)
     fact = rp.Fact.of(subject="the other cat", prompt="it is that {}", new="mat")
-    settings = rome.Settings(search=Search(steps=9, clamp=99.0, kl=0.0, decay=0.0), prefixes=0, ridge=0.1)
+    settings = rome.Settings(search=Search(steps=9, stride=2.0, clamp=99.0, kl=0.0, decay=0.0), prefixes=0, ridge=0.1)
 
     def stock():
         ids = lm.encode(fact.prompt + " mat").input_ids
@@ -149,7 +149,7 @@ def plain_search(lm, fact, layer, prefixes, settings):
         finally:
             handle.remove()
 
-    adam, first = torch.optim.Adam([delta], lr=settings.rate), None
+    adam, first = torch.optim.Adam([delta], lr=settings.rate or 1.0), None
     losses = []
     for step in range(settings.steps):
         nll = 0
@@ -166,19 +166,24 @@ def plain_search(lm, fact, layer, prefixes, settings):
             break
         adam.zero_grad()
         loss.backward()
-        adam.step()
         with torch.no_grad():
+            if settings.rate is not None:
+                adam.step()
+            else:  # as far as the tangent is above 0, or half of the vector's own length
+                length = min(loss / delta.grad.norm(), settings.stride * start.norm())
+                delta -= length * delta.grad / delta.grad.norm()
             limit = settings.clamp * start.norm()
             if delta.norm() > limit:
                 delta *= limit / delta.norm()
     return losses, (start + delta).detach().numpy()
 
 
+@pytest.mark.parametrize("rate", [None, 0.5])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt", "falcon.new"])
-def test_the_search_is_that_of_whole_forward_passes(family):
+def test_the_search_is_that_of_whole_forward_passes(family, rate):
     lm = double(family)
     layer = layer_of(lm)
-    settings = Search(steps=4, clamp=2.0)
+    settings = Search(steps=4, clamp=2.0, rate=rate)
     prefixes = editing.sample_prefixes(lm, n=3, seed=0)
     fact = rp.Fact.of(subject="the cat", prompt="it is {} on the", new="theory of mats")
     losses, value = plain_search(lm, fact, layer, prefixes, settings)
