@@ -203,7 +203,7 @@ def read(path: Path) -> Recipe:
         told = tomllib.loads(source.decode())
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror}") from e
-    except ValueError as e:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as e:  # not UTF-8, not TOML, or lists in lists without end
         raise UsageError(f"{path} is no TOML: {e}") from e
     value = digest(_plain(told, path))
     title = told.pop("title", path.stem)

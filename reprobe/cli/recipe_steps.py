@@ -27,7 +27,7 @@ from reprobe.evaluation.choices import compare as compare_choices
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS
 from reprobe.probing import readers, write_table
 from reprobe.progress import Progress, silent
-from reprobe.provenance import canonical_json, digest, digest_file, versions, write_durably
+from reprobe.provenance import canonical_json, digest, digest_file, rebuilding, versions, write_durably
 from reprobe.report import results
 
 RECORD, COPY = "recipe.json", "recipe.toml"
@@ -149,7 +149,7 @@ def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
         raise ArtifactExists(
             f"{out} holds no run of a recipe ({RECORD}), so nothing can be gone on with; choose another"
         )
-    try:
+    with rebuilding(f"{path} is damaged"):
         record: dict[str, Any] = json.loads(path.read_bytes())
         for name, of in (("recipe", str), ("model", dict), ("data", dict), ("versions", dict), ("finished", dict)):
             if not isinstance(record[name], of):
@@ -157,8 +157,6 @@ def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
         for name, step in record["finished"].items():
             if not all(isinstance(f, str) and isinstance(d, str) for f, d in step["files"].items()):
                 raise TypeError(f"the files of {name} are {step['files']!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CorruptArtifact(f"{path} is damaged: {e}") from e
     return record
 
 

@@ -25,7 +25,7 @@ from reprobe.probing.artifact import kind_in
 from reprobe.probing.comparison import Comparison
 from reprobe.probing.direction import Direction
 from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.provenance import digest_file
+from reprobe.provenance import digest_file, rebuilding
 from reprobe.report.measured import SCHEMAS, Measured, columns_of, kind_of_columns, read_measured
 from reprobe.report.results import (
     DOSE_COLUMNS,
@@ -256,10 +256,8 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 def _kind_of_json(path: Path) -> str | None:
     placed = RUN_KIND if path.name == RUN else _PLACES.get(path.parent.name)
-    try:
+    with rebuilding(f"{path} is not JSON"):
         value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptArtifact(f"{path} is not JSON: {error}") from error
     said = value.get("kind") if isinstance(value, dict) else None
     if said in (SCAN_KIND, STEERING_KIND):
         return str(said)
@@ -283,7 +281,7 @@ def _kind_of_table(path: Path) -> str | None:
 def _is_toml(path: Path) -> bool:
     try:
         tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

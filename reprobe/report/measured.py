@@ -12,11 +12,12 @@ from typing import Any
 
 import polars as pl
 
-from reprobe.errors import CorruptArtifact, ReprobeError, UsageError
+from reprobe.errors import UsageError
 from reprobe.evaluation.choices import METRICS, Choices, compare
 from reprobe.evaluation.editing import Evaluation, summarise
 from reprobe.model.identity import ModelIdentity
 from reprobe.probing.transfer import COLUMNS, TransferGrid
+from reprobe.provenance import rebuilding
 from reprobe.report.results import require_dose_table
 
 TRANSFER, CHOICES, SIDE_EFFECTS, EDITING = "transfer matrix", "multiple choice", "side effects", "scores of edits"
@@ -39,8 +40,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 #: Where a value may be missing: bounds of a single group, the block of `final`, the unit of a ratio.
 _MAY_LACK = ("low", "high", "layer", "head", "unit")
-#: What values of other types or shapes lead to.
-_MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,41 +107,34 @@ def columns_of(path: Path) -> list[str]:
     `UsageError` for JSON that holds no table."""
     if path.suffix == ".json":
         return _json(path)[0].columns
-    try:
+    with rebuilding(f"{path} cannot be read as a table"):
         scan = pl.scan_csv if path.suffix == ".csv" else pl.scan_parquet
         return scan(path).collect_schema().names()
-    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
-        raise CorruptArtifact(f"{path} cannot be read as a table: {_first_line(error)}") from error
 
 
 def read_measured(path: str | Path) -> Measured:
     """A table of one of the kinds. Raises `CorruptArtifact`; `UsageError` if it is of another kind."""
     path, about = Path(path), dict[str, Any]()
-    try:
+    with rebuilding(f"{path} is not as it was written"):
         if path.suffix == ".json":
             table, about = _json(path)
         elif path.suffix == ".csv":
             table = pl.read_csv(path, infer_schema_length=None)
         else:
             table = pl.read_parquet(path)
-        kind = kind_of_columns(table.columns)
-        if kind is None:
-            raise UsageError(f"{path} is a table of {', '.join(table.columns)}: none that a report shows")
+    kind = kind_of_columns(table.columns)
+    if kind is None:
+        raise UsageError(f"{path} is a table of {', '.join(table.columns)}: none that a report shows")
+    with rebuilding(f"{path} is not as it was written"):
         schema = SCHEMAS[kind]
         table = table.with_columns(pl.col(name).cast(dtype) for name, dtype in schema.items())
         if not table.height:
-            raise CorruptArtifact(f"{path} is a table without lines")
+            raise ValueError("a table without lines")
         for name in schema:
             if table[name].null_count() and not name.endswith(_MAY_LACK):
-                raise CorruptArtifact(f"{path}: values are missing in the column {name!r}")
+                raise ValueError(f"values are missing in the column {name!r}")
         found = Measured(kind, table, about)
         _require_whole(found)
-    except CorruptArtifact:
-        raise
-    except (pl.exceptions.PolarsError, OSError, ReprobeError, *_MALFORMED) as error:
-        if isinstance(error, UsageError) and "none that a report shows" in str(error):
-            raise
-        raise CorruptArtifact(f"{path} is not as it was written: {_first_line(error)}") from error
     return found
 
 
@@ -163,19 +155,11 @@ def _require_whole(found: Measured) -> None:
 
 def _json(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
     """The table of a JSON file, and what stands beside it."""
-    try:
+    with rebuilding(f"{path} is not JSON"):
         value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise CorruptArtifact(f"{path} is not JSON: {error}") from error
     about = dict(value) if isinstance(value, dict) else {}
     rows = about.pop("table", None) if isinstance(value, dict) else value
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} holds no table")
-    try:
+    with rebuilding(f"{path} cannot be read as a table"):
         return pl.DataFrame(rows, infer_schema_length=None), about
-    except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
-        raise CorruptArtifact(f"{path} cannot be read as a table: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -65,6 +65,14 @@ def in_head(data: bytes, rng: Random) -> bytes:
     return rng.choice(DAMAGE)(data[:head], rng) + data[head:]
 
 
+def too_deep(data: bytes, rng: Random) -> bytes:
+    """A number, a list or a table of TOML becomes lists in lists."""
+    lines = data.split(b"\n")
+    at = rng.choice([i for i, line in enumerate(lines) if b" = " in line])
+    lines[at] = lines[at].partition(b" = ")[0] + b" = " + b"[" * 100_000 + b"]" * 100_000
+    return b"\n".join(lines)
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------
 
 _DEEP = "@deep@"

@@ -23,7 +23,9 @@ from store import synthetic
 from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
+from reprobe.cli import recipe
 from reprobe.control import EditEffect, edits_in, export_edited, ledger_of, read_control_vector
+from reprobe.control.adapters import Adapter, Factors
 from reprobe.control.edited_model import read_record
 from reprobe.control.edits import Matrix
 from reprobe.extraction import VllmFiles
@@ -35,9 +37,11 @@ from reprobe.methods.tracing import Settings, Trace, TraceGrid
 from reprobe.model import gguf
 from reprobe.probing import Comparison, LDAReader, MeanDifference, ProbeGrid, compare, probe
 from reprobe.probing.sharing import load
+from reprobe.probing.transfer import COLUMNS
 from reprobe.prompts import facts_of
 from reprobe.provenance import digest, digest_file
-from reprobe.report import read_run, read_scan, read_steering, write_run, write_scan, write_steering
+from reprobe.report import read_results, read_run, read_scan, read_steering, write_run, write_scan, write_steering
+from reprobe.report.measured import read_measured
 from reprobe.store import ActivationStore, verify
 from reprobe.store.sealed import seal
 
@@ -209,6 +213,19 @@ def write_edited(folder: Path) -> Path:
     return export_edited(fresh, folder / "edited")
 
 
+def write_adapter(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    factors = {"model.layers.0.self_attn.q_proj": Factors(rng.normal(size=(2, 27)), rng.normal(size=(36, 2)))}
+    return Adapter(config, factors, lm().identity, losses=(1.0, 0.5), provenance={"k": 1}).save(folder / "adapter")
+
+
+def sign_adapter(path: Path) -> None:
+    record = json.loads((path / "reprobe.json").read_bytes())
+    record["sha256"] = {name: digest_file(path / name) for name in record["sha256"]}
+    (path / "reprobe.json").write_text(json.dumps(record))
+
+
 # -- other programs' files -----------------------------------------------------------------------------------------
 
 
@@ -294,6 +311,38 @@ def write_results_steering(folder: Path) -> Path:
 def write_results_run(folder: Path) -> Path:
     run = rp.report.Run("Truth", (rp.report.Step("load", 3.4),), results.IDENTITY, {"python": "3"}, ("ls",), ("x",))
     return write_run(folder, run)
+
+
+def write_table(suffix: str) -> Callable[[Path], Path]:
+    """A transfer matrix as a verb saves it."""
+
+    def write(folder: Path) -> Path:
+        line = {name: 1 if kind.is_integer() else "a" if kind == pl.String else 0.5 for name, kind in COLUMNS.items()}
+        own = {"site": "resid.post@1", "layer": 1, "centring": "training"}
+        table = pl.DataFrame([line | own], schema=COLUMNS)
+        path = folder / f"table.{suffix}"
+        match suffix:
+            case "csv":
+                table.write_csv(path)
+            case "parquet":
+                table.write_parquet(path)
+            case _:
+                about = {"notes": {"a": "b"}, "provenance": {"identity": lm().identity.to_json()}}
+                path.write_text(json.dumps({"table": table.to_dicts(), **about}))
+        return path
+
+    return write
+
+
+def read_table(path: Path) -> object:
+    found = read_measured(path)
+    return found.table.to_dicts(), found.identity, found.data, found.interventions, read_results(path.parent)
+
+
+def write_recipe(folder: Path) -> Path:
+    source = recipe.folder() / "mood.toml"
+    (folder / "mood.toml").write_bytes(source.read_bytes())
+    return folder / "mood.toml"
 
 
 # -- prompts -------------------------------------------------------------------------------------------------------
@@ -435,6 +484,14 @@ EVERY: tuple[Sample, ...] = (
     Sample("trace", write_trace, read_trace, ARTIFACT),
     Sample("dissection", write_dissection_file, read_dissection_file, ARTIFACT),
     Sample("moment", write_moment, read_moment, ARTIFACT),
+    *(
+        Sample(f"adapter's {file}", write_adapter, Adapter.load, mutations, file, sign)
+        for file, mutations, sign in (
+            ("reprobe.json", JSON, None),
+            ("adapter_config.json", JSON, sign_adapter),
+            ("adapter_model.safetensors", (*m.DAMAGE, m.odd_header), sign_adapter),
+        )
+    ),
     Sample("edited model", write_edited, read_record, JSON, "reprobe-edits/edits.json"),
     Sample(
         "edited model's originals",
@@ -448,6 +505,10 @@ EVERY: tuple[Sample, ...] = (
     Sample("scan", write_results_scan, read_scan, JSON),
     Sample("dose-response", write_results_steering, read_steering, JSON),
     Sample("run", write_results_run, lambda p: read_run(p.parent), JSON),
+    Sample("table.json", write_table("json"), read_table, JSON),
+    Sample("table.csv", write_table("csv"), read_table, m.DAMAGE),
+    Sample("table.parquet", write_table("parquet"), read_table, (*m.DAMAGE, odd_frame)),
+    Sample("recipe", write_recipe, recipe.read, (*m.DAMAGE, m.too_deep)),
     Sample("prompts.jsonl", write_json(TABLE, "t.jsonl"), read_prompts, JSONL),
     Sample("prompts.json", write_json(TABLE, "t.json"), read_prompts, JSON),
     Sample("chats.jsonl", write_json(CHATS, "t.jsonl"), read_prompts, JSONL),
