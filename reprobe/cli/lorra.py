@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from reprobe.cli.inputs import load_model, parse_layers
-from reprobe.cli.options import AsJson, Data, Device, Dtype, Mismatch, Model, Revision
+from reprobe.cli.options import AsJson, Data, Device, Dtype, Mismatch, Model, Revision, first_of, seed_of
 from reprobe.cli.show import show
 from reprobe.cli.verb import verb
 from reprobe.errors import UnknownData, UsageError
@@ -33,7 +33,7 @@ def lorra(
     prompts: Annotated[str | None, typer.Option(help="Column of the rows' own prompts; default: none.")] = None,
     responses: Annotated[str, typer.Option(help="Column of the responses, whose tokens are moved.")] = "text",
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's messages.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first N rows.")] = None,
+    limit: Annotated[int | None, first_of("rows")] = None,
     alpha: Annotated[float, typer.Option(help="How far: this many times the contrast.")] = 5.0,
     beta: Annotated[float, typer.Option(help="How far along directions, in their scales.")] = 1.0,
     sites: Annotated[
@@ -53,7 +53,7 @@ def lorra(
     accumulate: Annotated[int, typer.Option(help="Passes of a step.")] = 1,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
     max_tokens: Annotated[int, typer.Option(help="Of each response the first N tokens count.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the start, the order and the dropout.")] = 0,
+    seed: Annotated[int, seed_of("the start, the order and the dropout")] = 0,
     checkpoint: Annotated[int, typer.Option(help="Write the state every N steps.")] = 10,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
     dtype: Dtype = None,
