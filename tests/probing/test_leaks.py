@@ -53,7 +53,8 @@ def test_a_reader_that_remembers_groups_recognises_none_in_a_grid(store_of_any, 
     try:
         grid = probe(store, Remembers(), folds=folds, seed=seed, n_jobs=1)
     except UsageError as error:
-        if "fold" not in str(error):  # pairs joined too many groups
+        # Pairs joined too many groups, or what is remembered of a fold's rows is alike for all of them.
+        if "fold" not in str(error) and "positive scale" not in str(error):
             raise
         return
     assert (grid.oof < 0).all()
