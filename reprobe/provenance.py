@@ -110,9 +110,11 @@ def rebuilding(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of polars is no Exception, and importing its class would import polars.
+        failed = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not failed or isinstance(error, MemoryError):
+            raise
         raise CorruptArtifact(f"{what}: {str(error) or type(error).__name__}") from error
 
 

@@ -23,7 +23,7 @@ def quiet_libraries() -> None:
     """Keep the advice of the libraries below off a user's terminal. Only the command line does this."""
     import logging
 
-    for name in ("transformers", "huggingface_hub", "datasets"):
+    for name in ("transformers", "huggingface_hub", "datasets", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

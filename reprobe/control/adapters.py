@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.numpy import load as arrays_of
 from safetensors.numpy import save as bytes_of
 
 from reprobe.control.edits import WeightEdit
 from reprobe.control.model_folder import whole_folder
-from reprobe.errors import ArtifactMissing, CorruptArtifact, ReprobeError
+from reprobe.errors import ArtifactMissing
 from reprobe.model.identity import ModelIdentity
-from reprobe.provenance import canonical_json, digest_bytes, require_schema, write_durably
+from reprobe.provenance import canonical_json, digest_bytes, rebuilding, require_schema, texts, write_durably
 
 _SCHEMA = 1
 #: The names that peft gives its files, and ours beside them.
@@ -118,25 +117,25 @@ class Adapter:
                 else "no adapter"
             )
             raise ArtifactMissing(f"{place} holds {what}; `reprobe lorra` and methods.lorra.train write adapters")
-        try:
-            record = json.loads((place / _RECORD).read_text())
-            require_schema(record["schema"], _SCHEMA, str(place / _RECORD))
+        with rebuilding(f"{place / _RECORD}: malformed"):
+            record = dict(json.loads((place / _RECORD).read_bytes()))
+            schema = record["schema"]
+        require_schema(schema, _SCHEMA, str(place / _RECORD))
+        with rebuilding(f"{place}: malformed"):
             data = {name: (place / name).read_bytes() for name in (_CONFIG, _WEIGHTS)}
             changed = [name for name in data if digest_bytes(data[name]) != record["sha256"][name]]
             if changed:
-                raise CorruptArtifact(f"{place / changed[0]} was changed since it was written")
-            return cls(
-                config=json.loads(data[_CONFIG]),
+                raise ValueError(f"{place / changed[0]} was changed since it was written")
+            made = cls(
+                config=dict(json.loads(data[_CONFIG])),
                 factors=_factors(arrays_of(data[_WEIGHTS])),
                 base=ModelIdentity.from_json(record["base"]),
-                after=tuple(record["after"]),
-                losses=tuple(record["losses"]),
-                provenance=record["provenance"],
+                after=texts(record["after"]),
+                losses=tuple(float(loss) for loss in record["losses"]),
+                provenance=dict(record["provenance"]),
             )
-        except ReprobeError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CorruptArtifact(f"{place}: malformed ({error!r})") from error
+            made.edits()  # the factors fit each other and the configuration
+            return made
 
 
 def holds_adapter(place: Path) -> bool:

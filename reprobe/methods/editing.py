@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reprobe.control.edits import EditEffect, WeightEdit
 from reprobe.control.ledger import ledger_of, unedited
-from reprobe.errors import CorruptArtifact, DataError, UnsupportedOperation, UsageError
+from reprobe.errors import DataError, UnsupportedOperation, UsageError
 from reprobe.methods.moments import OPENINGS
 from reprobe.model.cache import build, cache_folder
 from reprobe.model.hooks import board_of, capture
@@ -32,7 +32,7 @@ from reprobe.model.sites import Site
 from reprobe.model.tail import Tail, align, tail_above
 from reprobe.model.text import tokenise
 from reprobe.prompts.fact import Fact, continuation
-from reprobe.provenance import digest
+from reprobe.provenance import digest, rebuilding, texts
 
 #: Version of how prefixes are sampled.
 _PREFIXES = 1
@@ -123,10 +123,8 @@ def sample_prefixes(lm: LanguageModel, *, n: int = 20, seed: int = 0) -> tuple[s
         (scratch / file.name).write_text(json.dumps([text.rstrip(" .") + ". " for text in cut]))
 
     build(file, make, whole=lambda path: path.is_file())
-    try:
-        return tuple(str(text) for text in json.loads(file.read_text()))
-    except ValueError as error:
-        raise CorruptArtifact(f"{file} is damaged ({error}); delete it") from error
+    with rebuilding(f"{file} is damaged, delete it"):
+        return texts(json.loads(file.read_bytes()))
 
 
 @dataclass(frozen=True, eq=False)

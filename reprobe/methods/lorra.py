@@ -49,7 +49,7 @@ from reprobe.probing import artifact
 from reprobe.probing.artifact import Artifact
 from reprobe.probing.direction import Direction
 from reprobe.progress import Progress, silent
-from reprobe.provenance import digest, versions
+from reprobe.provenance import digest, rebuilding, versions
 
 #: The published targets, as outputs of blocks, and the depth of the model that they are of.
 _TARGETS, _DEPTH = (9, 11, 13, 15, 17, 19), 32
@@ -452,11 +452,16 @@ class _Training:
     def take_up(self, path: Path, plan: Mapping[str, Any]) -> None:
         """Go on where a checkpoint was written. Raises `IdentityMismatch` if it is of another training."""
         found = artifact.read(path, _CHECKPOINT)
-        _require_same(found.header["plan"], plan, path)
-        self.losses = list(found.header["losses"])
+        with rebuilding(f"{path} is no whole checkpoint"):
+            before = dict(found.header["plan"])
+            losses = [float(loss) for loss in found.header["losses"]]
+        _require_same(before, plan, path)
+        self.losses = losses
         state = {}
         for i, (name, p) in enumerate(self._parameters.items()):
-            own, *means = (torch.from_numpy(found.arrays[f"{name} {k}"].copy()) for k in _KEPT)
+            with rebuilding(f"{path} is no whole checkpoint"):
+                kept = (artifact.array(found.arrays, f"{name} {k}", "f", *p.shape) for k in _KEPT)
+                own, *means = (torch.from_numpy(array.copy()) for array in kept)
             p.data.copy_(own)
             state[i] = {"step": torch.tensor(float(self.done))} | dict(zip(_KEPT[1:], means, strict=True))
         self._adam.load_state_dict(self._adam.state_dict() | {"state": state})

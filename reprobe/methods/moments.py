@@ -31,7 +31,7 @@ from reprobe.probing import artifact
 from reprobe.probing.artifact import Artifact
 from reprobe.progress import Progress, silent
 from reprobe.prompts import PromptSet
-from reprobe.provenance import digest, digest_chunks, rebuilding
+from reprobe.provenance import digest, digest_chunks, rebuilding, texts
 
 KIND = "second moment"
 #: Version of how a moment comes from tokens, and a sample from a seed: a part of every digest.
@@ -66,10 +66,9 @@ class Sample:
                 (scratch / file.name).write_text(json.dumps(list(self._written(lm, progress))))
 
         build(file, make, whole=lambda path: path.is_file())
-        try:
-            yield from json.loads(file.read_text())
-        except ValueError as error:
-            raise CorruptArtifact(f"{file} is damaged ({error}); delete it") from error
+        with rebuilding(f"{file} is damaged, delete it"):
+            written = texts(json.loads(file.read_bytes()))
+        yield from written
 
     def rows(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
         """Token ids, about `_SAMPLED_TOKENS` a row, in all at least `tokens`."""

@@ -32,7 +32,7 @@ from reprobe.progress import Progress, silent
 __all__ = ["ProbeGrid", "Selected", "Source", "probe"]
 
 #: Numbers of the sites that a `BatchReader` is given at once.
-_BATCH = 1 << 24
+_BATCH = 1 << 22
 
 
 class Source(Protocol):

@@ -237,8 +237,10 @@ class ProbeGrid:
             raise ValueError("its groups, folds or rows are no numbers from 0")
         if self.fold.max() >= min(n, len(self.inner) or n) or type(self.seed) is not int or self.seed < 0:
             raise ValueError("its folds or its seed are not those of a cross-validation")
-        if self.table["site"].to_list() != [str(site) for site in self.directions]:
-            raise ValueError("its table and its directions are of different sites")
+        widths = [direction.width for direction in self.directions.values()]
+        for name, values in site_columns(list(self.directions), widths).items():
+            if self.table[name].to_list() != values:
+                raise ValueError(f"its table and its directions are of different sites: column {name!r}")
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write one safetensors file, whole or not at all; `ArtifactExists` unless `overwrite`."""

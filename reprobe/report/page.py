@@ -20,6 +20,7 @@ from reprobe.provenance import write_durably
 from reprobe.report.blocks import Section
 from reprobe.report.folder import REPORT_MARK, Results, read_results
 from reprobe.report.sections import sections
+from reprobe.report.wording import printable
 from reprobe.store.reader import ActivationStore
 
 REPORT = "report.html"
@@ -95,7 +96,7 @@ def page(
     css, script = ((_HERE / name).read_text().strip() for name in ("page.css", "page.js"))
     own = scripts or {}
     allowed = " ".join(f"'sha256-{_digest(text)}'" for text in (script, *own.values()))
-    return environment.get_template(template).render(
+    text = environment.get_template(template).render(
         title=title,
         summary=summary,
         sections=shown,
@@ -105,6 +106,7 @@ def page(
         **{name: Markup(text) for name, text in own.items()},
         **more,
     )
+    return printable(text)
 
 
 def _digest(text: str) -> str:

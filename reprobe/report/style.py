@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reprobe.report.wording import printable
+
 #: The inks of a figure. On the page, these very colours become variables that a dark theme can change.
 INK, MUTED, GRID, PAPER = "#1c2127", "#59626d", "#dde2e7", "#fffffe"
 #: Series in order: Okabe & Ito's palette for all kinds of colour vision, without the yellow, lost on paper.
@@ -86,7 +88,7 @@ def dress(axes: Axes, *, x: str, y: str, title: str | None = None, grid: Grid = 
 
 def write(label: Any, text: str) -> None:
     """Set an axis label; data are never read as mathematical markup."""
-    label.set(text=text, color=INK, fontsize=LABEL, parse_math=False)
+    label.set(text=printable(text), color=INK, fontsize=LABEL, parse_math=False)
 
 
 def whole_ticks(axis: Any, most: int = 8) -> None:
@@ -96,6 +98,7 @@ def whole_ticks(axis: Any, most: int = 8) -> None:
 
 def clipped(text: str, most: int) -> str:
     """`text`, or its beginning and an ellipsis: a figure has no room for more than `most` characters."""
+    text = printable(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -123,5 +126,5 @@ def colorbar(figure: Figure, mesh: Any, axes: Axes | list[Axes], label: str, **o
     bar = figure.colorbar(mesh, ax=axes, **options)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=TICK, width=0.8, length=3)
-    bar.set_label(label, color=INK, fontsize=LABEL, parse_math=False)
+    bar.set_label(printable(label), color=INK, fontsize=LABEL, parse_math=False)
     return bar

@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from reprobe.report.style import GRID, INK, MUTED, PAPER, SERIES, Mark, Plot
+from reprobe.report.wording import printable
 
 #: Colour in the figure → CSS variable on the page.
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
@@ -55,7 +56,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     }
     if isinstance(figure, Plot) and figure.marks:
         root.append(_pointers(figure, size[0], size[1]))
-    return ET.tostring(root, encoding="unicode")
+    return printable(ET.tostring(root, encoding="unicode"))
 
 
 def _draw(figure: Figure) -> str:
@@ -64,7 +65,7 @@ def _draw(figure: Figure) -> str:
         # Only sizes are computed with matplotlib's font: the browser brings the glyphs.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", facecolor="none", edgecolor="none", metadata={"Date": None})
-    return buffer.getvalue()
+    return printable(buffer.getvalue())
 
 
 def _text(text: str | None) -> str | None:

@@ -1,10 +1,18 @@
 """Numbers and lists as the page writes them. Enters: values. Leaves: text. Does not know what they are of."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 #: A hyphen at which no line ends.
 HYPHEN = "\u2011"
+#: What neither XML nor HTML can hold: control characters, halves of characters (file names have them), no characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def printable(text: str) -> str:
+    """`text` with a replacement character for each that no page and no figure can hold."""
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def signed(value: float, form: str) -> str:

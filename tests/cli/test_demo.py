@@ -46,7 +46,8 @@ def test_on_shuffled_labels_the_interval_covers_one_half(truth):
 
 def test_steering_along_happiness_moves_the_mood_at_every_strength(real_lm, tmp_path):
     lm = real_lm("smollm2-135m")
-    store = rp.extract(lm, "emotions", sites="resid.post@18", to=tmp_path / "e.reprobe")
+    data = rp.PromptSet.load("emotions").head(160)
+    store = rp.extract(lm, data, sites="resid.post@18", to=tmp_path / "e.reprobe")
     mood = rp.probe(store, rp.MeanDifference(), positive="happiness").best()
     odds = []
     for strength in (-4, -2, 0, 2, 4):

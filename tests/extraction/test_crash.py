@@ -37,7 +37,7 @@ def committed(store: Path) -> int:
     return len(list((store / "commits").glob("*.json")))
 
 
-@pytest.mark.parametrize("n_kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_and_as_many_resumes_leave_the_bytes_of_an_undisturbed_run(server, tmp_path, n_kills):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     first = server.Process(target=extracting.run, args=(whole, N, SHARD_ROWS, False))
@@ -126,8 +126,9 @@ def together(server, path, environment, world, options=None):
     return children
 
 
-@pytest.mark.parametrize("environment", [of_torchrun, of_slurm])
-@pytest.mark.parametrize("options", [{}, {"format": "hdf5", "compression": "zstd"}], ids=str)
+@pytest.mark.parametrize(
+    ("environment", "options"), [(of_torchrun, {}), (of_slurm, {"format": "hdf5", "compression": "zstd"})]
+)
 def test_four_processes_write_the_store_of_one(server, tmp_path, environment, options):
     extracting.run(tmp_path / "one", N, SHARD_ROWS, False, options=options)
     children = together(server, tmp_path / "four", environment, 4, options)

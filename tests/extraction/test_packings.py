@@ -46,7 +46,7 @@ def test_the_packing_never_changes_a_row(tiny_lm, name):
     lm = tiny_lm(name)
     sites = every_part(lm)
 
-    @settings(deadline=None, max_examples=5, database=None)
+    @settings(deadline=None, max_examples=3, database=None)
     @given(texts=TEXTS, at=st.sampled_from(["last", "all", "mean", "index:0"]), budget=st.integers(20, 300))
     def check(texts, at, budget):
         with scratch() as folder:
@@ -61,8 +61,8 @@ def test_the_packing_never_changes_a_row_of_a_real_model(real_lm, tmp_path, name
     lm = real_lm(name)
     data = rp.PromptSet.load("cities")
     # Short texts that share beginnings, and two beyond the 512 tokens that Gemma's sliding blocks see back.
-    long = " ".join(data.texts[:56])
-    texts = [*data.texts[:12], long, long[:-40] + " the end."]
+    long = " ".join(data.texts[: 56 if name.startswith("gemma") else 10])
+    texts = [*data.texts[:8], long, long[:-40] + " the end."]
     sites = "resid.post@*,attn.heads@3,mlp.neurons@5,final"
     assert worst(lm, texts, at="all", sites=sites, budget=512, folder=tmp_path) < 1e-5
 

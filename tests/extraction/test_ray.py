@@ -164,7 +164,7 @@ def on_few(folder):
     return run
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 99),
     workers=st.integers(1, 4),

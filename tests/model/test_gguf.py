@@ -917,5 +917,8 @@ def test_every_tensor_of_a_bundled_model_is_the_files_own(
         else llama_rows(net.config.num_attention_heads, net.config.num_key_value_heads)
     )
     for tensor in reader.tensors:
-        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_allclose(change(tensor.name, have[tensor.name]), expected, rtol=1e-6, err_msg=tensor.name)
+        # Every 16th row of the embedding, which is most of the model; blocks of values are never of two rows.
+        some = slice(None, None, 16 if tensor.name == "token_embd.weight" else 1)
+        expected = gguf.dequantize(np.ascontiguousarray(tensor.data[some]), tensor.tensor_type)
+        found = change(tensor.name, have[tensor.name])[some]
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=tensor.name)

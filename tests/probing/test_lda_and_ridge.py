@@ -7,7 +7,7 @@ from sklearn.base import clone
 from sklearn.covariance import OAS, LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LinearRegression, Ridge
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -167,9 +167,8 @@ def test_shuffled_numbers_cannot_be_predicted_and_searches_work():
     assert cross_val_score(RidgeReader(), X, y).min() > 0.9
     shuffled = np.random.default_rng(1).permutation(y)
     assert cross_val_score(RidgeReader(), X, shuffled).mean() < 0.05
-    search = GridSearchCV(make_pipeline(StandardScaler(), RidgeReader()), {"ridgereader__alpha": [0.1, 1e6]}, cv=4).fit(
-        X, y, groups=np.arange(200)
-    )
+    reader, penalties = make_pipeline(StandardScaler(), RidgeReader()), {"ridgereader__alpha": [0.1, 1e6]}
+    search = GridSearchCV(reader, penalties, cv=GroupKFold(4)).fit(X, y, groups=np.arange(200))
     assert search.best_params_ == {"ridgereader__alpha": 0.1}
 
 

@@ -26,6 +26,7 @@ from tiny import tiny_net, tiny_tokenizer
 import reprobe as rp
 from reprobe.cli import recipe, recipe_steps
 from reprobe.control import EditEffect, edits_in, export_edited, ledger_of, read_control_vector
+from reprobe.control.adapters import Adapter, Factors
 from reprobe.control.edited_model import read_record
 from reprobe.control.edits import Matrix
 from reprobe.extraction import VllmFiles
@@ -210,6 +211,19 @@ def write_edited(folder: Path) -> Path:
     fresh = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
     ledger_of(fresh).apply([_edit()])
     return export_edited(fresh, folder / "edited")
+
+
+def write_adapter(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    factors = {"model.layers.0.self_attn.q_proj": Factors(rng.normal(size=(2, 27)), rng.normal(size=(36, 2)))}
+    return Adapter(config, factors, lm().identity, losses=(1.0, 0.5), provenance={"k": 1}).save(folder / "adapter")
+
+
+def sign_adapter(path: Path) -> None:
+    record = json.loads((path / "reprobe.json").read_bytes())
+    record["sha256"] = {name: digest_file(path / name) for name in record["sha256"]}
+    (path / "reprobe.json").write_text(json.dumps(record))
 
 
 # -- other programs' files -----------------------------------------------------------------------------------------
@@ -455,6 +469,14 @@ EVERY: tuple[Sample, ...] = (
     Sample("trace", write_trace, read_trace, ARTIFACT),
     Sample("dissection", write_dissection_file, read_dissection_file, ARTIFACT),
     Sample("moment", write_moment, read_moment, ARTIFACT),
+    *(
+        Sample(f"adapter's {file}", write_adapter, Adapter.load, mutations, file, sign)
+        for file, mutations, sign in (
+            ("reprobe.json", JSON, None),
+            ("adapter_config.json", JSON, sign_adapter),
+            ("adapter_model.safetensors", (*m.DAMAGE, m.odd_header), sign_adapter),
+        )
+    ),
     Sample("edited model", write_edited, read_record, JSON, "reprobe-edits/edits.json"),
     Sample(
         "edited model's originals",
