@@ -16,6 +16,7 @@ The way of the data, station by station:
                 WeightEdit, edited, ledger_of: weights changed, and changed back
     methods     iti, caa, actadd, repe, refusal, cast: published methods, each of which makes a Steering
                 rome, memit: edits of facts; tracing: which states carry them (a TraceGrid)
+                lorra: a contrast trained into low-rank adapters (an Adapter, which is a set of WeightEdits)
                 DoLa: decoding by contrasting layers
                 dissect: which Concept each neuron detects; causes (evaluation): and what that causes
     evaluation  dose_response, divergence, side_effects: what that does, and what else; tune: how strong
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reprobe.control import (
         Ablate,
+        Adapter,
         Add,
         Affine,
         Baked,
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Ablate": "control",
     "ActivationStore": "store",
+    "Adapter": "control",
     "Add": "control",
     "Affine": "control",
     "AttentionReader": "probing",
@@ -205,6 +208,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 (sorted as `sorted` does)
     "Ablate",
     "ActivationStore",
+    "Adapter",
     "Add",
     "Affine",
     "AttentionReader",

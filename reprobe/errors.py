@@ -98,5 +98,9 @@ class TargetUnreachable(ReprobeError):
     """No strength was found at which an intervention costs what was asked for. Says what was tried."""
 
 
+class TrainingFailed(ReprobeError):
+    """The loss of a training is no number any more. The last checkpoint is kept."""
+
+
 class SelfCheckFailed(ReprobeError):
     """`lm.check()` found that a site identity does not hold: sites of this model cannot be trusted."""

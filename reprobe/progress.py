@@ -1,7 +1,8 @@
 """Telling a person how far a long task is.
 
 A task that takes long accepts a `Progress`: a function called with (what is being done, done, total), in any unit.
-`terminal()` makes one that draws bars, and draws nothing where no person is looking.
+`terminal()` makes one that draws bars, and draws nothing where no person is looking. A description may go on after a
+colon with what changes on the way ("train: loss 3.2"): the bar is that of what stands before.
 """
 
 import contextlib
@@ -35,10 +36,12 @@ def terminal(unit: str = "") -> Iterator[Progress]:
         tasks: dict[str, TaskID] = {}
 
         def show(description: str, done: float, total: float) -> None:
-            task = tasks.get(description)
+            name = description.partition(": ")[0]
+            task = tasks.get(name)
             if task is None:
-                task = tasks[description] = bars.add_task(description, total=total or None, rate="")
-            speed = bars.tasks[list(tasks).index(description)].speed
-            bars.update(task, completed=done, total=total or None, rate=f"{speed or 0:,.0f} {unit}/s" if unit else "")
+                task = tasks[name] = bars.add_task(description, total=total or None, rate="")
+            speed = bars.tasks[list(tasks).index(name)].speed
+            rate = f"{speed or 0:,.0f} {unit}/s" if unit else ""
+            bars.update(task, description=description, completed=done, total=total or None, rate=rate)
 
         yield show

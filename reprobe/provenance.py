@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,35 @@ def require_schema(found: Any, reads: int, what: str) -> None:
         f"reprobe {importlib.metadata.version('reprobe-lm')} reads version {reads}. "
         + ("Upgrade reprobe to read it." if newer else "Read it with the version that wrote it, or make it anew.")
     )
+
+
+@contextlib.contextmanager
+def rebuilding(what: str) -> Iterator[None]:
+    """Values are made in here of what a file says: whatever fails, the file is at fault, and `what` begins the message.
+
+    A file may hold anything in any place: numbers for texts, lists that are too deep, arrays of another shape. Code
+    that trusts its arguments fails of that in a dozen ways, all of which become `CorruptArtifact`.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CorruptArtifact(f"{what}: {str(error) or type(error).__name__}") from error
+
+
+def text(value: Any) -> str:
+    """`value` itself, if it is text; raises `TypeError`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} should be text")
+    return value
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """A JSON list of texts as a tuple; raises `TypeError`."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{value!r:.80} should be a list of texts")
+    return tuple(text(v) for v in value)
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,6 @@ import numpy as np
 from shared import HAPPY, TUNING, Outcomes, Setting, Words, baseline_of, halves, scenes, share_of
 
 import reprobe as rp
-from reprobe.errors import UsageError
 from reprobe.methods import refusal
 
 TITLE = "Directional ablation (Arditi et al. 2024), of sadness"
@@ -17,14 +16,15 @@ SAD = Words(HAPPY.negative, HAPPY.positive)
 KLS = (0.1, 0.2, 0.4, 0.8)
 
 
-def _best(found: refusal.Search, n_layers: int) -> tuple[rp.Direction, float]:
+def _best(found: refusal.Search) -> tuple[rp.Direction, float] | None:
+    """The candidate that the rule allows, and the KL that it had to allow; None if that would be more than all."""
     for kl in KLS:
         rule = refusal.Rule(max_kl=kl)
         allowed = [rule.allows(k, i) for k, i in found.table.select("kl", "induce").iter_rows()]
         if any(allowed):
             kept = refusal.Search(found.table.with_columns(allowed=np.array(allowed)), found.directions, found.base)
             return kept.best(), kl
-    raise UsageError(f"no candidate costs less than {KLS[-1]} nats")
+    return None
 
 
 def run(setting: Setting) -> tuple[Outcomes, list[str]]:
@@ -32,6 +32,7 @@ def run(setting: Setting) -> tuple[Outcomes, list[str]]:
     frame = data.frame
     odds = SAD(lm, frame["text"].to_list())
     baseline = baseline_of(lm, TUNING)
+    too_dear: list[float] = []
     for seed in setting.seeds:
         for fold, (development, test) in enumerate(halves(frame["group"], seed)):
             own = frame.filter(frame["group"].is_in(development))
@@ -45,7 +46,11 @@ def run(setting: Setting) -> tuple[Outcomes, list[str]]:
                 held_out=0.4,
                 seed=seed,
             )
-            direction, allowed = _best(search, lm.n_layers)
+            best = _best(search)
+            if best is None:
+                too_dear.append(float(search.table["kl"].min()))
+                continue
+            direction, allowed = best
             v = np.random.default_rng([seed, fold, 13]).normal(size=lm.d_model)
             for method, d in (
                 ("ablation", direction),
@@ -67,9 +72,19 @@ def run(setting: Setting) -> tuple[Outcomes, list[str]]:
                         max_kl=allowed,
                         kl=kl,
                     )
+    notes = []
+    if too_dear:
+        notes.append(
+            f"{len(too_dear)} of {2 * len(setting.seeds)} searches found nothing to ablate: no candidate costs at most "
+            f"{KLS[-1]} nats on scenes that do not call for sadness and induces it when added; the cheapest of all "
+            f"costs {min(too_dear):.2f}."
+        )
+    if not found.runs:
+        return found, notes
     loose = [run for run in found.runs[::4] if run["max_kl"] > KLS[0]]
     chosen = sorted({run["site"] for run in found.runs})
     return found, [
+        *notes,
         f"Chosen at {', '.join(chosen)}; {len(loose)} of {len(found.runs[::4])} searches had no candidate under the "
-        f"paper's {KLS[0]} nats on scenes that do not call for sadness, and were allowed more."
+        f"paper's {KLS[0]} nats on scenes that do not call for sadness, and were allowed more.",
     ]

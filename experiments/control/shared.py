@@ -173,6 +173,9 @@ class Outcomes:
         return table if kls is None else table.join(kls, on="method", how="left", maintain_order="left")
 
     def save(self, out: Path, name: str) -> list[str]:
+        """Tables as files, and the summary as lines of Markdown; without an outcome, no file and one line."""
+        if not self.rows:
+            return ["No outcome."]
         write_table(self.summary(), out / f"{name}.csv", overwrite=True)
         write_table(pl.DataFrame(self.runs, infer_schema_length=None), out / f"{name}-runs.csv", overwrite=True)
         lines = ["| method | metric | unsteered | steered | change | seed by seed | KL | n |", "|---" * 8 + "|"]
@@ -201,11 +204,11 @@ class Words:
 
     def __call__(self, lm: rp.LanguageModel, prompts: Sequence[str]) -> dict[str, dict[str, float]]:
         logp = lm.logits(list(prompts)).double()
-        odds = logp[:, self._ids(lm, self.positive)].logsumexp(-1) - logp[:, self._ids(lm, self.negative)].logsumexp(-1)
+        odds = logp[:, self.ids(lm, self.positive)].logsumexp(-1) - logp[:, self.ids(lm, self.negative)].logsumexp(-1)
         return {"log-odds": dict(zip(prompts, odds.tolist(), strict=True))}
 
     @staticmethod
-    def _ids(lm: rp.LanguageModel, words: Sequence[str]) -> list[int]:
+    def ids(lm: rp.LanguageModel, words: Sequence[str]) -> list[int]:
         ids = [lm.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
         if long := [word for word, own in zip(words, ids, strict=True) if len(own) != 1]:
             raise SystemExit(f"not one token of {lm.name}: {', '.join(long)}")

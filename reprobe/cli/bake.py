@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from reprobe.cli.inputs import load_model, refuse_existing
+from reprobe.cli.inputs import load_model
 from reprobe.cli.options import Act, ActAt, AsJson, Device, Dtype, Mismatch, Model, Push, Remove, Revision
+from reprobe.cli.outputs import new_folder
 from reprobe.cli.show import show
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
@@ -44,7 +45,7 @@ def bake(
 
     if everywhere and (not ablate or site is not None or strength is not None):
         raise UsageError("--everywhere goes with --ablate: all of the direction is taken out, at every site")
-    refuse_existing(to)
+    new_folder(to)
     vector = rp.Direction.load(direction) if everywhere else None
     steerer = run.load(direction, ablate=ablate, site=site, tokens=None)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from reprobe.cli.options import AsJson, Data
-from reprobe.cli.show import counts_text, say, show, show_table
+from reprobe.cli.options import AsJson, Data, first_of
+from reprobe.cli.show import counts_text, say, show, show_json, show_table
 from reprobe.cli.verb import verb
 
 data_app = typer.Typer(
@@ -36,9 +36,7 @@ def data_list(as_json: AsJson = False) -> None:
 
 @data_app.command("show")
 @verb("reprobe data show cities --limit 5")
-def data_show(
-    data: Data, limit: Annotated[int, typer.Option(help="Rows to show.")] = 10, as_json: AsJson = False
-) -> None:
+def data_show(data: Data, limit: Annotated[int, first_of("rows")] = 10, as_json: AsJson = False) -> None:
     """Show the first rows of a data set."""
     from reprobe.prompts import PromptSet
 
@@ -65,10 +63,12 @@ def data_show(
 
 @data_app.command("validate")
 @verb("reprobe data validate my-prompts.jsonl")
-def data_validate(data: Data) -> None:
+def data_validate(data: Data, as_json: AsJson = False) -> None:
     """Check a data set: ids, texts, labels, groups, spans; exit 2 with the faulty rows if it is malformed."""
     from reprobe.prompts import PromptSet
 
     prompts = PromptSet.load(data)
     note = "" if prompts.has_groups else "; it has no groups, so each prompt counts as its own"
     say(f"{data}: {len(prompts)} prompts, sound{note}")
+    if as_json:
+        show_json({"data": data, "prompts": len(prompts), "digest": prompts.digest, "ok": True})

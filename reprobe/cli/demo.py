@@ -64,8 +64,11 @@ def run_demo(
     overwrite: bool = False,
     progress: Progress = silent,
     say: Callable[[str], None] = lambda message: None,
-) -> str:
-    """Extract, probe, scan, steer, report; returns the summary. Raises `ArtifactExists` if `out` holds anything."""
+) -> tuple[list[str], Path]:
+    """Extract, probe, scan, steer, report; returns what was found, in sentences, and the report.
+
+    Raises `ArtifactExists` if `out` holds anything and `overwrite` is not set.
+    """
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ArtifactExists(f"{out} is not empty; choose another folder with --out, or pass --overwrite")
     steps: list[results.Step] = []
@@ -98,7 +101,7 @@ def run_demo(
     truth = {site: d for site, d in grids["cities", SCAN_READER].directions.items() if site.part == "resid.post"}
     with step("scan", "every token at every block"):
         found = repe.scan(lm, SCAN_TEXT, truth)
-        results.write_scan(out, "truth", results.ScanResult(found, SCAN_TEXT, f"cities-{SCAN_READER}"))
+        results.write_scan(out, "truth", results.ScanResult(found, SCAN_TEXT, f"cities-{SCAN_READER}", lm.identity))
 
     mood = grids["emotions", "mean-difference"].best(part="resid.post")
     mood.save(out / "happiness.safetensors", overwrite=overwrite)
@@ -120,6 +123,7 @@ def run_demo(
             site=rp.Site.parse(str(mood.site)),
             direction=mood.digest,
             intervention=f"strength × scale of happiness added at {mood.site}, on all tokens",
+            identity=lm.identity,
         )
         results.write_steering(out, "happiness", done)
     summary = _summary(lm, grids, table, mood)
@@ -134,7 +138,7 @@ def run_demo(
     results.write_run(out, run)
     page = rp.write_report(out)
     seconds = sum(s.seconds for s in steps)
-    return "\n".join([*summary, f"It took {seconds:.0f} s. The report: {page}"])
+    return [*summary, f"It took {seconds:.0f} s."], page
 
 
 def _summary(

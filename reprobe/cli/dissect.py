@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from reprobe.cli.inputs import load_model, refuse_existing, refuse_table
-from reprobe.cli.options import AsJson, Device, Dtype, Model, Overwrite, Revision, ToTable
-from reprobe.cli.show import say, show_table
+from reprobe.cli.inputs import load_model
+from reprobe.cli.options import AsJson, Device, Dtype, Model, Overwrite, Revision, ToTable, seed_of
+from reprobe.cli.outputs import new_file, new_report, new_table
+from reprobe.cli.show import say, show_json, show_table
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
 
@@ -34,7 +35,7 @@ def dissect(
     sites: Annotated[str, typer.Option(help="Whose coordinates are the units: sites or patterns.")] = "mlp.neurons@*",
     quantile: Annotated[float, typer.Option(help="Share of tokens at a unit's top.")] = 0.005,
     detector: Annotated[float, typer.Option(help="IoU above which a unit detects a concept.")] = 0.04,
-    permutations: Annotated[int, typer.Option(help="Rotations of the concepts for the null.")] = 20,
+    permutations: Annotated[int, typer.Option(help="Rotations of the concepts for the null.", min=0)] = 20,
     drop_absent: Annotated[
         bool, typer.Option("--drop-absent", help="Leave out concepts that never or always occur.")
     ] = False,
@@ -43,9 +44,9 @@ def dissect(
     causes: Annotated[
         bool, typer.Option("--causes", help="Also clamp and ablate the detectors of each concept (minutes).")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Draw an HTML report to browse.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Draw an HTML report to browse, in place of an older.")] = None,
     to_table: ToTable = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample, the rotations and the controls.")] = 0,
+    seed: Annotated[int, seed_of("the sample, the rotations and the controls")] = 0,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -63,8 +64,9 @@ def dissect(
     from reprobe.progress import terminal
     from reprobe.report import write_dissection
 
-    refuse_existing(to, overwrite)
-    refuse_table(to_table, overwrite)
+    new_file(to, overwrite)
+    new_report(report)
+    new_table(to_table, overwrite)
     wanted = _concepts(concepts, words or [], regex or [], span or [], label or [])
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     source: Any = Sample(tokens or TOKENS, seed) if stream == _SAMPLE else stream
@@ -96,10 +98,14 @@ def dissect(
         f"{to}: {found.n:,} units on {found.stream.n:,} tokens, {units['detector'].sum():,} detectors{by_chance} of "
         f"{len(found.names)} concepts{gone}"
     )
-    shown = found.concepts.sort("detectors", "best_iou", descending=True).drop("about", "share")
-    show_table(shown.to_dicts(), as_json)
-    if caused is not None:
-        show_table(caused.summary.to_dicts(), as_json)
+    shown = found.concepts.sort("detectors", "best_iou", descending=True).drop("about", "share").to_dicts()
+    caused_rows = None if caused is None else caused.summary.to_dicts()
+    if as_json:
+        show_json({"concepts": shown, "causes": caused_rows})
+        return
+    show_table(shown)
+    if caused_rows is not None:
+        show_table(caused_rows)
 
 
 def _concepts(ready: str | None, words: list[str], regex: list[str], span: list[str], label: list[str]) -> Any:

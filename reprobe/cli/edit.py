@@ -5,8 +5,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from reprobe.cli.inputs import load_model, parse_layers, refuse_existing
-from reprobe.cli.options import AsJson, Data, Device, Dtype, Mismatch, Model, Overwrite, Revision, SampleSeed
+from reprobe.cli.inputs import load_model, parse_layers
+from reprobe.cli.options import (
+    AsJson,
+    Data,
+    Device,
+    Dtype,
+    Mismatch,
+    Model,
+    Overwrite,
+    Revision,
+    SampleSeed,
+    ToTable,
+    first_of,
+)
+from reprobe.cli.outputs import new_file, new_folder, new_table
 from reprobe.cli.show import say, show, show_json, show_table
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
@@ -21,8 +34,8 @@ Text = Annotated[
     str | None,
     typer.Option(help="Ordinary text for the second moments: .txt, a data set file, hf:NAME; default: sampled."),
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens that the second moments are taken of.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first N facts.")]
+Tokens = Annotated[int, typer.Option(help="Tokens that the second moments are taken of, at most.", min=1)]
+Limit = Annotated[int | None, first_of("facts")]
 Layers = Annotated[str | None, typer.Option(help="Blocks, e.g. 6,7,8 or 6-10; default: those known for the model.")]
 
 
@@ -53,7 +66,7 @@ def edit_rome(
     from reprobe.methods import rome
     from reprobe.progress import terminal
 
-    refuse_existing(to, overwrite)
+    new_file(to, overwrite)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     with terminal() as progress:
         edit = rome.edit(
@@ -94,7 +107,7 @@ def edit_memit(
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    refuse_existing(to)
+    new_folder(to)
     facts = facts_of(data, limit=limit)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     settings = memit.Settings(null_space=memit.NullSpace() if null_space else None)
@@ -150,7 +163,7 @@ def edit_sequential(
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    refuse_existing(to)
+    new_folder(to)
     facts = facts_of(data, limit=limit)
     guard = Guard(Corpus.load(perplexity).texts, at_most, every)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
@@ -196,16 +209,19 @@ def edit_apply(
     device: Device = None,
     revision: Revision = None,
     allow_mismatch: Mismatch = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put edits into a model and save it. Raises on edits of another model."""
     from reprobe.control import apply_edits, edits_in, export_edited
 
-    refuse_existing(to)
+    new_folder(to)
     found = [edit for path in edits for edit in edits_in(path)]
     lm = _open(model, dtype=dtype, device=device, revision=revision)
     ledger = apply_edits(lm, found, allow_mismatch=allow_mismatch)
     export_edited(lm, to, originals=originals)
     say(f"{to}: {lm.name} with {len(ledger.applied)} edits; take them out with `reprobe edit revert {to}`")
+    if as_json:
+        show_json({"saved": str(to), "edits": [edit.digest for edit in ledger.applied]})
 
 
 @edit_app.command("revert")
@@ -218,16 +234,19 @@ def edit_revert(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Take edits out of a saved model, in any order, and save what is left."""
     from reprobe.control import export_edited, ledger_of, load_edited
 
-    refuse_existing(to)
+    new_folder(to)
     lm = load_edited(model, dtype=dtype, device=device)
     ledger = ledger_of(lm)
     ledger.revert(edit or None)
     export_edited(lm, to)
     say(f"{to}: {len(ledger.applied)} edits left")
+    if as_json:
+        show_json({"saved": str(to), "edits": [edit.digest for edit in ledger.applied]})
 
 
 @edit_app.command("list")
@@ -247,13 +266,12 @@ def edit_list(
 
 
 @edit_app.command("moments")
-@verb("reprobe edit moments smollm2-135m --sample 40000 --layers 5-10")
+@verb("reprobe edit moments smollm2-135m --layers 5-10")
 def edit_moments(
     model: Model,
     layers: Layers = None,
-    sample: Annotated[int, typer.Option(help="Sample this many tokens from the model itself.")] = 40_000,
     text: Text = None,
-    tokens: Annotated[int | None, typer.Option(help="With --text: at most this many tokens.")] = None,
+    tokens: Tokens = 40_000,
     seed: SampleSeed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -264,7 +282,7 @@ def edit_moments(
     import numpy as np
 
     from reprobe.methods import editing
-    from reprobe.methods.moments import Corpus, Sample, second_moments
+    from reprobe.methods.moments import second_moments
     from reprobe.progress import terminal
 
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
@@ -272,7 +290,7 @@ def edit_moments(
     if known is None:
         defaults = editing.default_layers(lm)
         known = sorted({defaults.rome, *defaults.memit})
-    source = Sample(sample, seed) if text is None else Corpus.load(text, tokens=tokens)
+    source = _text(text, tokens, seed)
     with terminal() as progress:
         found = second_moments(lm, known, source, progress=progress)
     rows: list[dict[str, Any]] = []
@@ -312,14 +330,17 @@ def edit_eval(
     ] = 0,
     text: Text = None,
     tokens: Tokens = 40_000,
-    to: Annotated[Path | None, typer.Option(help="Save one line per prompt here (.parquet).")] = None,
+    to_table: ToTable = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Edit every fact of a data set and score the edits: efficacy, paraphrase, neighbourhood, with intervals."""
+    """Edit every fact of a data set and score the edits: efficacy, paraphrase, neighbourhood, with intervals.
+
+    --to-table saves a line per prompt.
+    """
     import warnings
 
     import polars as pl
@@ -327,10 +348,11 @@ def edit_eval(
     from reprobe.evaluation import editing as scores
     from reprobe.methods import editing, finetune, memit, rome
     from reprobe.methods.moments import Corpus, second_moments
+    from reprobe.probing import write_table
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
 
-    refuse_existing(to, overwrite)
+    new_table(to_table, overwrite)
     facts = facts_of(data, limit=limit)
     ordinary = () if perplexity is None else Corpus.load(perplexity).texts
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
@@ -358,9 +380,10 @@ def edit_eval(
                     return finetune.edit(lm, fact, layer=layer)
 
             result = scores.evaluate(lm, facts, make, texts=ordinary, write=write, progress=progress)
-    if to is not None:
+    if to_table is not None:
         states = (("before", result.before), ("after", result.after))
-        pl.concat([s.prompts.with_columns(state=pl.lit(name)) for name, s in states]).write_parquet(to)
+        prompts = pl.concat([s.prompts.with_columns(state=pl.lit(name)) for name, s in states])
+        write_table(prompts, to_table, overwrite=overwrite)
     rows = result.table.to_dicts()
     for name, one, two in (
         ("perplexity", result.perplexity_before, result.perplexity_after),
@@ -402,7 +425,7 @@ def _open(model: str, *, dtype: str | None, device: str | None, revision: str | 
     return load_model(model, dtype=dtype, device=device, revision=revision)
 
 
-def _text(text: str | None, tokens: int) -> Any:
+def _text(text: str | None, tokens: int, seed: int = 0) -> Any:
     from reprobe.methods.moments import Corpus, Sample
 
-    return Sample(tokens) if text is None else Corpus.load(text, tokens=tokens)
+    return Sample(tokens, seed) if text is None else Corpus.load(text, tokens=tokens)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reprobe.cli.inputs import load_model, passages, read_text, refuse_existing
+from reprobe.cli.inputs import load_model, passages, read_text
 from reprobe.cli.options import (
     Act,
     ActAt,
@@ -23,7 +23,10 @@ from reprobe.cli.options import (
     Scope,
     Texts,
     ToTable,
+    first_of,
+    seed_of,
 )
+from reprobe.cli.outputs import new_table
 from reprobe.cli.show import show_table
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
@@ -32,7 +35,7 @@ evaluate_app = typer.Typer(
     name="evaluate", help="What steering does to a model, and what else it does.", no_args_is_help=True
 )
 
-Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
+Seed = Annotated[int, seed_of("the bootstrap")]
 
 
 @evaluate_app.command("truthfulqa")
@@ -53,7 +56,7 @@ def evaluate_truthfulqa(
     primer: Annotated[
         Path | None, typer.Option(help="Text before each question, e.g. the benchmark's; default: six of our own.")
     ] = None,
-    questions: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
+    limit: Annotated[int | None, first_of("questions")] = None,
     dola: Annotated[
         str | None, typer.Option(help="Score by DoLa, and compare: high, low, or layers such as 15 or 15,17,19.")
     ] = None,
@@ -73,17 +76,17 @@ def evaluate_truthfulqa(
     --to-table saves a line per question.
     """
     import reprobe as rp
-    from reprobe.cli.steering import load
+    from reprobe.cli.steering import done_by, load, per_question
     from reprobe.evaluation import PRIMER, compare
     from reprobe.methods.dola import DoLa
     from reprobe.probing import write_table
     from reprobe.progress import terminal
 
-    refuse_existing(to_table, overwrite)
+    new_table(to_table, overwrite)
     before = PRIMER if primer is None else read_text(primer)
     prompts = rp.PromptSet.load(data or _truthfulqa())
-    if questions is not None:
-        first = prompts.frame["group"].unique(maintain_order=True).head(questions)
+    if limit is not None:
+        first = prompts.frame["group"].unique(maintain_order=True).head(limit)
         prompts = prompts.where(group=first.to_list())
     if direction is None and (ablate or (strength, site, tokens) != (None, None, None)):
         raise UsageError("--strength, --ablate, --site and --tokens say how to steer: give a --direction")
@@ -101,10 +104,11 @@ def evaluate_truthfulqa(
             with rp.steer(lm, *items, allow_mismatch=allow_mismatch):
                 steered = rp.multiple_choice(lm, prompts, primer=before, decoding=decoding, progress=progress)
             result = compare(plain, steered, seed=seed)
-            own = steered.table.select(rp.evaluation.METRICS).rename(lambda metric: f"{metric}_steered")
-            table = plain.table.hstack(own)
+            table = per_question(plain, steered)
     if to_table is not None:
         about = {"model": lm.identity.to_json(), "data": prompts.digest, "primer": before, "metrics": result.to_dicts()}
+        if items:
+            about["interventions"] = done_by(*items)
         if decoding is not None:
             about["dola"] = dataclasses.asdict(decoding)
         write_table(table, to_table, overwrite=overwrite, about=about)
@@ -124,7 +128,9 @@ def evaluate_side_effects(
     data: Annotated[
         str | None, typer.Option(help="Unrelated knowledge: facts, misconceptions, a file like them, or none.")
     ] = "facts",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each text's prompt; 0: none.")] = 40,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate after each text's prompt; 0: none.", min=0)
+    ] = 40,
     seed: Seed = 0,
     to_table: ToTable = None,
     dtype: Dtype = None,
@@ -136,11 +142,11 @@ def evaluate_side_effects(
 ) -> None:
     """What steering costs: ordinary text, variety of what is written, unrelated knowledge, with intervals."""
     import reprobe as rp
-    from reprobe.cli.steering import load
+    from reprobe.cli.steering import done_by, load
     from reprobe.probing import write_table
     from reprobe.progress import terminal
 
-    refuse_existing(to_table, overwrite)
+    new_table(to_table, overwrite)
     item = load(direction, ablate=ablate, site=site, tokens=tokens)(strength)
     unrelated = None if data == "none" else data
     given = passages(texts)
@@ -157,7 +163,11 @@ def evaluate_side_effects(
             progress=progress,
         )
     if to_table is not None:
-        about = {"model": lm.identity.to_json(), "generations": found.generations.to_dicts()}
+        about = {
+            "model": lm.identity.to_json(),
+            "interventions": done_by(item),
+            "generations": found.generations.to_dicts(),
+        }
         write_table(found.table, to_table, overwrite=overwrite, about=about)
     show_table(found.table.to_dicts(), as_json)
 

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reprobe.cli.inputs import load_model
-from reprobe.cli.options import AsJson, Data, Device, Dtype, Model, Overwrite, Revision
-from reprobe.cli.show import bytes_text, say, show
+from reprobe.cli.options import AsJson, Data, Device, Dtype, Model, Overwrite, Revision, first_of
+from reprobe.cli.outputs import new_store
+from reprobe.cli.show import bytes_text, say, show, show_json
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
 
@@ -42,7 +43,7 @@ def extract(
         Literal["zarr", "hdf5"], typer.Option(help="One array per site, or one file per shard.")
     ] = "zarr",
     compression: Annotated[Literal["zstd"] | None, typer.Option(help="Shuffle bytes and compress them.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
+    limit: Annotated[int | None, first_of("prompts")] = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -70,6 +71,9 @@ def extract(
     from reprobe.progress import terminal
     from reprobe.prompts import PromptSet
 
+    share = Share.of_environment() if rank is None and world is None else Share(rank or 0, world or 1)
+    if not dry_run:
+        new_store(to, resume=resume or share.world > 1, overwrite=overwrite)
     prompts = PromptSet.load(data, limit=limit)
     work: dict[str, Any] = {
         "sites": sites,
@@ -100,11 +104,10 @@ def extract(
                 overwrite=overwrite,
                 progress=progress,
             )
-        say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, complete")
+        _show(store, as_json)
         return
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     job = prepare(lm, prompts, **work)
-    share = Share.of_environment() if rank is None and world is None else Share(rank or 0, world or 1)
     if resume or share.world > 1:
         job = job.as_begun_at(to)
     own = job.own(share)
@@ -129,8 +132,17 @@ def extract(
     )
     with terminal("tokens") as progress:
         store = job.run(to, resume=resume, overwrite=overwrite, own=own if share.world > 1 else None, progress=progress)
-    state = "complete" if store.complete else f"{len(store.committed)} of {job.grid.n_shards} shards there by now"
+    _show(store, as_json)
+
+
+def _show(store: Any, as_json: bool) -> None:
+    """A store that has been written, or a part of it."""
+    shards = store.manifest.grid.n_shards
+    state = "complete" if store.complete else f"{len(store.committed)} of {shards} shards there by now"
     say(f"{store.path}: {store.rows:,} rows at {len(store.sites)} sites, {state}")
+    if as_json:
+        sites = [str(site) for site in store.sites]
+        show_json({"path": str(store.path), "rows": store.rows, "sites": sites, "complete": store.complete})
 
 
 @import_app.command("vllm")
@@ -151,6 +163,7 @@ def import_vllm(
     revision: Revision = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn what vLLM's hidden-states connector wrote into a store.
 
@@ -162,6 +175,7 @@ def import_vllm(
     from reprobe.progress import terminal
 
     ids = _layers(layers)
+    new_store(to, resume=resume, overwrite=overwrite)
     with terminal("files") as progress:
         files = VllmFiles.scan(folder, progress)
     lm = load_model(model, dtype=files.dtype, device=device, revision=revision)
@@ -179,9 +193,10 @@ def import_vllm(
             overwrite=overwrite,
             progress=progress,
         )
+    _show(store, as_json)
     say(
-        f"{store.path}: {store.rows:,} rows of {len(files.ids):,} files at {store.manifest.sites_text}, complete. "
-        f"Prove that they are the model's: reprobe verify {to} --model {model}"
+        f"{store.manifest.sites_text} of {len(files.ids):,} files. Prove that they are the model's: "
+        f"reprobe verify {to} --model {model}"
     )
 
 

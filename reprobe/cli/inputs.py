@@ -1,4 +1,4 @@
-"""What a verb needs before it works: the model, the files and the names that a user gave, and no output in the way.
+"""What a verb needs before it works: the model, the files and the names that a user gave.
 
 Does not know what a verb does with them. What cannot be had raises an error of `reprobe.errors`.
 """
@@ -6,7 +6,7 @@ Does not know what a verb does with them. What cannot be had raises an error of 
 from pathlib import Path
 from typing import Any
 
-from reprobe.errors import ArtifactExists, UsageError
+from reprobe.errors import UsageError
 
 
 def load_model(model: str, *, dtype: str | None, device: str | None, revision: str | None) -> Any:
@@ -58,21 +58,6 @@ def named_store(text: str) -> tuple[str, str]:
     if equals and name and path and "/" not in name:
         return name, path
     return Path(text.rstrip("/")).stem, text
-
-
-def refuse_existing(path: Path | None, overwrite: bool | None = None) -> None:
-    """Before long work, not after it; `overwrite` of verbs that can."""
-    if path is not None and path.exists() and not overwrite:
-        raise ArtifactExists(
-            f"{path} exists; choose another name" + ("" if overwrite is None else " or pass --overwrite")
-        )
-
-
-def refuse_table(path: Path | None, overwrite: bool) -> None:
-    from reprobe.probing import require_new_table
-
-    if path is not None:
-        require_new_table(path, overwrite=overwrite)
 
 
 def parse_layers(text: str | None) -> list[int] | None:

@@ -1,25 +1,34 @@
 """`reprobe probe`, `compare`, `transfer` and `scan`: directions that read a store, and what they read in a text."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from reprobe.cli.inputs import load_model, named_store, refuse_existing, refuse_table
-from reprobe.cli.options import AsJson, Device, Dtype, Mismatch, Model, Overwrite, Revision, Store, ToTable
+from reprobe.cli.inputs import load_model, named_store
+from reprobe.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    Mismatch,
+    Model,
+    Overwrite,
+    ReaderName,
+    Revision,
+    Store,
+    ToTable,
+    seed_of,
+)
+from reprobe.cli.outputs import new_figure, new_file, new_report, new_table, results_folder
 from reprobe.cli.show import say, show_json, show_table
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
-
-ReaderName = Literal[
-    "mean-difference", "whitened", "cluster-mean", "pca", "logistic", "lda", "ccs", "k-sparse", "random"
-]
 
 Reader = Annotated[ReaderName, typer.Option(help="Which reader to train.")]
 Sites = Annotated[str | None, typer.Option(help="Sites or patterns; default: all, each head by itself.")]
 Label = Annotated[str, typer.Option(help="Index column to read.")]
 Positive = Annotated[str | None, typer.Option(help="The label that scores above 0; default: the greater.")]
-Seed = Annotated[int, typer.Option(help="Seed of folds and bootstrap.")]
+Seed = Annotated[int, seed_of("folds and bootstrap")]
 
 
 @verb("reprobe probe cities.reprobe --reader logistic --to truth.grid")
@@ -33,16 +42,16 @@ def probe(
     seed: Seed = 0,
     to: Annotated[Path | None, typer.Option(help="Save the grid with all its directions here.")] = None,
     to_table: ToTable = None,
-    direction: Annotated[Path | None, typer.Option(help="Save the best direction (.safetensors) here.")] = None,
+    to_direction: Annotated[Path | None, typer.Option(help="Save the best direction (.safetensors) here.")] = None,
     permutations: Annotated[
-        int, typer.Option(help="Add p, from so many permutations: the best of all sites under exchanged labels.")
+        int, typer.Option(help="Add p, from so many permutations: the best of all sites, labels exchanged.", min=0)
     ] = 0,
     selectivity: Annotated[
         bool, typer.Option("--selectivity", help="Add the accuracy above that on control tasks.")
     ] = False,
     types: Annotated[str, typer.Option(help="The column whose values get random labels in control tasks.")] = "group",
     mdl: Annotated[bool, typer.Option("--mdl", help="Add the length of the labels' online code, in bits.")] = False,
-    top: Annotated[int, typer.Option(help="Lines to show.")] = 10,
+    top: Annotated[int, typer.Option(help="Lines to show.", min=1)] = 10,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,9 +62,9 @@ def probe(
     from reprobe.progress import terminal
     from reprobe.store import ActivationStore
 
-    for path in (to, direction):
-        refuse_existing(path, overwrite)
-    refuse_table(to_table, overwrite)
+    for path in (to, to_direction):
+        new_file(path, overwrite)
+    new_table(to_table, overwrite)
     opened = ActivationStore.open(store)
     with terminal() as progress:
         grid = run_probe(
@@ -83,8 +92,8 @@ def probe(
         say(f"note: {grid.note}")
     if to is not None:
         grid.save(to, overwrite=overwrite)
-    if direction is not None:
-        grid.best().save(direction, overwrite=overwrite)
+    if to_direction is not None:
+        grid.best().save(to_direction, overwrite=overwrite)
     if to_table is not None:
         write_table(grid.table, to_table, overwrite=overwrite)
     rows = grid.table.sort(["accuracy", "layer", "head"], descending=[True, False, False], nulls_last=True)
@@ -119,14 +128,17 @@ def compare(
     from reprobe.probing import readers_named, write_table
     from reprobe.progress import terminal
     from reprobe.report import comparison_path, write_report
+    from reprobe.report.page import REPORT
     from reprobe.store import ActivationStore
 
     named = readers_named(readers)
     name = Path(store.rstrip("/")).stem
     in_folder = None if out is None else comparison_path(out, name)
+    results_folder(out)
     for path in (to, in_folder):
-        refuse_existing(path, overwrite)
-    refuse_table(to_table, overwrite)
+        new_file(path, overwrite)
+    new_report(None if out is None else out / REPORT)
+    new_table(to_table, overwrite)
     opened = ActivationStore.open(store)
     with terminal() as progress:
         found = run_compare(
@@ -147,7 +159,7 @@ def compare(
     if to_table is not None:
         write_table(found.table, to_table, overwrite=overwrite)
     if out is not None:
-        say(f"the report: {write_report(out, stores={name: opened})}")
+        say(f"the report: {write_report(out, stores={name: opened}, say=say)}")
     if as_json:
         show_json({what: getattr(found, what).to_dicts() for what in ("table", "choices", "differences")})
         return
@@ -172,8 +184,7 @@ def transfer(
     folds: Annotated[int, typer.Option(help="Folds wherever train and test share groups.")] = 5,
     seed: Seed = 0,
     to_table: Annotated[
-        Path | None,
-        typer.Option("--to-table", "--to", help="Save the table here (.csv, .parquet; .json also says of what it is)."),
+        Path | None, typer.Option(help="Save the table here (.csv, .parquet; .json also says of what it is).")
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the matrix here (.svg, .png, .pdf).")] = None,
     at: Annotated[
@@ -190,8 +201,8 @@ def transfer(
     from reprobe.report.transfer import best_on_the_diagonal
     from reprobe.store import ActivationStore
 
-    refuse_existing(figure, overwrite)
-    refuse_table(to_table, overwrite)
+    new_figure(figure, overwrite)
+    new_table(to_table, overwrite)
     named = [named_store(text) for text in stores]
     opened = {name: ActivationStore.open(path) for name, path in named}
     if len(opened) < len(named):
@@ -214,6 +225,7 @@ def transfer(
     if to_table is not None:
         grid.save(to_table, overwrite=overwrite)
     if figure is not None:
+        figure.parent.mkdir(parents=True, exist_ok=True)
         transfer_map(grid, at).savefig(figure)
     place = at or best_on_the_diagonal(grid)
     shown = ["train", "test", "site", "centring", "left_out", "n", "accuracy", "accuracy_low", "accuracy_high", "auroc"]
@@ -228,17 +240,21 @@ def scan(
     text: Annotated[str, typer.Argument(help="The text to read.")],
     grid: Annotated[Path, typer.Option(help="A grid saved by `reprobe probe --to`.")],
     part: Annotated[str, typer.Option(help="Which of the grid's parts to read.")] = "resid.post",
+    to: Annotated[Path | None, typer.Option(help="Save the scan (.json) here, for `reprobe report`.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the token × layer map here (.svg, .png, .pdf).")] = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
     allow_mismatch: Mismatch = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Read every token of a text at every layer with stored directions (LAT scan)."""
     from reprobe.methods import repe
     from reprobe.probing import ProbeGrid
 
+    new_file(to, overwrite)
+    new_figure(figure, overwrite)
     found = ProbeGrid.load(grid).directions
     directions = {site: d for site, d in found.items() if site.part == part and site.unit is None}
     if not directions:
@@ -246,9 +262,14 @@ def scan(
         raise UsageError(f"{grid} has no directions of {part}; it holds {parts}")
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     result = repe.scan(lm, text, directions, allow_mismatch=allow_mismatch)
+    if to is not None:
+        from reprobe.report import ScanResult, save_scan
+
+        save_scan(to, ScanResult(result, text, grid.stem, lm.identity))
     if figure is not None:
         from reprobe.report import scan_map
 
+        figure.parent.mkdir(parents=True, exist_ok=True)
         scan_map(result).savefig(figure)
     rows = [
         {"token": token, **{str(s): round(float(v), 3) for s, v in zip(result.sites, column, strict=True)}}

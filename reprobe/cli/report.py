@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from reprobe.cli.inputs import named_store, quiet_libraries
-from reprobe.cli.options import Overwrite
-from reprobe.cli.show import say
+from reprobe.cli.options import AsJson, Overwrite
+from reprobe.cli.outputs import new_report, results_folder
+from reprobe.cli.show import say, show_json, show_saved
 from reprobe.cli.verb import verb
 
 
@@ -16,28 +17,44 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for stores, probes and the report.")] = Path("reprobe-demo"),
     model: Annotated[str, typer.Option(help="Any model; the texts are made for small English ones.")] = "smollm2-135m",
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find, plot and use a language model's truth and sentiment directions (3 minutes on 2 cores)."""
     from reprobe.cli.demo import run_demo
     from reprobe.progress import terminal
+    from reprobe.report.page import REPORT
 
+    results_folder(out)
+    new_report(out / REPORT)
     quiet_libraries()
     with terminal() as progress:
-        summary = run_demo(out, model=model, overwrite=overwrite, progress=progress, say=say)
-    typer.echo(summary)
+        summary, page = run_demo(out, model=model, overwrite=overwrite, progress=progress, say=say)
+    if as_json:
+        show_json({"summary": summary, "report": str(page)})
+    else:
+        typer.echo("\n".join([*summary, f"The report: {page}"]))
 
 
 @verb("reprobe report reprobe-demo")
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder with results, as `reprobe demo` makes it.")],
-    to: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in the folder.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="A folder with what verbs saved: stores, grids, traces, edits, tables …")
+    ],
+    to: Annotated[
+        Path | None, typer.Option(help="The HTML file, in place of an older; default: report.html in the folder.")
+    ] = None,
     store: Annotated[
         list[str] | None, typer.Option(help="A store that lies elsewhere, whose rows are to be drawn; may be repeated.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw the self-contained HTML report of a folder of results."""
+    """Join all results in a folder in one self-contained HTML page.
+
+    Artifacts are found by what they are, wherever they lie in the folder. Damaged ones are named on the page and here.
+    """
     from reprobe.report import write_report
     from reprobe.store import ActivationStore
 
+    new_report(to)
     stores = {name: ActivationStore.open(path) for name, path in map(named_store, store or ())}
-    typer.echo(write_report(folder, to, stores=stores))
+    show_saved(write_report(folder, to, stores=stores, say=say), as_json)

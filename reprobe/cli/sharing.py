@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from reprobe.cli.inputs import refuse_existing
-from reprobe.cli.options import ActAt, Overwrite, Revision
+from reprobe.cli.options import ActAt, AsJson, Overwrite, Revision
+from reprobe.cli.outputs import new_file, results_folder
+from reprobe.cli.show import show_saved
 from reprobe.cli.verb import verb
 
 
@@ -22,6 +23,7 @@ def export(
     ] = 1.0,
     site: ActAt = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write what a direction or a steering adds, as a file that another program reads.
 
@@ -31,8 +33,9 @@ def export(
     import reprobe as rp
     from reprobe.cli.steering import load
 
+    new_file(to, overwrite)
     item = load(file, ablate=False, site=site, tokens=None)(strength)
-    typer.echo(rp.export(item, to, format=format, overwrite=overwrite))
+    show_saved(rp.export(item, to, format=format, overwrite=overwrite), as_json)
 
 
 @verb("reprobe push truth.safetensors hf:OWNER/truth --private")
@@ -41,12 +44,15 @@ def push(
     target: Annotated[str, typer.Argument(help="A folder, or hf:OWNER/NAME on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is made, for its owner only.")] = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Share a direction or a grid: its file and a model card, in a folder or on the hub."""
     from reprobe.probing import load
     from reprobe.probing import push as run_push
 
-    typer.echo(run_push(load(file), target, overwrite=overwrite, private=private))
+    if not target.startswith("hf:"):
+        results_folder(Path(target))
+    show_saved(run_push(load(file), target, overwrite=overwrite, private=private), as_json)
 
 
 @verb("reprobe pull hf:OWNER/truth --to truth.safetensors")
@@ -55,9 +61,10 @@ def pull(
     to: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
     revision: Revision = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch a direction or a grid that was pushed, and check that it is as it was written."""
     from reprobe.probing import pull as run_pull
 
-    refuse_existing(to, overwrite)
-    typer.echo(run_pull(source, revision=revision).save(to, overwrite=overwrite))
+    new_file(to, overwrite)
+    show_saved(run_pull(source, revision=revision).save(to, overwrite=overwrite), as_json)

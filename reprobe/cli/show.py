@@ -5,6 +5,7 @@ Does not know where the values come from.
 
 import contextlib
 import json
+import math
 import sys
 from typing import Any
 
@@ -17,8 +18,16 @@ def say(message: str) -> None:
 
 
 def show_json(result: Any) -> None:
-    """A result as JSON; what JSON does not know becomes text."""
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    """A result as JSON. What JSON does not know becomes text; NaN and infinities, which it does not know, null."""
+    typer.echo(json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(values: dict[str, Any], as_json: bool = False) -> None:
@@ -29,6 +38,14 @@ def show(values: dict[str, Any], as_json: bool = False) -> None:
     width = max(map(len, values), default=0)
     for key, value in values.items():
         typer.echo(f"{key:<{width}}  {value}")
+
+
+def show_saved(what: Any, as_json: bool = False) -> None:
+    """Where something was put, and nothing else: a line that a shell can use."""
+    if as_json:
+        show_json({"saved": str(what)})
+    else:
+        typer.echo(what)
 
 
 def show_table(rows: list[dict[str, Any]], as_json: bool = False) -> None:

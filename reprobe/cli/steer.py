@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reprobe.cli.inputs import load_model, passages, read_lines, refuse_existing
+from reprobe.cli.inputs import load_model, passages, read_lines
 from reprobe.cli.options import (
     Act,
     ActAt,
     AsJson,
     Device,
     Dtype,
+    MaxNewTokens,
     Mismatch,
     Model,
     Overwrite,
@@ -24,6 +25,7 @@ from reprobe.cli.options import (
     Texts,
     ToTable,
 )
+from reprobe.cli.outputs import new_table
 from reprobe.cli.show import say, show, show_json
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
@@ -57,7 +59,7 @@ def steer(
     ablate: Remove = False,
     site: ActAt = None,
     tokens: Scope = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
+    max_new_tokens: MaxNewTokens = 40,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -130,7 +132,7 @@ def steer_tune(
     from reprobe.probing import write_table
     from reprobe.progress import terminal
 
-    refuse_existing(to_table, overwrite)
+    new_table(to_table, overwrite)
     steerer, given = run.load(direction, ablate=False, site=site, tokens=tokens), passages(texts)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     with terminal() as progress:
@@ -145,7 +147,9 @@ def steer_tune(
         )
     told = {"strength": found.strength, "kl": found.kl, "kl_low": found.kl_low, "kl_high": found.kl_high}
     if to_table is not None:
-        write_table(found.tried, to_table, overwrite=overwrite, about={"target_kl": target_kl, **told})
+        done = run.done_by(steerer(found.strength))
+        about = {"model": lm.identity.to_json(), "interventions": done, "target_kl": target_kl, **told}
+        write_table(found.tried, to_table, overwrite=overwrite, about=about)
     show(told | {"target_kl": target_kl, "evaluations": found.tried.height}, as_json)
 
 

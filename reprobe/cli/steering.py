@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from jaxtyping import Float
 
 import reprobe as rp
@@ -52,6 +53,21 @@ def load(path: Path, *, ablate: bool, site: str | None, tokens: str | None, othe
         return rp.Steering(operator(direction, strength, site=site, tokens=tokens or otherwise), name=path.stem)
 
     return Steerer(of, 1.0 if ablate else 4.0)
+
+
+def done_by(*steerings: rp.Steering) -> list[str]:
+    """What steerings do, in words, for the tables of what that does."""
+    return [
+        f"{item}" + ("" if isinstance(item.strength, np.ndarray) else f", strength {item.strength:g}")
+        for steering in steerings
+        for item in steering.interventions
+    ]
+
+
+def per_question(plain: rp.Choices, steered: rp.Choices) -> pl.DataFrame:
+    """A line per question, with the metrics of the plain model and, as NAME_steered, of the steered."""
+    own = steered.table.select(rp.evaluation.METRICS).rename(lambda metric: f"{metric}_steered")
+    return plain.table.hstack(own)
 
 
 def read_by(steering: rp.Steering) -> list[rp.Direction]:

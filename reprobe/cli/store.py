@@ -82,6 +82,10 @@ def verify(
 
     if model is None and any((sample, direction, tolerance, seed, dtype, device, revision, allow_mismatch)):
         raise UsageError("these options are about running prompts again: say on which model with --model")
+    from reprobe.probing import Direction
+
+    directions = [Direction.load(path) for path in direction or ()]
+    prompts = _sample(sample)
     opened = ActivationStore.open(store)
     checked = opened.verify()
     if not checked.ok:
@@ -92,12 +96,8 @@ def verify(
             show_json({"path": opened.path, "ok": True, "files": checked.files})
         return
     from reprobe.extraction import replay
-    from reprobe.extraction.proof import SAMPLE
-    from reprobe.probing import Direction
     from reprobe.progress import terminal
 
-    directions = [Direction.load(path) for path in direction or ()]
-    prompts = SAMPLE if sample is None else _sample(sample)
     lm = load_model(model, dtype=dtype or opened.identity.dtype, device=device, revision=revision)
     with terminal("tokens") as progress:
         result = replay(
@@ -115,7 +115,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _sample(text: str) -> int | None:
+def _sample(text: str | None) -> int | None:
+    """A number of prompts; None for all."""
+    if text is None:
+        from reprobe.extraction.proof import SAMPLE
+
+        return SAMPLE
     if text == "all":
         return None
     if not text.isdecimal():

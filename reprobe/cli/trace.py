@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from reprobe.cli.inputs import load_model, parse_layers, refuse_existing, refuse_table
-from reprobe.cli.options import AsJson, Device, Dtype, Model, Overwrite, Revision, ToTable
+from reprobe.cli.inputs import load_model, parse_layers
+from reprobe.cli.options import AsJson, Device, Dtype, Model, Overwrite, Revision, ToTable, first_of, seed_of
+from reprobe.cli.outputs import new_file, new_folder, new_table
 from reprobe.cli.show import say, show, show_table
 from reprobe.cli.verb import verb
 from reprobe.errors import UsageError
@@ -30,21 +31,19 @@ def trace(
     unknown: Annotated[
         Literal["refuse", "drop", "keep"], typer.Option(help="What becomes of facts that the model does not know.")
     ] = "refuse",
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first N facts (with --unknown drop: of the known).")
-    ] = None,
+    limit: Annotated[int | None, first_of("facts (with --unknown drop: of the known)")] = None,
     kinds: Annotated[str, typer.Option(help="What is restored, comma-separated.")] = "resid.post,attn.out,mlp.out",
     layers: Annotated[str | None, typer.Option(help="Blocks, e.g. 3,4,5 or 3-10; default: all.")] = None,
     window: Annotated[int, typer.Option(help="Blocks at which attn.out and mlp.out are restored together.")] = 10,
     samples: Annotated[int, typer.Option(help="Draws of noise.")] = 10,
     noise: Annotated[float, typer.Option(help="Noise in standard deviations of the subjects' embeddings.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, seed_of("the noise")] = 0,
     to: Annotated[Path | None, typer.Option(help="Save the trace (.safetensors) here.")] = None,
     to_table: ToTable = None,
     figures: Annotated[
         Path | None, typer.Option(help="A folder for figures: a map of the first facts, and the curves by role.")
     ] = None,
-    maps: Annotated[int, typer.Option(help="With --figures: of so many facts a map.")] = 3,
+    maps: Annotated[int, typer.Option(help="With --figures: of so many facts a map.", min=0)] = 3,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -73,9 +72,9 @@ def trace(
         layers=None if blocks is None else tuple(blocks),
         seed=seed,
     )
-    refuse_existing(to, overwrite)
-    refuse_table(to_table, overwrite)
-    refuse_existing(figures, overwrite)
+    new_file(to, overwrite)
+    new_table(to_table, overwrite)
+    new_folder(figures, overwrite)
     if facts is None:
         given = [Fact.of(subject=subject or "", prompt=prompt or "", true=target)]
     else:

@@ -1,8 +1,10 @@
-"""What makes a function a verb: an example in its help, and errors that become messages and exit codes."""
+"""What makes a function a verb: an example in its help, and errors and warnings that become messages and exit codes."""
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 
@@ -23,12 +25,18 @@ def verb(example: str, *, resumable: bool = False) -> Callable[[Callable[P, R]],
         @functools.wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
-                return function(*args, **kwargs)
+                with _warnings_said():
+                    return function(*args, **kwargs)
             except ReprobeError as e:
                 say(f"{type(e).__name__}: {e}")
                 raise typer.Exit(2 if isinstance(e, UsageError) else 1) from e
+            except BrokenPipeError:  # whoever read our output has read enough
+                raise
+            except OSError as e:  # the disk, not the call: what could be foreseen was refused before the work
+                say(f"{e.strerror or e}" + (f": {e.filename}" if e.filename is not None else ""))
+                raise typer.Exit(1) from e
             except KeyboardInterrupt as e:
-                say("interrupted." + (" Completed shards are kept: go on with --resume." if resumable else ""))
+                say("interrupted." + (" What was completed is kept: go on with --resume." if resumable else ""))
                 raise typer.Exit(130) from e
 
         shown = "\n".join(f"    {line}" for line in example.strip().splitlines())
@@ -36,3 +44,15 @@ def verb(example: str, *, resumable: bool = False) -> Callable[[Callable[P, R]],
         return guarded
 
     return guard
+
+
+@contextlib.contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Warnings as messages, without the line of code that they come from."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        say(f"note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

@@ -1,5 +1,6 @@
 """Control: directions, maps and activations put into a model (operator × site × scope × gate); edits of weights."""
 
+from reprobe.control.adapters import Adapter
 from reprobe.control.along import Ablate, Add, Clamp, Scale
 from reprobe.control.baked_model import export_baked
 from reprobe.control.baking import Baked, bake
@@ -19,6 +20,7 @@ from reprobe.control.values import Noise, Replace
 
 __all__ = [
     "Ablate",
+    "Adapter",
     "Add",
     "AddContrast",
     "Affine",

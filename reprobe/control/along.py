@@ -59,6 +59,7 @@ class AlongDirection(Operator):
 
     @property
     def identity(self) -> ModelIdentity | None:
+        """The model that the direction was read from."""
         return self.direction.identity
 
     def _vector(self, wide: Tensor) -> Float[Tensor, " width"]:
@@ -110,6 +111,7 @@ class Add(AlongDirection):
 
     @cached_property
     def step(self) -> Float[np.ndarray, " width"] | None:
+        """What is added to every vector, where that is one and the same; None otherwise."""
         fixed = self.constant and not isinstance(self.strength, np.ndarray)
         return self.strength * self._unit_length * self.direction.vector if fixed else None
 
@@ -263,6 +265,7 @@ class Scale(Operator):
 
     @property
     def identity(self) -> ModelIdentity | None:
+        """The model that the target direction was read from; None without one."""
         return self.target.identity if isinstance(self.target, Direction) else None
 
     @property

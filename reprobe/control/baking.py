@@ -21,7 +21,7 @@ c = 0), and next to a projection y = W x + b it is part of the projection:
 import contextlib
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -91,8 +91,8 @@ def bake(
     The change stays until `revert` of what is returned, or to the end of a `with bake(…):`; the originals are kept.
     The model is then another one: its identity changes, and `lm.net.save_pretrained(folder)` writes an ordinary
     checkpoint. Interventions at one site act in the order given. A part of the network that has no bias gets one where
-    the family's config can say so (its other new biases are 0). `untie` allows a change of embeddings that the
-    unembedding shares: they become two matrices.
+    the family's config can say so (other biases that this brings are written to the checkpoint, as zeros). `untie`
+    allows a change of embeddings that the unembedding shares: they become two matrices.
 
     Raises `UsageError`, the network untouched, where no weight does the same: for a gate, a scope that is not "all", a
     strength per prompt, a restored norm, whatever is no affine map of rows; where a norm stands between a projection
@@ -409,9 +409,10 @@ def _allow_biases(lm: LanguageModel, plan: _Plan) -> None:
     if not wanted:
         return
     net, config = lm.net, copy.deepcopy(lm.net.config)
-    own = {name for name, _ in net.named_parameters(remove_duplicate=False)}
+    own = net.state_dict()
     settings: list[str] = []
-    biases: dict[str, int] = {}
+    # The zeros of an earlier bake.
+    biases: dict[str, int] = {name: len(own[name]) for name in wanted if name in own}
     for setting in _BIAS_SETTINGS:
         if wanted <= set(biases) or getattr(config, setting, None) is not False:
             continue
@@ -442,14 +443,27 @@ def _apply(net: Any, plan: _Plan, undo: contextlib.ExitStack) -> None:
         _set(net.config, "tie_word_embeddings", False, undo)
     for setting in plan.settings:
         _set(net.config, setting, True, undo)
+    needed = {change.name for change in plan.changes}
     for name, length in plan.biases.items():
         module = net.get_submodule(name.removesuffix(".bias"))
+        if name not in needed:  # what the config promises: a checkpoint has it, and no pass has to add it
+            undo.callback(module.register_state_dict_post_hook(_with_zeros(length)).remove)
+            continue
         undo.callback(setattr, module, "bias", None)
         module.bias = nn.Parameter(module.weight.new_zeros(length), requires_grad=module.weight.requires_grad)
     for change in plan.changes:
         parameter = net.get_parameter(change.name)
         undo.callback(_copy, parameter, parameter.detach().clone())
         _copy(parameter, change.values)
+
+
+def _with_zeros(length: int) -> Callable[[Any, dict[str, Tensor], str, Any], None]:
+    """A hook that has a module's state tell of a bias of zeros where there is none."""
+
+    def add(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        state.setdefault(f"{prefix}bias", module.weight.new_zeros(length))
+
+    return add
 
 
 def _set(config: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:

@@ -20,11 +20,12 @@ from reprobe.control.operators import Operator
 from reprobe.control.scopes import Scope
 from reprobe.control.streams import AddContrast
 from reprobe.control.values import Noise, Replace
-from reprobe.errors import CorruptArtifact, UsageError
+from reprobe.errors import UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, read, write
 from reprobe.probing.direction import Direction
+from reprobe.provenance import rebuilding, text
 
 KIND = "steering"
 #: The operators that a file may name.
@@ -151,7 +152,7 @@ class Steering:
     def load(cls, path: str | Path) -> "Steering":
         """What `save` wrote. Raises `ArtifactMissing`, `CorruptArtifact`, or `UsageError` for something else."""
         artifact = read(Path(path), KIND)
-        try:
+        with rebuilding(f"{path}: not a steering"):
             header = dict(artifact.header)
             items = []
             for coded in header["interventions"]:
@@ -160,12 +161,10 @@ class Steering:
             identity = header["identity"]
             return cls(
                 *items,
-                name=header["name"],
+                name=text(header["name"]),
                 provenance=header["provenance"],
                 identity=None if identity is None else ModelIdentity.from_json(identity),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CorruptArtifact(f"{path}: not a steering: {error}") from error
 
 
 def _identities(item: Operator) -> list[ModelIdentity | None]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from reprobe.control.adapters import Adapter, holds_adapter
 from reprobe.control.edits import WeightEdit
 from reprobe.control.ledger import ledger_of
 from reprobe.control.model_folder import put_model, whole_folder
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch
 from reprobe.model.identity import ModelIdentity, digest_weights
 from reprobe.model.language_model import LanguageModel
-from reprobe.provenance import canonical_json, digest_file, versions, write_durably
+from reprobe.provenance import canonical_json, digest_file, rebuilding, text, texts, versions, write_durably
 
 FOLDER = "reprobe-edits"
 _RECORD, _ORIGINALS = "edits.json", "originals.safetensors"
@@ -68,10 +69,12 @@ def load_edited(folder: str | Path, **options: Any) -> LanguageModel:
 
 
 def edits_in(path: str | Path) -> list[WeightEdit]:
-    """The edits of a file, of a folder of such files, or of an exported model."""
+    """The edits of a file, of a folder of such files, of an adapter, or of an exported model."""
     place = Path(path)
     if not place.is_dir():
         return [WeightEdit.load(place)]
+    if holds_adapter(place):
+        return list(Adapter.load(place).edits())
     if (place / FOLDER / _RECORD).is_file():
         return read_record(place)[1]
     files = sorted(place.glob("*.safetensors"))
@@ -87,20 +90,21 @@ def read_record(folder: str | Path) -> tuple[dict[str, Any], list[WeightEdit], d
     place = Path(folder) / FOLDER
     if not (place / _RECORD).is_file():
         raise ArtifactMissing(f"{folder} remembers no edits: it was not written by export_edited or `reprobe edit`")
-    try:
-        record = json.loads((place / _RECORD).read_text())
-        files, kept = record["edits"], record["originals"]
-        if not {"base", "weights"} <= set(record):
-            raise KeyError("base, weights")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{place / _RECORD}: malformed ({error!r})") from error
+    with rebuilding(f"{place / _RECORD}: malformed"):
+        record = dict(json.loads((place / _RECORD).read_bytes()))
+        files, kept = texts(record["edits"]), record["originals"]
+        ModelIdentity.from_json(record["base"])
+        text(record["weights"])
+        if any(Path(name).name != name for name in files):
+            raise ValueError("its edits do not lie beside it")
     edits = [WeightEdit.load(place / name) for name in files]
     if kept is None:
         return record, edits, {}
     file = place / _ORIGINALS
     if not file.is_file() or digest_file(file) != kept:
         raise CorruptArtifact(f"{file} is missing or was changed since it was written")
-    return record, edits, load_file(file)
+    with rebuilding(f"{file} cannot be read as safetensors"):
+        return record, edits, load_file(file)
 
 
 def _write_record(lm: LanguageModel, place: Path, originals: bool) -> None:

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reprobe.errors import CorruptArtifact, UnsupportedOperation, UsageError
+from reprobe.errors import UnsupportedOperation, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.language_model import LanguageModel
 from reprobe.probing import artifact
 from reprobe.probing.artifact import Artifact
 from reprobe.prompts.fact import Fact
-from reprobe.provenance import digest, digest_bytes
+from reprobe.provenance import digest, digest_bytes, rebuilding, text, texts
 
 KIND = "weight edit"
 #: An edit that raises the probability of its target by less than this did nothing worth the name.
@@ -76,6 +76,7 @@ class WeightEdit:
 
     @property
     def rank(self) -> int:
+        """Columns of the factors."""
         return int(self.left.shape[1])
 
     @property
@@ -103,6 +104,7 @@ class WeightEdit:
         return cls.from_artifact(artifact.read(Path(path), KIND), str(path))
 
     def to_artifact(self) -> Artifact:
+        """The edit as a file's header and arrays."""
         header = {
             "parameter": self.parameter,
             "base": self.base.to_json(),
@@ -115,20 +117,19 @@ class WeightEdit:
 
     @classmethod
     def from_artifact(cls, found: Artifact, where: str) -> "WeightEdit":
+        """What `to_artifact` made; `where` it was, for errors. Raises `CorruptArtifact`."""
         h = found.header
-        try:
+        with rebuilding(f"{where}: malformed header"):
             return cls(
-                parameter=str(h["parameter"]),
+                parameter=text(h["parameter"]),
                 left=found.arrays["left"],
                 right=found.arrays["right"],
                 base=ModelIdentity.from_json(h["base"]),
-                after=tuple(h["after"]),
+                after=texts(h["after"]),
                 facts=tuple(Fact.from_json(f) for f in h["facts"]),
-                effects=tuple(EditEffect(*e) for e in h["effects"]),
-                provenance=h["provenance"],
+                effects=tuple(EditEffect(float(before), float(after)) for before, after in h["effects"]),
+                provenance=dict(h["provenance"]),
             )
-        except (KeyError, TypeError) as error:
-            raise CorruptArtifact(f"{where}: malformed header ({error!r})") from error
 
 
 @dataclass(frozen=True, eq=False)

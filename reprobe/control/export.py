@@ -106,8 +106,10 @@ def read_control_vector(
     path = Path(path)
     if not path.is_file():
         raise ArtifactMissing(f"{path}: no such control vector")
+    from reprobe.model.gguf import Reader  # and transformers with it, which writing does not need
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         about = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [(t.name, t.tensor_type, np.array(t.data)) for t in reader.tensors]
     except Exception as error:  # the reader indexes into what is not there in a dozen ways

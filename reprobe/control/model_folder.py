@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reprobe.errors import ArtifactExists, DiskFull, ReprobeError
-from reprobe.model.language_model import LanguageModel
+from reprobe.model.language_model import LanguageModel, quiet_transformers
 from reprobe.provenance import sync_folder
 
 
 def put_model(lm: LanguageModel, folder: Path) -> None:
     """Write the model as it is now, and its tokenizer, into a folder."""
-    lm.net.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        lm.net.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager

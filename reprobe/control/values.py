@@ -81,7 +81,8 @@ class Replace(Operator):
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         values = self.copy("values", self.values, h)
         if values.ndim == 1:
-            return values.expand_as(h)
+            # Rows of their own: some networks (falcon) add to a block's output in place.
+            return values.expand_as(h).clone()
         n = values.shape[-2]
         k = tokens.positions if self.align == "start" else tokens.positions - tokens.prompt_lengths + n
         k = k.to(h.device)

@@ -145,6 +145,7 @@ class ChoiceScore:
 
     @property
     def name(self) -> str:
+        """The metric: what its column in a table is called."""
         return self.metric
 
     def __call__(self, lm: LanguageModel) -> Float[np.ndarray, " questions"]:

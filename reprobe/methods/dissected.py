@@ -4,6 +4,7 @@ Enters: arrays of `dissect`. Leaves: polars tables of units, concepts and layers
 which runs nothing when it is read. Does not know how anything was counted.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float, Int
 
-from reprobe.errors import CorruptArtifact, UsageError
+from reprobe.errors import UsageError
 from reprobe.methods.overlap import iou
 from reprobe.methods.stream import Document, TokenStream
 from reprobe.methods.tops import AROUND
@@ -22,11 +23,23 @@ from reprobe.methods.units import Reading
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing import artifact
-from reprobe.probing.artifact import Artifact
+from reprobe.probing.artifact import Artifact, array
+from reprobe.provenance import digest, digest_chunks, rebuilding, text, texts
 
 KIND = "dissection"
-#: Arrays of a value per unit, or per unit and something, that are saved as they are.
-_ARRAYS = ("threshold", "active", "mean", "sd", "inside", "hits", "null", "top", "top_values", "marks")
+#: Arrays of a value per unit, or per unit and something, that are saved as they are: their kind of numbers, and shape.
+_ARRAYS = {
+    "threshold": ("f", "units"),
+    "active": ("iu", "units"),
+    "mean": ("f", "units"),
+    "sd": ("f", "units"),
+    "inside": ("f", "units", "concepts"),
+    "hits": ("iu", "units", "concepts"),
+    "null": ("f", "permutations", "units"),
+    "top": ("i", "units", "shown"),
+    "top_values": ("f", "units", "shown"),
+    "marks": ("iu", "units", "shown"),
+}
 _STREAM = ("ids", "starts", "begin", "end", "document")
 
 
@@ -109,6 +122,14 @@ class Dissection:
         return [concept.name for concept in self.asked]
 
     @cached_property
+    def digest(self) -> str:
+        """sha256 over the model, the stream, the settings, the units, the concepts and what was counted of them."""
+        counted = (self.threshold, self.active, self.hits, self.null, self.top)
+        said = [self.identity.weights, self.stream.digest, asdict(self.settings), self.names]
+        units = [[str(reading.site), reading.n] for reading in self.readings]
+        return digest([KIND, said, units, digest_chunks(np.ascontiguousarray(a).tobytes() for a in counted)])
+
+    @cached_property
     def sizes(self) -> Int[np.ndarray, " concepts"]:
         """How many tokens each concept has."""
         sizes: np.ndarray = self.of.sum(0)
@@ -116,6 +137,7 @@ class Dissection:
 
     @cached_property
     def iou(self) -> Float[np.ndarray, "units concepts"]:
+        """Overlap of each unit's top tokens with each concept: intersection over union."""
         return iou(self.hits, self.active, self.sizes)
 
     @cached_property
@@ -134,6 +156,7 @@ class Dissection:
 
     @cached_property
     def unit_names(self) -> list[str]:
+        """The units as texts, `mlp.neurons@7.1500`, in the order of the rows."""
         return [reading.name(i) for reading in self.readings for i in range(reading.n)]
 
     @cached_property
@@ -344,32 +367,66 @@ class Dissection:
         """What `save` wrote. Raises `ArtifactMissing`, `CorruptArtifact`, or `UsageError` for another kind of file."""
         content = artifact.read(Path(path), KIND)
         h, arrays = content.header, content.arrays
-        try:
-            readings = tuple(
-                Reading(Site.parse(r["site"]), r["width"], arrays.get(f"vectors.{i}"), tuple(r["names"]))
-                for i, r in enumerate(h["readings"])
-            )
+        with rebuilding(f"{path}: not a whole dissection"):
+            readings = tuple(_reading(r, arrays.get(f"vectors.{i}")) for i, r in enumerate(h["readings"]))
+            asked = tuple(Asked(*(text(concept[k]) for k in ("name", "kind", "about"))) for concept in h["concepts"])
             stream = _stream(h["stream"], arrays)
+            s = h["settings"]
+            settings = Settings(
+                float(s["quantile"]), float(s["detector"]), operator.index(s["permutations"]), operator.index(s["seed"])
+            )
+            units, permutations = sum(r.n for r in readings), len(arrays["null"])
+            lengths = {"units": units, "concepts": len(asked), "permutations": permutations}
             return cls(
                 identity=ModelIdentity.from_json(h["identity"]),
                 readings=readings,
                 stream=stream,
-                settings=Settings(**h["settings"]),
-                asked=tuple(Asked(**concept) for concept in h["concepts"]),
-                dropped=tuple(h["dropped"]),
-                of=np.unpackbits(arrays["of"], axis=0, count=stream.n).astype(np.bool_),
-                **{name: arrays[name] for name in _ARRAYS},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifact(f"{path}: not a whole dissection ({error!r})") from error
+                settings=settings,
+                asked=asked,
+                dropped=texts(h["dropped"]),
+                of=np.unpackbits(
+                    array(arrays, "of", "u", -(-stream.n // 8), len(asked)), axis=0, count=stream.n
+                ).astype(np.bool_),
+                **{
+                    name: array(arrays, name, kinds, *(lengths.get(axis) for axis in shape))
+                    for name, (kinds, *shape) in _ARRAYS.items()
+                },
+            )._sound()
+
+    def _sound(self) -> "Dissection":
+        """This, if every number of a token is one of the stream's; raises `ValueError` otherwise."""
+        if (
+            not self.n
+            or not self.asked
+            or self.top.shape != self.top_values.shape
+            or self.top.shape != self.marks.shape
+        ):
+            raise ValueError("it has no units, no concepts, or tops of different lengths")
+        if self.top.size and not -1 <= self.top.min() <= self.top.max() < self.stream.n:
+            raise ValueError("a unit's top is of tokens that the stream does not have")
+        if not (self.sizes > 0).all() or not (self.sizes < self.stream.n).all():
+            raise ValueError("a concept is of no token, or of every one")
+        return self
+
+
+def _reading(header: Mapping[str, Any], vectors: np.ndarray | None) -> Reading:
+    width, names = operator.index(header["width"]), texts(header["names"])
+    if vectors is not None:
+        vectors = array({"vectors": vectors}, "vectors", "f", width, len(names))
+    return Reading(Site.parse(header["site"]), width, vectors, names)
 
 
 def _stream(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> TokenStream:
-    ends = arrays["stream.text_ends"]
-    text = arrays["stream.text"].tobytes()
+    ends = array(arrays, "stream.text_ends", "iu", None)
+    joined = array(arrays, "stream.text", "u", int(ends[-1])).tobytes()
     documents = tuple(
-        Document(text[a:b].decode(), i) for i, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        Document(joined[a:b].decode(), i) for i, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
     )
-    flat = {name: arrays[f"stream.{name}"].astype(np.int64) for name in _STREAM}
-    counted = np.unpackbits(arrays["stream.counted"], count=len(flat["ids"])).astype(np.bool_)
-    return TokenStream(header["name"], counted=counted, documents=documents, about=header["about"], **flat)
+    flat = {name: array(arrays, f"stream.{name}", "iu", None).astype(np.int64) for name in _STREAM}
+    n, starts = len(flat["ids"]), flat["starts"]
+    counted = np.unpackbits(array(arrays, "stream.counted", "u", -(-n // 8)), count=n).astype(np.bool_)
+    if any(len(flat[name]) != n for name in ("begin", "end", "document")) or min(flat["document"]) < 0:
+        raise ValueError("its stream's arrays are not of the same tokens")
+    if max(flat["document"]) >= len(documents) or starts[0] != 0 or starts[-1] != n or (np.diff(starts) < 0).any():
+        raise ValueError("its stream's rows are not of its tokens, or of documents that it lacks")
+    return TokenStream(text(header["name"]), counted=counted, documents=documents, about=dict(header["about"]), **flat)

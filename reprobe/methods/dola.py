@@ -8,10 +8,11 @@ block j, `resid.pre@j` (transformers' `hidden_states[j]`; 0 is the embedding). T
 token distribution p_N. Of the candidates that one is taken whose p_j is farthest from p_N, by the Jensen-Shannon
 divergence; among the plausible tokens, p_N ≥ α max p_N, the score is log p_N − log p_j.
 
-How it is cheap: only the last token of a pass is read out; the plausible tokens' early logits are a product with their
-few rows of the unembedding; and the whole vocabulary, which the divergence is over, is unembedded (all candidates in
-one product) only for texts where it can matter. It cannot where one token alone is plausible, nor, in greedy decoding,
-where every candidate layer prefers the same token.
+How it is cheap: only the last token of a pass is read out. Its states at all candidate layers and the final one go
+through the unembedding in one product, so that this largest of all matrices is read from memory once, as without DoLa
+(where that would take too much memory, early logits are computed when asked for, of the plausible tokens alone if these
+suffice). And the divergence is only computed for texts where it can matter. It cannot where one token alone is
+plausible, nor, in greedy decoding, where every candidate layer prefers the same token.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reprobe.errors import UnsupportedOperation, UsageError
-from reprobe.model.hooks import observe
+from reprobe.model.hooks import computed, observe
 from reprobe.model.language_model import LanguageModel, Prompt
 from reprobe.model.sites import Site
 
@@ -41,7 +42,10 @@ IMPLAUSIBLE = -1000.0
 #: A logit whose exponential is 0 and that can still be multiplied by 0.
 _NEVER = -1e30
 #: Early logits in memory at a time.
-_AT_ONCE = 2**23
+_AT_ONCE = 2**24
+#: Tokens of the vocabulary that a divergence goes through at a time: what is computed of them stays in the cache, and
+#: sums stay exact.
+_CHUNK = 2**15
 #: Settings of transformers' `generate` with which the scores at hand are not those of the last pass's last token, and
 #: the values that have no such effect.
 _OTHER_PASSES: Mapping[str, tuple[Any, ...]] = {
@@ -155,8 +159,10 @@ class DoLa:
         greedy = not setting("do_sample") and setting("num_beams") in (None, 1) and not others
         pads = real.long().argmax(1)
         with observe(lm, exits.sites, lambda h: h[:, -1]) as seen:
-            process = _Contrast(self, exits, seen, pads, greedy)
-            yield {"repetition_penalty": 1.0, "logits_processor": [process, *others]}
+            early = _Early(exits, seen)
+            with early.beside_the_mature():
+                process = _Contrast(self, early, pads, greedy)
+                yield {"repetition_penalty": 1.0, "logits_processor": [process, *others]}
 
     # -- scores -----------------------------------------------------------------------------------------------
 
@@ -248,20 +254,11 @@ def divergences(
     early: Float[Tensor, "rows layers vocab"],
     compat: Literal["dola"] | None = None,
 ) -> Float[Tensor, "rows layers"]:
-    """Of log-probabilities: JSD(p_N, p_j) = ½ KL(p_N ‖ M) + ½ KL(p_j ‖ M), M = ½ (p_N + p_j), in nats.
+    """Of logits: JSD(p_N, p_j) = ½ KL(p_N ‖ M) + ½ KL(p_j ‖ M), M = ½ (p_N + p_j), in nats.
 
     With `compat="dola"`, ½ KL(M ‖ p_N) + ½ KL(M ‖ p_j) divided by the size of the vocabulary.
     """
-    p, q = mature.exp()[:, None], early.exp()
-    both = (p + q).clamp_(min=torch.finfo(q.dtype).tiny)  # 2M
-    if compat is not None:
-        return 0.5 * (both * (both.log() - math.log(2) - 0.5 * (mature[:, None] + early))).mean(-1)
-    own = (p * mature[:, None]).sum(-1) + _dot(q, early)
-    return 0.5 * (own - _dot(both, both.log())) + math.log(2)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.einsum("rlv,rlv->rl", a, b)
+    return _compared(mature, early, compat).divergence
 
 
 def _checked(layers: Any) -> Bucket | tuple[int, ...]:
@@ -309,8 +306,15 @@ class _Exits:
     def logits(
         self, states: Float[Tensor, "rows layers d_model"], tokens: Int[Tensor, " tokens"] | None = None
     ) -> Float[Tensor, "rows layers vocab"]:
-        out = self.lm.architecture.unembed(self.lm.net, states, tokens, raw=self.raw)
-        return out if out.dtype == torch.float64 else out.float()
+        return _wide(self.lm.architecture.unembed(self.lm.net, states, tokens, raw=self.raw))
+
+    def finished(self, raw: Float[Tensor, "rows layers vocab"]) -> Float[Tensor, "rows layers vocab"]:
+        """Logits from what the head returns."""
+        return _wide(raw if self.raw else self.lm.architecture.finished(self.lm.net, raw))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,18 +327,52 @@ class _Compared:
 
 
 def _compared(
-    mature: Float[Tensor, "rows vocab"], early: Float[Tensor, "rows layers vocab"], dola: DoLa, *, choose: bool
+    mature: Float[Tensor, "rows vocab"],
+    early: Float[Tensor, "rows layers vocab"],
+    compat: Literal["dola"] | None = None,
+    *,
+    choose: bool = True,
 ) -> _Compared:
-    """Of logits. −∞ in `mature` takes a token out of both distributions. Without `choose`, no divergence."""
-    lowest = mature.amin(-1) == -torch.inf
-    if bool(lowest.any()):
-        out = mature == -torch.inf
-        mature, early = mature.masked_fill(out, _NEVER), early.masked_fill(out[:, None], _NEVER)
-    sums, early_sums = mature.logsumexp(-1), early.logsumexp(-1)
+    """Of finite logits. Without `choose`, no divergence."""
+    own = mature.logsumexp(-1)
+    top = early.amax(-1, keepdim=True)
+    chunks = [slice(start, start + _CHUNK) for start in range(0, mature.shape[-1], _CHUNK)]
+    # log p_j is z − log(total), and its mean under p_j mean/total − log(total).
+    total, mean, kept = torch.zeros_like(top[..., 0]), torch.zeros_like(top[..., 0]), []
+    for c in chunks:
+        z = early[..., c] - top
+        q = z.exp()
+        total += q.sum(-1)
+        if choose:
+            mean += _dot(q, z)
+            kept.append(q)
+    sums = top[..., 0] + total.log()
     if not choose:
-        return _Compared(torch.zeros_like(early_sums), sums, early_sums)
-    found = divergences(mature - sums[:, None], early - early_sums[..., None], dola.compat)
-    return _Compared(found, sums, early_sums)
+        return _Compared(torch.zeros_like(sums), own, sums)
+    tiny, share = torch.finfo(top.dtype).tiny, total.reciprocal()[..., None]
+    entropy, rest = torch.zeros_like(sums), torch.zeros_like(sums)
+    for c, q in zip(chunks, kept, strict=True):
+        a = mature[:, None, c] - own[:, None, None]
+        p = a.exp()
+        both = torch.addcmul(p + tiny, q, share)  # 2M, nowhere 0
+        entropy -= _dot(both, both.log())
+        rest += (p * a).sum(-1) if compat is None else 0.5 * _dot(both, (early[..., c] - sums[..., None]).add_(a))
+    if compat is None:
+        found = 0.5 * (entropy + rest + mean / total - total.log()) + math.log(2)
+    else:
+        found = (-0.5 * (entropy + rest) - math.log(2)) / mature.shape[-1]
+    return _Compared(found, own, sums)
+
+
+def _over(
+    tokens: Bool[Tensor, "rows vocab"], mature: Float[Tensor, "rows vocab"], early: Float[Tensor, "rows layers vocab"]
+) -> Float[Tensor, "rows layers"]:
+    """Divergences over some tokens alone."""
+    return divergences(mature.masked_fill(~tokens, _NEVER), early.masked_fill(~tokens[:, None], _NEVER))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("rlv,rlv->rl", a, b)
 
 
 def _pieces(rows: int, layers: int, vocabulary: int) -> list[slice]:
@@ -365,14 +403,13 @@ class _TokenNumbers:
         head = exits.lm.net.get_output_embeddings()
         out = np.zeros((len(ids), 2 + 2 * n))
         for piece in _pieces(len(final), n, int(head.weight.shape[0])):
-            mature = exits.lm.unembed(final[piece])
-            mature = mature if mature.dtype == torch.float64 else mature.float()
+            mature = _wide(exits.lm.unembed(final[piece]))
             early = exits.logits(states[piece])
             plausible = plausible_tokens(mature, dola.alpha)
-            found = _compared(mature, early, dola, choose=n > 1 and dola.jsd == "vocabulary")
+            found = _compared(mature, early, dola.compat, choose=n > 1 and dola.jsd == "vocabulary")
             divergence = found.divergence
             if n > 1 and dola.jsd == "plausible":
-                divergence = _compared(mature.masked_fill(~plausible, -torch.inf), early, dola, choose=True).divergence
+                divergence = _over(plausible, mature, early)
             here = np.flatnonzero((which >= piece.start) & (which < piece.stop))
             row = torch.from_numpy(which[here] - piece.start).to(mature.device)
             token = torch.from_numpy(ids[here]).to(mature.device)
@@ -389,34 +426,88 @@ class _TokenNumbers:
 # -- the next token -------------------------------------------------------------------------------------------------
 
 
+class _Early:
+    """Early logits where the next token is predicted: of the last pass's last tokens, whose streams are in `seen`."""
+
+    def __init__(self, exits: _Exits, seen: Mapping[Site, Tensor]) -> None:
+        self._exits, self._seen = exits, seen
+        self._raw: Tensor | None = None  # what the head made of all of them, if it did
+
+    @contextlib.contextmanager
+    def beside_the_mature(self) -> Iterator[None]:
+        """Have the network's head read out all layers wherever it reads out the last one."""
+        lm = self._exits.lm
+        with contextlib.ExitStack() as stack:
+            if lm.architecture.reads_out_directly(lm.net):
+                stack.enter_context(computed(lm.net.get_output_embeddings(), self._read_out))
+            yield
+
+    def _read_out(self, final: Float[Tensor, "rows columns d_model"]) -> Float[Tensor, "rows _ vocab"]:
+        """The head's output for the last tokens."""
+        lm, last, self._raw = self._exits.lm, final[:, -1:], None
+        together = self.rows * (1 + self.layers)
+        if together * len(lm.net.get_output_embeddings().weight) > _AT_ONCE:
+            return lm.architecture.unembed(lm.net, last, raw=True)
+        states = torch.cat([last, self._states.to(last)], 1)
+        raw = lm.architecture.unembed(lm.net, states, raw=True)
+        self._raw = raw[:, 1:]
+        return raw[:, :1]
+
+    @property
+    def rows(self) -> int:
+        return len(self._seen[self._exits.sites[0]])
+
+    @property
+    def layers(self) -> int:
+        return len(self._exits.layers)
+
+    @property
+    def _states(self) -> Float[Tensor, "rows layers d_model"]:
+        return self._exits.states(self._seen)
+
+    def of(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "rows layers tokens"]:
+        """Logits of some tokens."""
+        if self._raw is not None:
+            return self._exits.finished(self._raw[..., tokens])
+        return self._exits.logits(self._states, tokens)
+
+    def whole(
+        self, rows: Int[Tensor, " some"], layers: Int[Tensor, " some"] | None
+    ) -> Float[Tensor, "some layers vocab"]:
+        """Logits of all tokens, for some rows in their order: at all layers, or at one each."""
+        source = self._states if self._raw is None else self._raw
+        if layers is not None:
+            source = source[rows, layers][:, None]
+        elif len(rows) < len(source):
+            source = source[rows]
+        return self._exits.logits(source) if self._raw is None else self._exits.finished(source)
+
+
 class _Contrast:
     """A logits processor: log-probabilities of the next token after the contrast.
 
-    `seen` holds the last token's streams of the pass that the scores are of; `pads` counts the pads before each prompt.
-    With `greedy` only the best token of each row needs to be right, and is.
+    `early` is of the pass that the scores are of; `pads` counts the pads before each prompt. With `greedy` only the
+    best token of each row needs to be right, and is.
     """
 
-    def __init__(
-        self, dola: DoLa, exits: _Exits, seen: Mapping[Site, Tensor], pads: Int[Tensor, " prompts"], greedy: bool
-    ) -> None:
-        self._dola, self._exits, self._seen, self._pads, self._greedy = dola, exits, seen, pads, greedy
+    def __init__(self, dola: DoLa, early: _Early, pads: Int[Tensor, " prompts"], greedy: bool) -> None:
+        self._dola, self._early, self._pads, self._greedy = dola, early, pads, greedy
 
     def __call__(self, ids: Int[Tensor, "rows columns"], scores: Float[Tensor, "rows vocab"]) -> Tensor:
-        states = self._exits.states(self._seen).to(scores.device)
-        if len(states) != len(scores):
+        if self._early.rows != len(scores):
             raise UnsupportedOperation(
-                f"the last pass had {len(states)} rows, but {len(scores)} are to be scored: DoLa goes with greedy "
+                f"the last pass had {self._early.rows} rows, but {len(scores)} are to be scored: DoLa goes with greedy "
                 "decoding, sampling and beams"
             )
         plausible = plausible_tokens(scores, self._dola.alpha)
         # Of the vocabulary only what is plausible in some row goes on.
         tokens = plausible.nonzero()[:, 1].unique()  # type: ignore[no-untyped-call]
         plausible = plausible[:, tokens]
-        early = self._exits.logits(states, tokens)
+        early = self._early.of(tokens).to(scores.device)
         mature = scores[:, tokens].masked_fill(~plausible, -torch.inf)
         gaps = mature[:, None] - early  # the contrast of each layer, but for a constant
         repeated = self._repeated(ids, tokens, scores.shape[1]) & plausible
-        found = self._decide(scores, states, mature, early, gaps, repeated)
+        found = self._decide(scores, mature, early, gaps, repeated)
         out = torch.full_like(scores, -torch.inf)
         out[:, tokens] = found.log_softmax(-1).to(scores.dtype)
         return out
@@ -424,7 +515,6 @@ class _Contrast:
     def _decide(
         self,
         scores: Float[Tensor, "rows vocab"],
-        states: Float[Tensor, "rows layers d_model"],
         mature: Float[Tensor, "rows tokens"],
         early: Float[Tensor, "rows layers tokens"],
         gaps: Float[Tensor, "rows layers tokens"],
@@ -438,23 +528,20 @@ class _Contrast:
         constant = torch.full(gaps.shape[:1], torch.nan, dtype=gaps.dtype, device=gaps.device)
         if gaps.shape[1] > 1 and bool((open_ := several & ~settled).any()):
             if dola.jsd == "plausible":
-                chosen = _compared(mature, early, dola, choose=True).divergence.argmax(1)
+                chosen = _over(mature > -torch.inf, mature, early).argmax(1)
             else:
                 # The published code looks at all texts of a batch together.
-                which = (rows if dola.compat else rows[open_])[:, None]
-                compared = self._whole(scores, states, which, torch.arange(gaps.shape[1], device=rows.device)[None])
+                which = rows if dola.compat else rows[open_]
+                compared = self._whole(scores, which)
                 if dola.compat:
                     chosen = compared.divergence.mean(0).argmax().expand_as(rows)
                 else:
                     chosen[open_] = compared.divergence.argmax(1)
-                which = which[:, 0]
-                picked = compared.early.gather(1, chosen[which, None])[:, 0]
-                constant[which] = picked - compared.mature
+                constant[which] = compared.early.gather(1, chosen[which, None])[:, 0] - compared.mature
         # A penalty asks for the contrast's sign, and so for its constant.
         lacking = several & ~certain[rows, chosen] & constant.isnan()
         if bool(lacking.any()):
-            which = rows[lacking][:, None]
-            compared = self._whole(scores, states, which, chosen[lacking][:, None])
+            compared = self._whole(scores, rows[lacking], chosen[lacking])
             constant[lacking] = compared.early[:, 0] - compared.mature
         contrast = gaps[rows, chosen] + constant.nan_to_num(0.0)[:, None]
         punished = torch.where(contrast < 0, contrast * dola.repetition_penalty, contrast / dola.repetition_penalty)
@@ -481,16 +568,19 @@ class _Contrast:
     def _whole(
         self,
         scores: Float[Tensor, "rows vocab"],
-        states: Float[Tensor, "rows layers d_model"],
-        rows: Int[Tensor, "some 1"],
-        layers: Int[Tensor, "_ wanted"],
+        rows: Int[Tensor, " some"],
+        layers: Int[Tensor, " some"] | None = None,
     ) -> _Compared:
-        """Some rows and layers over the whole vocabulary."""
-        some, mature = states[rows, layers], scores[rows[:, 0]]
-        parts = [
-            _compared(mature[piece], self._exits.logits(some[piece]), self._dola, choose=some.shape[1] > 1)
-            for piece in _pieces(some.shape[0], some.shape[1], scores.shape[1])
-        ]
+        """Some rows over the whole vocabulary: at all layers, or at one each, and then without divergences."""
+        parts = []
+        for piece in _pieces(len(rows), self._early.layers if layers is None else 1, scores.shape[1]):
+            which, of = rows[piece], None if layers is None else layers[piece]
+            mature, early = scores[which], self._early.whole(which, of).to(scores.device)
+            gone = (mature == -torch.inf).nonzero()  # what other settings forbid is in neither distribution
+            if len(gone):
+                mature[gone[:, 0], gone[:, 1]] = _NEVER
+                early[gone[:, 0], :, gone[:, 1]] = _NEVER
+            parts.append(_compared(mature, early, self._dola.compat, choose=layers is None))
         return _Compared(*(torch.cat([getattr(p, name) for p in parts]) for name in ("divergence", "mature", "early")))
 
     def _repeated(

@@ -315,6 +315,7 @@ def _behind(fronts: Sequence[str], facts: Sequence[Fact]) -> tuple[list[str], li
 
 
 def effects(before: Float[np.ndarray, " facts"], after: Float[np.ndarray, " facts"]) -> tuple[EditEffect, ...]:
+    """Probabilities of the new objects before and after, fact by fact."""
     return tuple(EditEffect(float(b), float(a)) for b, a in zip(before, after, strict=True))
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reprobe.control.ledger import ledger_of, unedited
-from reprobe.errors import ArtifactMissing, CorruptArtifact, UnsupportedOperation, UsageError
+from reprobe.errors import ArtifactMissing, CorruptArtifact, DataError, UnsupportedOperation, UsageError
 from reprobe.model.cache import build, cache_folder
 from reprobe.model.hooks import capture
 from reprobe.model.identity import digest_tokenizer
@@ -31,7 +31,7 @@ from reprobe.probing import artifact
 from reprobe.probing.artifact import Artifact
 from reprobe.progress import Progress, silent
 from reprobe.prompts import PromptSet
-from reprobe.provenance import digest, digest_chunks
+from reprobe.provenance import digest, digest_chunks, rebuilding
 
 KIND = "second moment"
 #: Version of how a moment comes from tokens, and a sample from a seed: a part of every digest.
@@ -116,7 +116,10 @@ class Corpus:
             if path.suffix == ".txt":
                 if not path.is_file():
                     raise UsageError(f"{path}: no such file")
-                return cls((path.read_text(encoding="utf-8"),), path.stem, tokens)
+                try:
+                    return cls((path.read_text(encoding="utf-8"),), path.stem, tokens)
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path} is no text in UTF-8: {error}") from error
             return cls.load(PromptSet.load(source), tokens=tokens)
         return cls(tuple(source), "texts", tokens)
 
@@ -288,10 +291,12 @@ def _read(file: Path) -> SecondMoment | None:
     """A moment from the cache; None where there is none, or it was damaged and has to be made again."""
     try:
         found = artifact.read(file, KIND)
+        with rebuilding(str(file)):
+            h, width = found.header, len(found.arrays["matrix"])
+            matrix = artifact.array(found.arrays, "matrix", "f", width, width)
+            return SecondMoment(Site.parse(h["site"]), int(h["n"]), matrix, dict(h["text"]), file.stem)
     except (ArtifactMissing, CorruptArtifact):
         return None
-    h = found.header
-    return SecondMoment(Site.parse(h["site"]), int(h["n"]), found.arrays["matrix"], h["text"], file.stem)
 
 
 def _keep(file: Path, moment: SecondMoment) -> None:

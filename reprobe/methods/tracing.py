@@ -23,6 +23,7 @@ pass per token and block, but for rounding.
 
 import contextlib
 import hashlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from reprobe.control import Noise, Replace, steer
 from reprobe.control.operators import widened
-from reprobe.errors import CorruptArtifact, DataError, UsageError
+from reprobe.errors import DataError, UsageError
 from reprobe.model.hooks import board_of
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.packs import BUDGET
@@ -46,11 +47,11 @@ from reprobe.model.products import FastProducts
 from reprobe.model.sites import Site
 from reprobe.model.tail import Branches, Held, branches, hold, require_decoder
 from reprobe.model.text import TokenisedText, tokenise
-from reprobe.probing.artifact import Artifact, read, write
+from reprobe.probing.artifact import Artifact, array, read, write
 from reprobe.probing.intervals import ClusterBootstrap
 from reprobe.progress import Progress, silent
 from reprobe.prompts.fact import Fact, continuation
-from reprobe.provenance import versions
+from reprobe.provenance import rebuilding, texts, versions
 
 KIND = "causal trace"
 Kind = Literal["resid.post", "attn.out", "mlp.out"]
@@ -263,30 +264,32 @@ class TraceGrid:
     def load(cls, path: str | Path) -> "TraceGrid":
         """What `save` wrote. Raises `ArtifactMissing`, `CorruptArtifact`, or `UsageError`."""
         found = read(Path(path), KIND)
-        try:
-            header = dict(found.header)
-            settings: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in header["settings"].items()
+        with rebuilding(f"{path} is not a causal trace"):
+            header = found.header
+            known: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in dict(header["settings"]).items()
             }
-            return cls(
-                tuple(
+            settings = Settings(**known)
+            layers = tuple(operator.index(layer) for layer in header["layers"])
+            traces = []
+            for i, t in enumerate(header["traces"]):
+                tokens, (first, stop) = texts(t["tokens"]), t["subject"]
+                if not 0 <= first < stop <= len(tokens):
+                    raise ValueError(f"tokens {first}–{stop} of {len(tokens)} are no subject")
+                restored = array(found.arrays, f"restored.{i}", "f", len(settings.kinds), len(layers), len(tokens))
+                traces.append(
                     Trace(
-                        fact=Fact.from_json(t["fact"]),
-                        tokens=tuple(t["tokens"]),
-                        subject=(int(t["subject"][0]), int(t["subject"][1])),
-                        clean=t["clean"],
-                        corrupted=t["corrupted"],
-                        restored=found.arrays[f"restored.{i}"],
+                        Fact.from_json(t["fact"]),
+                        tokens,
+                        (first, stop),
+                        float(t["clean"]),
+                        float(t["corrupted"]),
+                        restored,
                     )
-                    for i, t in enumerate(header["traces"])
-                ),
-                Settings(**settings),
-                tuple(header["layers"]),
-                header["std"],
-                header["provenance"],
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CorruptArtifact(f"{path} is not a causal trace: {error!r}") from error
+                )
+            if len({t.restored.dtype for t in traces}) != 1 or not layers or min(layers) < 0:
+                raise ValueError("it has no facts, no layers, or numbers of several kinds")
+            return cls(tuple(traces), settings, layers, float(header["std"]), dict(header["provenance"]))
 
     def plot(self) -> Any:
         """A matplotlib `Figure`: the mean effect of every role and block, a panel per kind. `reprobe.report` has the

@@ -6,7 +6,7 @@ network has, logits from its final state. Does not know hooks, prompts or what i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedModel, UnsupportedOperation
 from reprobe.model.families import FAMILIES, Family, Kind, Place, Side
+from reprobe.model.products import linear
 from reprobe.model.sites import Parts, Site, ranges
 
 #: Attention implementations of transformers that take a prepared mask as it is.
 _TAKE_MASKS = ("eager", "sdpa")
-#: Up to so many rows, a CPU goes through a large matrix faster as matrix × rows (half the time or less, in float32).
-_FEW_ROWS = 8
 _BLOCK_IN = Place("", "in")
 _BLOCK_OUT = Place("", "out")
 
@@ -179,16 +178,20 @@ class Architecture:
         if site.layer is None:
             return self._end_tap(net, site)
         blocks = self.blocks(net)
-        if site.layer >= len(blocks) or site.part not in self.block_parts(net, site.layer):
+        places = self._places(net, blocks[site.layer]) if site.layer < len(blocks) else {}
+        if site.part not in places:
             self.parts(net, f"this {self.family} network").require(site)  # raises, and says what exists
-        block = blocks[site.layer]
-        place = self._places(net, block)[site.part]
+        block, place = blocks[site.layer], places[site.part]
         scale = self.row.residual_scale(net.config) if site.part in ("attn.out", "mlp.out") else 1.0
         return Tap(_find(block, place.path, self.family), place.side, scale, place.flat)
 
     def projection(self, net: Any, layer: int) -> nn.Module:
         """The down projection of block `layer`, which reads `mlp.neurons`. Raises `UnknownSite` if it has none."""
         return self.tap(net, Site("mlp.neurons", layer)).module
+
+    def queries_values(self, net: Any) -> tuple[str, ...]:
+        """Paths, from a block, of the linear layers that make its queries and values, and where fused its keys."""
+        return self.row.queries_values(net.config)
 
     def after_projection(
         self, net: Any, layer: int, raw: Float[Tensor, "*rows d_model"]
@@ -254,7 +257,15 @@ class Architecture:
         for module in before:
             h = module(h)
         logits = _read_out(last, h, tokens)
-        return logits if raw else self.row.logits(logits, net.config)
+        return logits if raw else self.finished(net, logits)
+
+    def reads_out_directly(self, net: Any) -> bool:
+        """Whether the last of the head's modules is a plain matrix at hand, which `unembed` multiplies by itself."""
+        return _plain(self.head(net)[-1], net.device)
+
+    def finished(self, net: Any, raw: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+        """Logits from what the head's modules return: with the family's scale or soft cap, which act on each alone."""
+        return self.row.logits(raw, net.config)
 
 
 def architecture_of(net: Any) -> Architecture:
@@ -303,19 +314,18 @@ def _in_width(projection: Any) -> int:
     return int(projection.in_features if hasattr(projection, "in_features") else projection.nx)
 
 
+def _plain(head: nn.Module, device: torch.device) -> TypeGuard[nn.Linear]:
+    # Of a head that is quantised, adapted or kept elsewhere only the whole is sure to be right.
+    return type(head) is nn.Linear and head.weight.device == device
+
+
 def _read_out(head: nn.Module, h: Tensor, tokens: Tensor | None) -> Tensor:
     """The output of the head for some tokens only (None: for all)."""
-    rows = h.numel() // h.shape[-1]
-    few = h.device.type == "cpu" and 2 <= rows <= _FEW_ROWS
-    # Of a head that is quantised, adapted or kept elsewhere only the whole is sure to be right.
-    if type(head) is not nn.Linear or head.weight.device != h.device or (tokens is None and not few):
+    if not _plain(head, h.device):
         out: Tensor = head(h)
         return out if tokens is None else out[..., tokens]
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     if tokens is not None:
         weight, bias = weight[tokens], None if bias is None else bias[tokens]
-    if not few:
-        return nn.functional.linear(h, weight, bias)
-    out = (weight @ h.reshape(rows, -1).T).T.contiguous().view(*h.shape[:-1], -1)
-    return out if bias is None else out + bias
+    return linear(h, weight, bias)

@@ -77,6 +77,10 @@ def _sliding_window(config: Any) -> int | None:
     return None if config.sliding_window is None else int(config.sliding_window)
 
 
+def _separate(config: Any) -> tuple[str, ...]:
+    return ("self_attn.q_proj", "self_attn.v_proj")
+
+
 def _raw_logits(logits: Tensor, config: Any) -> Tensor:
     return logits
 
@@ -116,6 +120,8 @@ class Family:
     experts: str | None = None
     #: The parameters of such a block that write mlp.out, from the block: (…, d_model, inputs).
     expert_outputs: tuple[str, ...] = ()
+    #: The linear layers that make queries and values, from the block, in decoders; where one makes keys too, that one.
+    queries_values: Callable[[Any], tuple[str, ...]] = _separate
     #: Tokens mix through the attention mask and position_ids alone, and none sees a later one.
     forest: When = _always
     #: A token sees this many tokens back, itself included; None for all.
@@ -198,6 +204,7 @@ FAMILIES: Mapping[str, Family] = {
         blocks="h",
         final="ln_f",
         positions="wpe",
+        queries_values=lambda c: ("attn.c_attn",),
         not_covered={"it has cross-attention (add_cross_attention)": lambda c: bool(c.add_cross_attention)},
     ),
     "gptj": Family(
@@ -209,6 +216,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         blocks="h",
         final="ln_f",
+        queries_values=lambda c: ("attn.q_proj", "attn.v_proj"),
         parallel=_always,
     ),
     "gpt_neox": Family(
@@ -220,6 +228,7 @@ FAMILIES: Mapping[str, Family] = {
             mlp="mlp",
         ),
         final="final_layer_norm",
+        queries_values=lambda c: ("attention.query_key_value",),
         parallel=lambda c: bool(c.use_parallel_residual),
     ),
     "opt": Family(
@@ -253,6 +262,7 @@ FAMILIES: Mapping[str, Family] = {
         blocks="h",
         final="ln_f",
         embedding_scale=_embeddings_normed,
+        queries_values=lambda c: ("self_attention.query_key_value",),
         forest=_never,  # ALiBi counts columns, not position_ids
         takes_positions=False,
         context=lambda c: None,
@@ -275,6 +285,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         blocks="h",
         final="ln_f",
+        queries_values=lambda c: ("self_attention.query_key_value",),
         parallel=lambda c: bool(c.parallel_attn or c.new_decoder_architecture),
         forest=lambda c: not c.alibi,
         context=lambda c: None if c.alibi else _max_positions(c),
@@ -298,7 +309,7 @@ FAMILIES: Mapping[str, Family] = {
         final="final_layernorm",
         parallel=_always,
     ),
-    "phi3": _WINDOWED,
+    "phi3": replace(_WINDOWED, queries_values=lambda c: ("self_attn.qkv_proj",)),
     "olmo2": Family(
         _sequential(
             heads="self_attn.o_proj",
@@ -331,7 +342,14 @@ FAMILIES: Mapping[str, Family] = {
         parallel=_always,
         logits=lambda logits, c: logits * c.logit_scale,
     ),
-    "deepseek_v3": replace(_MOE, expert_outputs=(*_MOE.expert_outputs, "mlp.shared_experts.down_proj.weight")),
+    "deepseek_v3": replace(
+        _MOE,
+        expert_outputs=(*_MOE.expert_outputs, "mlp.shared_experts.down_proj.weight"),
+        queries_values=lambda c: (
+            "self_attn.q_proj" if c.q_lora_rank is None else "self_attn.q_b_proj",
+            "self_attn.kv_b_proj",
+        ),
+    ),
     "bert": _BERT,
     "roberta": replace(
         _BERT,

@@ -45,10 +45,12 @@ class ModelIdentity:
     quantization: str | None
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ModelIdentity":
+        """What `to_json` made. Raises `CorruptArtifact` for anything else."""
         want = {f.name for f in fields(cls)}
         if not isinstance(value, Mapping) or set(value) != want:
             raise CorruptArtifact(f"a model identity needs exactly the fields {', '.join(sorted(want))}")

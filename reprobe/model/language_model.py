@@ -6,6 +6,7 @@ it. Does not know data sets, stores or directions.
 """
 
 import contextlib
+import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -126,8 +127,10 @@ class LanguageModel:
         "float16"; default: as the checkpoint says, float32 for bundled and GGUF weights). `device` defaults to CUDA
         where there is one. `device_map`, `attn_implementation` and `quantization_config` go to transformers as they
         are. Under torchrun the default is the process's own GPU (LOCAL_RANK). Raises `FetchFailed`,
-        `ModelLoadFailed`, `UnsupportedModel`.
+        `ModelLoadFailed`, `UnsupportedModel`, and `UsageError` for a dtype or device that there is not.
         """
+        options: dict[str, Any] = {"dtype": _dtype(dtype) if dtype is not None else "auto"}
+        place = None if device is None else _device(device)
         source, label = _resolve(str(name), progress)
         local = Path(source).is_dir()
         if revision is not None and local:
@@ -135,7 +138,6 @@ class LanguageModel:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
         where: dict[str, Any] = {"revision": revision} if revision is not None else {}
-        options: dict[str, Any] = {"dtype": _dtype(dtype) if dtype is not None else "auto"}
         for key, value in (
             ("device_map", device_map),
             ("attn_implementation", attn_implementation),
@@ -144,7 +146,7 @@ class LanguageModel:
             if value is not None:
                 options[key] = value
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 config = AutoConfig.from_pretrained(source, **where)
                 encoder = kind_of(config) == "encoder"
                 auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
@@ -155,7 +157,7 @@ class LanguageModel:
         except Exception as e:  # transformers raises many kinds for the same few causes
             raise ModelLoadFailed(_why_not(str(name), local, e)) from e
         if device_map is None and quantization_config is None:
-            net = net.to(torch.device(device) if device is not None else _own_device())
+            net = net.to(_own_device() if place is None else place)
         commit = getattr(net.config, "_commit_hash", None)
         return cls(net, tokenizer, name=label, revision=commit or revision)
 
@@ -175,10 +177,12 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
+        """Number of blocks."""
         return self.parts.n_layers
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.architecture.width(self.net, Site("embed"))
 
     @cached_property
@@ -592,6 +596,8 @@ class LanguageModel:
         fit the context.
         """
         self._need_decoder("generate")
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens}: 1 or more")
         for ours in ("input_ids", "inputs", "attention_mask"):
             if ours in options:
                 raise UsageError(f"{ours} is made from the prompts; pass text to lm.generate")
@@ -616,7 +622,7 @@ class LanguageModel:
         with (
             self._told(batch, _ids(chosen("eos_token_id")), self.pad_id if one_by_one else None),
             torch.random.fork_rng(devices, enabled=seed is not None),
-            _quiet_transformers(),
+            quiet_transformers(),
             contextlib.nullcontext({}) if decoding is None else decoding.generating(self, batch.real, settings) as own,
         ):
             if seed is not None:
@@ -732,8 +738,15 @@ def _resolve(name: str, progress: Progress) -> tuple[str, str]:
         return str(gguf.convert(path, progress=progress)), path.stem
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise ModelLoadFailed(
+                    f"{name} holds an adapter, not a model: load the model that it is for, and put it on with "
+                    f"edited(lm, Adapter.load({name!r}).edits()), or merge it: reprobe edit apply MODEL {name} --to NEW"
+                )
             raise ModelLoadFailed(f"{name} is a folder without config.json: not a saved transformers model")
         return str(path), path.name
+    if path.is_file():
+        raise ModelLoadFailed(f"{name} is a file: a model is the folder of its config.json, or a .gguf file")
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelLoadFailed(f"{name}: no such folder")
     return name, name
@@ -743,8 +756,9 @@ def _why_not(name: str, local: bool, e: Exception) -> str:
     first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     if local or name in bundled.NAMES or name.endswith(".gguf"):
         return f"{name} could not be loaded: {first}"
+    near = difflib.get_close_matches(name, bundled.NAMES, n=1)
     return (
-        f"{name!r} could not be loaded: {first}\n"
+        f"{name!r} could not be loaded{f'. Did you mean {near[0]!r}?' if near else f': {first}'}\n"
         f"It was looked up as a hub id, since it is no bundled name ({', '.join(bundled.NAMES)}), no local folder and "
         "no .gguf file. Check the spelling, your network, and `hf auth login` for gated models."
     )
@@ -754,6 +768,17 @@ def _own_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that tensors can be put on; raises `UsageError` otherwise."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as e:  # what torch raises depends on how it was built
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+        raise UsageError(f"device {str(device)!r} cannot be used; this machine has {', '.join(['cpu', *gpus])}") from e
+    return place
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -766,7 +791,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' bars and advice off the terminal, and give its settings back after."""
     from transformers.utils import logging
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from reprobe.errors import ArtifactExists, ArtifactMissing, CorruptArtifact, UsageError
-from reprobe.provenance import canonical_json, require_schema, write_durably
+from reprobe.provenance import canonical_json, rebuilding, require_schema, write_durably
 
 #: Version of the header's meaning. A file of another one is refused.
 SCHEMA = 1
@@ -69,39 +69,78 @@ def read(path: Path, kind: str) -> Artifact:
     checksum, header = envelope.pop("sha256"), envelope["header"]
     if envelope["kind"] != kind:
         raise UsageError(f"{path} holds a {envelope['kind']}, not a {kind}")
-    if not isinstance(header, dict) or checksum != _checksum(envelope, arrays):
+    with rebuilding(f"{path}: malformed header"):  # what has no canonical text has no checksum
+        found = _checksum(envelope, arrays)
+    if not isinstance(header, dict) or checksum != found:
         raise CorruptArtifact(f"{path}: the content does not match its checksum; it was changed after writing")
     return Artifact(header, arrays)
 
 
 def kind_of(path: Path) -> str:
     """The kind that a file says it is of; raises as `read` does. Whether the content is sound shows `read`."""
-    return str(_open(path, "artifact")[0]["kind"])
+    kind = kind_in(path)
+    if kind is None:
+        raise _foreign(path)
+    return kind
+
+
+def kind_in(path: Path) -> str | None:
+    """The kind that a safetensors file says it is of, None if reprobe did not write it. No array is read, however large
+    the file. Raises as `read` does."""
+    text, _ = _contents(path, "artifact", arrays=False)
+    return None if text is None else str(_envelope(path, text)["kind"])
+
+
+def array(arrays: Mapping[str, np.ndarray], name: str, kinds: str, *shape: int | None) -> np.ndarray:
+    """The array of a name, if its dtype is of one of `kinds` (numpy's letters: f, i, u, b) and it has `shape` (None:
+    any length). Raises `CorruptArtifact`."""
+    found = arrays.get(name)
+    if found is None:
+        raise CorruptArtifact(f"the array {name!r} is missing")
+    fits = found.ndim == len(shape) and all(want in (None, n) for want, n in zip(shape, found.shape, strict=False))
+    if found.dtype.kind not in kinds or not fits:
+        want = ", ".join("any" if n is None else str(n) for n in shape)
+        raise CorruptArtifact(
+            f"the array {name!r} is {found.dtype} of shape {found.shape}, not ({want}) of kind {kinds}"
+        )
+    return found
 
 
 def _open(path: Path, what: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The header's envelope, of our schema and with all its fields, and the arrays."""
+    text, arrays = _contents(path, what)
+    if text is None:
+        raise _foreign(path)
+    return _envelope(path, text), arrays
+
+
+def _contents(path: Path, what: str, *, arrays: bool = True) -> tuple[str | None, dict[str, np.ndarray]]:
+    """The text under our metadata key, and the arrays if they are wanted."""
     if not path.is_file():
         raise ArtifactMissing(f"{path}: no such {what}" + (" (it is a folder)" if path.is_dir() else ""))
     try:
         with safe_open(path, framework="numpy") as f:
-            text = (f.metadata() or {}).get(_KEY)
-            arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a handle, not a dict)
-    except (SafetensorError, ValueError, TypeError) as error:
+            names = f.keys() if arrays else ()
+            return (f.metadata() or {}).get(_KEY), {name: f.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CorruptArtifact(
             f"{path} cannot be read as safetensors ({error}); it is damaged or something else"
         ) from error
-    if text is None:
-        raise CorruptArtifact(f"{path} is a safetensors file, but reprobe did not write it")
-    try:
-        envelope = json.loads(text)
+
+
+def _foreign(path: Path) -> CorruptArtifact:
+    return CorruptArtifact(f"{path} is a safetensors file, but reprobe did not write it")
+
+
+def _envelope(path: Path, text: str) -> dict[str, Any]:
+    with rebuilding(f"{path}: malformed header"):
+        envelope = dict(json.loads(text))
         schema = envelope["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{path}: malformed header ({error!r})") from error
     require_schema(schema, SCHEMA, str(path))  # first: of another schema, nothing else is known
     if lacking := {"kind", "header", "sha256"} - set(envelope):
         raise CorruptArtifact(f"{path}: malformed header (no {', '.join(sorted(lacking))})")
-    return envelope, arrays
+    found: dict[str, Any] = envelope
+    return found
 
 
 def _checksum(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

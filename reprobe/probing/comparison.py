@@ -18,9 +18,9 @@ from joblib import Parallel, delayed
 from scipy.special import expit
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from reprobe.errors import CorruptArtifact, UsageError
+from reprobe.errors import UsageError
 from reprobe.model.sites import Site
-from reprobe.probing.artifact import Artifact, read, write
+from reprobe.probing.artifact import Artifact, array, read, write
 from reprobe.probing.calibration import Platt
 from reprobe.probing.direction import Label
 from reprobe.probing.grid import Source, probe, site_rows
@@ -31,6 +31,7 @@ from reprobe.probing.reader import Reader, without_direction
 from reprobe.probing.refit import scores_inside
 from reprobe.probing.rows import ProbeRows, select_rows
 from reprobe.progress import Progress, silent
+from reprobe.provenance import rebuilding, text
 
 KIND = "comparison"
 _NUMBERS: dict[str, Any] = {
@@ -104,6 +105,7 @@ class Comparison:
 
     @property
     def readers(self) -> tuple[str, ...]:
+        """Names of the readers, in the order in which they were given."""
         return tuple(self.grids)
 
     @property
@@ -182,23 +184,31 @@ class Comparison:
         """What `save` wrote. Raises `ArtifactMissing`, `CorruptArtifact`, or `UsageError`."""
         path = Path(path)
         artifact = read(path, KIND)
-        try:
-            names = [entry["reader"] for entry in artifact.header["grids"]]
+        with rebuilding(f"{path} is not a comparison"):
+            names = [text(entry["reader"]) for entry in artifact.header["grids"]]
             arrays: list[dict[str, np.ndarray]] = [{} for _ in names]
             for key, value in artifact.arrays.items():
                 number, _, own = key.partition(".")
                 arrays[int(number)][own] = value
+            grids = {
+                name: ProbeGrid.from_artifact(Artifact(entry["header"], own), path)
+                for name, entry, own in zip(names, artifact.header["grids"], arrays, strict=True)
+            }
+            first = next(iter(grids.values()))
+            for grid in grids.values():
+                pairs = zip(_shared(grid), _shared(first), strict=True)
+                if grid.sites != first.sites or any((a != b).any() for a, b in pairs):
+                    raise ValueError("its readers were not judged on the same rows and folds")
             return cls(
                 table=pl.DataFrame(artifact.header["table"], schema=COLUMNS),
-                grids={
-                    name: ProbeGrid.from_artifact(Artifact(entry["header"], own), path)
-                    for name, entry, own in zip(names, artifact.header["grids"], arrays, strict=True)
+                grids=grids,
+                plain={
+                    name: array(own, "plain", "f", *first.oof.shape) for name, own in zip(names, arrays, strict=True)
                 },
-                plain={name: own["plain"] for name, own in zip(names, arrays, strict=True)},
-                platt={name: own["platt"] for name, own in zip(names, arrays, strict=True)},
+                platt={
+                    name: array(own, "platt", "f", *first.oof.shape) for name, own in zip(names, arrays, strict=True)
+                },
             )
-        except (KeyError, TypeError, ValueError, IndexError, pl.exceptions.PolarsError) as error:
-            raise CorruptArtifact(f"{path} is not a comparison: {error!r}") from error
 
     def plot(self) -> Any:
         """A matplotlib `Figure`: accuracy over blocks, a line with its interval per reader, and chance; a panel per
@@ -318,6 +328,11 @@ def _judge(
             raise without_direction(name, grid.sites[j], error) from error
         found.append(_Judged(plain, platt, _further(grid.oof[:, j], platt, grid, bootstrap)))
     return found
+
+
+def _shared(grid: ProbeGrid) -> tuple[np.ndarray, ...]:
+    """What all readers of a comparison have in common."""
+    return grid.positive, grid.groups, grid.fold, grid.rows
 
 
 def _probabilities(

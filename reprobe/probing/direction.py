@@ -23,7 +23,7 @@ from reprobe.errors import CorruptArtifact, IdentityMismatch, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, read, to_bytes, write
-from reprobe.provenance import digest_bytes
+from reprobe.provenance import digest_bytes, rebuilding, text
 
 if TYPE_CHECKING:
     from reprobe.store import ActivationStore
@@ -107,6 +107,7 @@ class Direction:
 
     @property
     def width(self) -> int:
+        """Components of the vector."""
         return int(self.vector.size)
 
     @property
@@ -283,9 +284,11 @@ class Direction:
     @classmethod
     def from_json(cls, value: Mapping[str, Any], vector: Float[np.ndarray, " width"]) -> "Direction":
         """The inverse of `to_json`; `CorruptArtifact` if anything is missing, unknown or impossible."""
-        try:
+        with rebuilding("not a direction"):
             known = dict(value)
             site, classes = known.pop("site"), known.pop("classes")
+            for name in ("sign", "reader"):
+                text(known.get(name, ""))
             out = cls(
                 site=None if site is None else Site.parse(site),
                 vector=vector,
@@ -293,8 +296,6 @@ class Direction:
                 **known,
             )
             _ = out.identity
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptArtifact(f"not a direction: {error}") from error
         return out
 
     def _bytes(self) -> bytes:

@@ -14,12 +14,12 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float, Integer
 
-from reprobe.errors import CorruptArtifact, UsageError
+from reprobe.errors import UsageError
 from reprobe.model.sites import Site
-from reprobe.probing.artifact import Artifact, read, write
+from reprobe.probing.artifact import Artifact, array, read, write
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
-from reprobe.provenance import versions
+from reprobe.provenance import rebuilding, text, versions
 
 KIND = "probe grid"
 #: The table's columns, in order.
@@ -47,7 +47,15 @@ OPTIONAL: dict[str, Any] = {
     "bits": pl.Float64,
     "compression": pl.Float64,
 }
-_ARRAYS = ("oof", "inner", "positive", "groups", "fold", "rows")
+#: Arrays of a grid's file, with the kinds of numbers that they hold and their shape.
+_ARRAYS: dict[str, tuple[Any, ...]] = {
+    "oof": ("f", None, None),
+    "inner": ("f", None, None),
+    "positive": ("b", None),
+    "groups": ("iu", None),
+    "fold": ("iu", None),
+    "rows": ("iu", None),
+}
 
 
 def site_columns(sites: Sequence[Site], widths: Sequence[int]) -> dict[str, list[Any]]:
@@ -198,24 +206,39 @@ class ProbeGrid:
     def from_artifact(cls, artifact: Artifact, where: Path) -> "ProbeGrid":
         """The grid of a header and arrays found in `where`. Raises `CorruptArtifact` if they are not those of one."""
         header, arrays = artifact.header, artifact.arrays
-        try:
+        with rebuilding(f"{where} is not a probe grid"):
             shared = {"provenance": header["provenance"], "classes": header["classes"]}
             found = [
                 Direction.from_json(value | shared, arrays[f"vector.{j}"])
                 for j, value in enumerate(header["directions"])
             ]
             negative, positive = header["classes"]
-            return cls(
+            grid = cls(
                 table=pl.DataFrame(header["table"], schema=_schema(header["table"])),
                 directions={d.site: d for d in found if d.site is not None},
                 classes=(negative, positive),
-                note=header["note"],
+                note=text(header["note"]),
                 seed=header["seed"],
                 provenance=header["provenance"],
-                **{name: arrays[name] for name in _ARRAYS},
+                **{name: array(arrays, name, kinds, *shape) for name, (kinds, *shape) in _ARRAYS.items()},
             )
-        except (KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as error:
-            raise CorruptArtifact(f"{where} is not a probe grid: {error!r}") from error
+            grid._require_sound()
+            return grid
+
+    def _require_sound(self) -> None:
+        """Raise `ValueError` where tables and arrays do not fit each other, or are no results at all."""
+        n, sites = len(self.rows), len(self.directions)
+        rows = {name: getattr(self, name) for name in ("positive", "groups", "fold", "rows")}
+        if not n or any(a.shape != (n,) for a in rows.values()) or self.oof.shape != (n, sites):
+            raise ValueError(f"its arrays are not of {n} rows and {sites} sites")
+        if self.inner.ndim != 2 or self.inner.shape[1] != sites or not np.isfinite(self.oof).all():
+            raise ValueError("its scores are not finite numbers of every row, fold and site")
+        if any(a.min() < 0 for name, a in rows.items() if name != "positive") or self.groups.max() >= n:
+            raise ValueError("its groups, folds or rows are no numbers from 0")
+        if self.fold.max() >= min(n, len(self.inner) or n) or type(self.seed) is not int or self.seed < 0:
+            raise ValueError("its folds or its seed are not those of a cross-validation")
+        if self.table["site"].to_list() != [str(site) for site in self.directions]:
+            raise ValueError("its table and its directions are of different sites")
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write one safetensors file, whole or not at all; `ArtifactExists` unless `overwrite`."""

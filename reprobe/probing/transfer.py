@@ -81,6 +81,7 @@ class TransferGrid:
 
     @property
     def sites(self) -> tuple[str, ...]:
+        """The sites that were tested, as texts."""
         return tuple(self.table["site"].unique(maintain_order=True))
 
     def matrix(

@@ -119,12 +119,14 @@ def some(values: Iterable[Any]) -> str:
 def _series(key: str, values: list[Any], name: str) -> pl.Series:
     try:
         return pl.Series(key, values, strict=True)
-    except (TypeError, pl.exceptions.PolarsError) as error:
+    except (TypeError, OverflowError, UnicodeError, pl.exceptions.PolarsError) as error:
         present = [v for v in values if v is not None]
-        if all(isinstance(v, int | float) for v in present):
+        if all(isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63) for v in present):
             return pl.Series(key, values, strict=False)  # integers and floats in one column are floats
         kinds = sorted({type(v).__name__ for v in present})
-        raise DataError(f"{name}: column {key!r} mixes kinds of values ({', '.join(kinds)})") from error
+        if len(kinds) > 1:
+            raise DataError(f"{name}: column {key!r} mixes kinds of values ({', '.join(kinds)})") from error
+        raise DataError(f"{name}: column {key!r} holds what no table can: {error}") from error
 
 
 def _ids(column: pl.Series, name: str) -> pl.Series:
@@ -156,7 +158,10 @@ def _string(column: pl.Series, ids: pl.Series, name: str) -> pl.Series:
 def _label(column: pl.Series, ids: pl.Series, name: str) -> pl.Series:
     kind = column.dtype
     if kind in (pl.Null, pl.Boolean) or kind.is_integer():
-        return column.cast(pl.Int64)
+        whole = column.cast(pl.Int64, strict=False)
+        if whole.null_count() > column.null_count():
+            raise DataError(f"{name}: label is beyond 64 bits in {some(ids.filter(whole.is_null()))}")
+        return whole
     if kind in (pl.String, pl.Categorical, pl.Enum):
         return _string(column, ids, name)
     if not kind.is_float():
@@ -222,7 +227,7 @@ def _spans(column: pl.Series, ids: pl.Series, name: str) -> pl.Series:
 def _json(value: str | None, prompt: str, name: str) -> Any:
     try:
         return None if value is None else json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: prompt {prompt!r} has a cell that is not JSON: {error}") from error
 
 
@@ -231,6 +236,8 @@ def _span_list(value: Any, prompt: Any = None) -> list[dict[str, Any]]:
     whose = "" if prompt is None else f" of prompt {prompt!r}"
     if value is None:
         return []
+    if not isinstance(value, Mapping | list | tuple | pl.Series):
+        raise DataError(f"spans{whose} must be an object, name → [start, end), not {value!r}")
     pairs = value.items() if isinstance(value, Mapping) else [(s, s) for s in value]
     out = []
     for name, ends in pairs:
@@ -239,7 +246,8 @@ def _span_list(value: Any, prompt: Any = None) -> list[dict[str, Any]]:
         elif ends is not None and not isinstance(value, Mapping):
             raise DataError(f"spans{whose} must be an object, name → [start, end)")
         elif ends is not None:  # null: a struct with the names of other rows
-            if isinstance(ends, str | Mapping) or len(ends) != 2 or not all(type(e) is int for e in ends):
+            ours = isinstance(ends, list | tuple | pl.Series) and len(ends) == 2 and all(type(e) is int for e in ends)
+            if not ours:
                 raise DataError(f"span {name!r}{whose} must be [start, end), two integers; it is {ends!r}")
             out.append({"name": name, "start": ends[0], "end": ends[1]})
     return out

@@ -4,16 +4,18 @@ Enters: the path of a .csv, .json, .jsonl or .parquet file. Leaves: its `Content
 that turns a content into a frame. Does not know any particular format.
 """
 
+import contextlib
 import functools
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import polars as pl
 
-from reprobe.errors import DataError, UnknownData
+from reprobe.errors import DataError, ReprobeError, UnknownData
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,7 @@ def read(path: Path, limit: int | None) -> Content:
     """
     if not path.is_file():
         raise UnknownData(f"there is no file {path}")
-    try:
+    with parsing(f"{path} is not a valid {path.suffix} file"):
         match path.suffix.lower():
             case ".csv":
                 return Content(path, "csv", pl.read_csv(path, infer_schema=False))
@@ -106,19 +108,32 @@ def read(path: Path, limit: int | None) -> Content:
                 if value in ([], {}):
                     raise DataError(f"{path} holds no prompts")
                 return Content(path, "json", value)
-    except (json.JSONDecodeError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{path} is not a valid {path.suffix} file: {error}") from error
     raise UnknownData(f"{path}: prompts are read from .jsonl, .json, .csv and .parquet files, not from {path.suffix!r}")
+
+
+@contextlib.contextmanager
+def parsing(what: str) -> Iterator[None]:
+    """Whatever parsers and polars find wrong with a file's content in here becomes a `DataError`: `what`, and why.
+
+    polars panics on some damaged files, and JSON may nest too deep or hold numbers and half characters that no column
+    can. Failures of the device pass.
+    """
+    try:
+        yield
+    except (ReprobeError, MemoryError):
+        raise
+    except (Exception, pl.exceptions.PanicException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{what}: {error}") from error
 
 
 def _lines(path: Path, limit: int | None) -> list[Any]:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(itertools.islice((text for text in file if text.strip()), limit), 1):
-            try:
+            with parsing(f"{path}: row {number} is not JSON"):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: row {number} is not JSON: {error}") from error
     return rows
 
 

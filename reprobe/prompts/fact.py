@@ -12,6 +12,7 @@ from typing import Any
 from reprobe.errors import CorruptArtifact, DataError
 from reprobe.prompts.facts import fill
 from reprobe.prompts.prompt_set import PromptSet
+from reprobe.provenance import rebuilding, text, texts
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Fact:
         start, end = self.span
         if not self.subject.strip() or self.prompt[start:end] != self.subject:
             raise DataError(f"{self._named}: characters {start}–{end} of the prompt are not the subject")
-        for what, text in (("new", self.new), ("true", self.true)):
-            if text is not None and not text.strip():
+        for what, given in (("new", self.new), ("true", self.true)):
+            if given is not None and not given.strip():
                 raise DataError(f"{self._named}: its {what} object is empty; give at least one word")
 
     @classmethod
@@ -80,12 +81,19 @@ class Fact:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fact":
+        """What `to_json` made. Raises `CorruptArtifact` for anything else."""
         known = {f.name for f in fields(cls)}
         if not isinstance(value, Mapping) or not set(value) <= known or not {"prompt", "subject", "span"} <= set(value):
             raise CorruptArtifact(f"a fact has the fields {', '.join(sorted(known))}")
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        given["neighbours"] = tuple(Neighbour(**n) for n in given.get("neighbours", ()))
-        return cls(**given)
+        with rebuilding("not a fact"):
+            first, end = value["span"]
+            lists = {k: texts(value.get(k, ())) for k in ("paraphrases", "generation_prompts")}
+            others: dict[str, Any] = {k: text(v) for k, v in value.items() if k not in (*lists, "span", "neighbours")}
+            return cls(
+                **others | lists,
+                span=(int(first), int(end)),
+                neighbours=tuple(Neighbour(text(n["prompt"]), text(n["true"])) for n in value.get("neighbours", ())),
+            )
 
 
 def facts_of(prompts: PromptSet | str | Path, *, limit: int | None = None) -> list[Fact]:

@@ -37,7 +37,9 @@ def read(
         return rename(hub.fetch(address, limit), columns, name), name
     path = find(source)
     found = content.read(path, limit)
-    frame = choose(found, columns, format).frame(found)
+    chosen = choose(found, columns, format)
+    with content.parsing(f"{path} holds what no prompt can, read as {chosen.name!r}"):
+        frame = chosen.frame(found)
     return (frame if limit is None else frame.head(limit)), path.stem
 
 

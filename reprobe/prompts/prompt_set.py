@@ -99,6 +99,7 @@ class PromptSet:
 
     @property
     def ids(self) -> list[str]:
+        """The ids of the prompts."""
         return self.frame["id"].to_list()
 
     @property
@@ -113,6 +114,7 @@ class PromptSet:
 
     @property
     def labels(self) -> pl.Series:
+        """The labels of the prompts; null where one has none."""
         return self.frame["label"]
 
     @property

@@ -40,7 +40,8 @@ class Statements:
         group = self._group(frame)
         if group is None:
             return frame.with_columns(pl.col("id").first().over("text").alias("group"))
-        opposed = (pl.len() == 2) & (pl.col("label") == 1).any() & (pl.col("label") == 0).any()
+        label = pl.col("label").cast(pl.Float64, strict=False)  # null where labels are words
+        opposed = (pl.len() == 2) & (label == 1).any() & (label == 0).any()
         return frame.with_columns(group.cast(pl.String).alias("group")).with_columns(
             pl.when(opposed.over("group")).then("group").alias("pair")
         )

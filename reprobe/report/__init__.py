@@ -1,6 +1,7 @@
 """Results as figures and as one self-contained HTML page.
 
-results  · the files of a results folder      study    · probe grids that belong together
+folder   · what lies in a results folder      results  · files of runs, scans and steering
+measured · tables that verbs save             study    · probe grids that belong together
 curves   · accuracy over blocks, effect over strength
 maps     · accuracy of heads, scores of tokens
 points   · rows of one site                   transfer · from data set to data set
@@ -16,22 +17,22 @@ from reprobe.report.cosines import cosine_map, layer_cosines
 from reprobe.report.curves import dose_curves, layer_curves
 from reprobe.report.detectors import causal_intervals, detector_bars
 from reprobe.report.dissection import write_dissection
+from reprobe.report.folder import Damaged, Results, read_results
 from reprobe.report.maps import head_map, scan_map
 from reprobe.report.page import write_report
 from reprobe.report.points import projections, scatter
 from reprobe.report.reliability import reliability
 from reprobe.report.results import (
-    Results,
     Run,
     ScanResult,
     SteeringResult,
     Step,
     comparison_path,
     probe_path,
-    read_results,
     read_run,
     read_scan,
     read_steering,
+    save_scan,
     store_path,
     write_run,
     write_scan,
@@ -41,6 +42,7 @@ from reprobe.report.traces import trace_curves, trace_map
 from reprobe.report.transfer import transfer_map
 
 __all__ = [
+    "Damaged",
     "Results",
     "Run",
     "ScanResult",
@@ -61,6 +63,7 @@ __all__ = [
     "read_scan",
     "read_steering",
     "reliability",
+    "save_scan",
     "scan_map",
     "scatter",
     "store_path",

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from reprobe.errors import UsageError
 from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.report.results import require_dose_table
+from reprobe.report.results import effect_of, require_dose_table
 from reprobe.report.study import reader_of, spelled
 from reprobe.report.style import (
     INK,
@@ -68,23 +68,25 @@ def layer_curves(grids: Mapping[str, ProbeGrid] | Iterable[ProbeGrid], *, title:
 def dose_curves(table: pl.DataFrame, *, title: str | None = None) -> Plot:
     """Effect of steering (above) and its price (below) against strength.
 
-    `table` as made by `evaluation.dose_response`: log-odds in nats, with error bars of one standard
-    deviation, over prompts, of the change against strength 0; KL(unsteered ‖ steered) in nats per token of
+    `table` as made by `evaluation.dose_response`: the scorer's numbers (log-odds in nats), with error bars of one
+    standard deviation, over prompts, of the change against strength 0; KL(unsteered ‖ steered) in nats per token of
     neutral text. Raises `UsageError` for a table that is not one.
     """
     table = require_dose_table(table).sort("strength")
+    name = effect_of(table)
+    shown, unit = ("log-odds", " nats") if name == "log_odds" else (name.replace("_", " "), "")
     figure = Plot(WIDTH, 4.4)
     effect, price = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    x, odds, kl = (table[c].to_numpy() for c in ("strength", "log_odds", "kl"))
+    x, odds, kl = (table[c].to_numpy() for c in ("strength", name, "kl"))
     style: dict[str, Any] = {"linewidth": 1.6, "markersize": 5.5, "clip_on": False, "zorder": 3}
-    spread = table["log_odds_sd"].to_numpy()
+    spread = table[f"{name}_sd"].to_numpy()
     effect.errorbar(x, odds, spread, color=SERIES[0], marker=MARKERS[0], capsize=3, elinewidth=1.1, **style)
     price.plot(x, kl, color=SERIES[1], marker=MARKERS[1], **style)
     for strength, value, sd, cost in zip(x, odds, spread, kl, strict=True):
         at = f"strength {strength:+g}"
-        figure.marks.append(Mark(effect, strength, value, f"{at}: log-odds {value:+.3f} ± {sd:.3f} nats"))
+        figure.marks.append(Mark(effect, strength, value, f"{at}: {shown} {value:+.3f} ± {sd:.3f}{unit}"))
         figure.marks.append(Mark(price, strength, cost, f"{at}: KL {cost:.4f} nats per token"))
-    dress(effect, x="", y="log-odds (nats)", title=title)
+    dress(effect, x="", y=shown + (f" ({unit.strip()})" if unit else ""), title=title)
     dress(price, x="strength (units of the direction's scale)", y="KL (nats per token)")
     effect.axhline(0, color=MUTED, linewidth=0.9, linestyle="--")
     price.set_ylim(bottom=0)

@@ -19,14 +19,31 @@ from matplotlib import style
 from reprobe.evaluation.causation import Causation
 from reprobe.methods.dissected import Dissection, Snippet
 from reprobe.provenance import write_durably
-from reprobe.report.blocks import Block, Card, Cards, Cell, Digest, Link, Panels, Prose, Section, Table, panel
+from reprobe.report.blocks import (
+    Block,
+    Card,
+    Cards,
+    Cell,
+    Digest,
+    Link,
+    Panels,
+    Prose,
+    Section,
+    Source,
+    Table,
+    panel,
+    source,
+)
 from reprobe.report.detectors import causal_intervals, detector_bars
 from reprobe.report.page import page, writable
+from reprobe.report.study import spelled_sites
 
 #: Units with a page: every concept's best, and detectors by falling IoU, up to so many in all.
 UNITS, PER_CONCEPT = 2500, 20
 #: Concepts on a unit's page, and snippets.
 _CONCEPTS, _SNIPPETS = 6, 6
+CONCEPTS_HEAD = ("Concept", "Kind", "Tokens#", "Detectors#", "Best IoU#", "Possible#", "Best unit")
+CONCEPTS_ABOUT = "Detectors are units whose best concept it is. Possible: the largest IoU that a full top allows."
 _HERE = Path(__file__).parent
 
 
@@ -48,7 +65,7 @@ def render(dissection: Dissection, causation: Causation | None = None, units: in
     """The page as text."""
     chosen = _chosen(dissection, units)
     with style.context("default"):  # a user's matplotlibrc must not change the page
-        made = [_overview(dissection), _layers(dissection), _causes(causation), _concepts(dissection)]
+        made = [overview(dissection), layers(dissection), _causes(dissection, causation), _concepts(dissection)]
     script = (_HERE / "dissection.js").read_text().strip()
     detectors = int(dissection.units["detector"].sum())
     shown = (
@@ -60,6 +77,7 @@ def render(dissection: Dissection, causation: Causation | None = None, units: in
         _summary(dissection, causation),
         [section for section in made if section.blocks],
         scripts={"browse": script},
+        digest=dissection.digest,
         browse_css=Markup((_HERE / "dissection.css").read_text().strip()),
         browse_about=f"{shown}, and detectors by falling IoU ({detectors:,} in all). On a unit's page, tokens above "
         "its threshold are marked, the one where it is largest most strongly.",
@@ -96,7 +114,7 @@ def _summary(dissection: Dissection, causation: Causation | None) -> list[str]:
     return said
 
 
-def _overview(d: Dissection) -> Section:
+def overview(d: Dissection) -> Section:
     model = d.identity
     cards = [
         Card(
@@ -128,7 +146,8 @@ def _overview(d: Dissection) -> Section:
     return Section("overview", "What was read, and how", (Cards(cards), Prose(method)))
 
 
-def _layers(d: Dissection) -> Section:
+def layers(d: Dissection, name: str = "detectors") -> Section:
+    """`name` is the figure's, unique on the page."""
     blocks: list[Block] = []
     if d.layers["layer"].null_count() < d.layers.height:
         figure = detector_bars(d)
@@ -136,7 +155,7 @@ def _layers(d: Dissection) -> Section:
             f"Units whose IoU with their best concept is above {d.settings.detector:g}, by the kind of that concept. "
             f"Hollow: how many there would be by chance, the mean over {len(d.null)} rotations."
         )
-        blocks.append(Panels([panel(figure, "detectors", "Detectors over blocks", caption)]))
+        blocks.append(Panels([panel(figure, name, "Detectors over blocks", caption, of(d))]))
     rows = [
         (
             line["site"],
@@ -152,7 +171,7 @@ def _layers(d: Dissection) -> Section:
     return Section("layers", "Detectors over layers", blocks)
 
 
-def _causes(causation: Causation | None) -> Section:
+def _causes(d: Dissection, causation: Causation | None) -> Section:
     if causation is None or not causation.table.height:
         return Section("causes", "What detectors cause", ())
     caption = (
@@ -162,7 +181,7 @@ def _causes(causation: Causation | None) -> Section:
         "those. A detector that causes what it detects lies right of the hollow mark on the left, and left "
         "of it on the right."
     )
-    figure = panel(causal_intervals(causation), "causes", "What detectors cause", caption)
+    figure = panel(causal_intervals(causation), "causes", "What detectors cause", caption, of(d))
     rows: list[tuple[Cell, ...]] = [
         (
             _link("concept", line["concept"]),
@@ -179,8 +198,19 @@ def _causes(causation: Causation | None) -> Section:
     return Section("causes", "What detectors cause", (Panels([figure]), Table(about, head, rows)))
 
 
+def of(d: Dissection) -> Source:
+    """What figures of a dissection are of."""
+    sites = spelled_sites(reading.site for reading in d.readings)
+    return source(d.identity, {"stream": d.stream.digest, "dissection": d.digest}, at=sites)
+
+
 def _concepts(d: Dissection) -> Section:
-    rows: list[tuple[Cell, ...]] = [
+    return Section("concepts", "Concepts", (Table(CONCEPTS_ABOUT, CONCEPTS_HEAD, concept_rows(d)),))
+
+
+def concept_rows(d: Dissection) -> list[tuple[Cell, ...]]:
+    """A line a concept; links lead to the places of this page where concepts and units are browsed."""
+    return [
         (
             _link("concept", line["concept"]),
             line["kind"],
@@ -192,13 +222,10 @@ def _concepts(d: Dissection) -> Section:
         )
         for line in d.concepts.sort("detectors", "best_iou", descending=True).iter_rows(named=True)
     ]
-    head = ("Concept", "Kind", "Tokens#", "Detectors#", "Best IoU#", "Possible#", "Best unit")
-    about = "Detectors are units whose best concept it is. Possible: the largest IoU that a full top allows."
-    return Section("concepts", "Concepts", (Table(about, head, rows),))
 
 
 def _link(kind: str, name: str) -> Link:
-    return Link(name, f"{kind}/{quote(name, safe='')}")
+    return Link(name, f"#{kind}/{quote(name, safe='')}")
 
 
 def _difference(line: Mapping[str, Any]) -> str:

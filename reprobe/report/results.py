@@ -1,7 +1,7 @@
-"""The files of a results folder: what was run, scans and steering, beside the stores and probe grids.
+"""What a results folder holds that has no file format of its own elsewhere: what was run, scans and steering.
 
-Enters: a folder and result values. Leaves: durable files, and the same values read back. Whoever makes
-results and the report share these functions, and agree by them on the layout:
+Enters: a folder and result values. Leaves: durable files, and the same values read back. Whoever makes results may
+use these places; the report finds an artifact wherever it lies in the folder, by what it is:
 
     DIR/run.json                    a `Run`
     DIR/NAME.reprobe/               stores
@@ -10,7 +10,7 @@ results and the report share these functions, and agree by them on the layout:
     DIR/scans/NAME.json             a `ScanResult`
     DIR/steering/NAME.json          a `SteeringResult`; its table is NAME.parquet, written first
 
-Does not know how results are made or drawn.
+Does not know how results are made, found or drawn.
 """
 
 import dataclasses
@@ -31,13 +31,14 @@ from reprobe.evaluation.effect import Contrast
 from reprobe.methods.repe import Scan
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
-from reprobe.probing.comparison import Comparison
-from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.provenance import canonical_json, digest_bytes, write_durably
-from reprobe.store.reader import ActivationStore
+from reprobe.provenance import canonical_json, digest_bytes, rebuilding, text, texts, write_durably
 
 RUN = "run.json"
 STORE_SUFFIX = ".reprobe"
+#: What the field `kind` of a JSON file says. Files from before there was that field are known by where they lie.
+RUN_KIND, SCAN_KIND, STEERING_KIND = "run", "scan", "dose response"
+#: Of the record that `reprobe run` keeps of its steps: it is no result itself.
+RECORD_KIND = "record of a recipe"
 #: Columns of `evaluation.dose_response`.
 DOSE_COLUMNS: dict[str, Any] = {
     "strength": pl.Float64,
@@ -77,11 +78,12 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """A scan of `text` with the directions of the probe grid named `grid`."""
+    """A scan of `text` with the directions of the probe grid named `grid`, in the model `identity`."""
 
     scan: Scan
     text: str
     grid: str
+    identity: ModelIdentity | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ class SteeringResult:
 
     `table` is that of `evaluation.dose_response`, with the `contrast`, `neutral` texts and `story` it was
     called with. `site` and `direction` (its digest) are those of the direction; `intervention` says in words
-    what was done with it.
+    what was done with it, in the model `identity`.
     """
 
     table: pl.DataFrame
@@ -100,22 +102,12 @@ class SteeringResult:
     site: Site
     direction: str
     intervention: str
+    identity: ModelIdentity | None = None
 
     def __post_init__(self) -> None:
+        if absent := [c for c in DOSE_COLUMNS if c not in self.table.columns]:
+            raise UsageError(f"a dose-response table lacks {', '.join(absent)}; it has {', '.join(self.table.columns)}")
         require_dose_table(self.table)
-
-
-@dataclass(frozen=True, eq=False)
-class Results:
-    """Everything found in a results folder, by name, in the order of the names."""
-
-    folder: Path
-    run: Run | None
-    stores: Mapping[str, ActivationStore]
-    grids: Mapping[str, ProbeGrid]
-    comparisons: Mapping[str, Comparison]
-    scans: Mapping[str, ScanResult]
-    steering: Mapping[str, SteeringResult]
 
 
 def probe_path(folder: str | Path, name: str) -> Path:
@@ -135,8 +127,8 @@ def store_path(folder: str | Path, name: str) -> Path:
 
 def write_run(folder: str | Path, run: Run) -> Path:
     """Write run.json, in place of one that is there."""
-    value = dataclasses.asdict(run) | {"identity": None if run.identity is None else run.identity.to_json()}
-    return _write_json(Path(folder) / RUN, value)
+    value = dataclasses.asdict(run) | {"identity": _coded(run.identity)}
+    return _write_json(Path(folder) / RUN, RUN_KIND, value)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -144,46 +136,52 @@ def read_run(folder: str | Path) -> Run:
     path = Path(folder) / RUN
 
     def build(value: dict[str, Any]) -> Run:
-        identity = value.pop("identity")
         return Run(
-            title=_text(value.pop("title")),
-            steps=tuple(Step(_text(s["name"]), float(s["seconds"]), _text(s["detail"])) for s in value.pop("steps")),
-            identity=None if identity is None else ModelIdentity.from_json(identity),
-            versions={k: _text(v) for k, v in value.pop("versions").items()},
-            commands=_texts(value.pop("commands")),
-            summary=_texts(value.pop("summary")),
+            title=text(value.pop("title")),
+            steps=tuple(Step(text(s["name"]), float(s["seconds"]), text(s["detail"])) for s in value.pop("steps")),
+            identity=_identity(value),
+            versions={k: text(v) for k, v in value.pop("versions").items()},
+            commands=texts(value.pop("commands")),
+            summary=texts(value.pop("summary")),
         )
 
-    return _parse(path, build)
+    return _parse(path, RUN_KIND, build)
 
 
 def write_scan(folder: str | Path, name: str, result: ScanResult) -> Path:
     """Write scans/NAME.json, in place of one that is there. `UsageError` for NaN or infinite scores."""
+    return save_scan(Path(folder) / "scans" / f"{_checked(name)}.json", result)
+
+
+def save_scan(path: str | Path, result: ScanResult) -> Path:
+    """Write a scan to a file of any name, as `write_scan` does."""
     scan = result.scan
     if not np.isfinite(scan.scores).all():
-        raise UsageError(f"scan {name!r} has scores that are NaN or infinite; it cannot be stored")
+        raise UsageError(f"the scan of {result.text!r} has scores that are NaN or infinite; it cannot be stored")
     value = {
         "tokens": list(scan.tokens),
         "sites": [str(s) for s in scan.sites],
         "scores": scan.scores.tolist(),
         "text": result.text,
         "grid": result.grid,
+        "identity": _coded(result.identity),
     }
-    return _write_json(Path(folder) / "scans" / f"{_checked(name)}.json", value)
+    return _write_json(Path(path), SCAN_KIND, value)
 
 
 def read_scan(path: str | Path) -> ScanResult:
     """What `write_scan` wrote. Raises `ArtifactMissing`, `CorruptArtifact`."""
 
     def build(value: dict[str, Any]) -> ScanResult:
-        sites = tuple(Site.parse(s) for s in _texts(value.pop("sites")))
-        tokens = _texts(value.pop("tokens"))
+        sites = tuple(Site.parse(s) for s in texts(value.pop("sites")))
+        tokens = texts(value.pop("tokens"))
         scores = np.asarray(value.pop("scores"), dtype=np.float32)
         if scores.shape != (len(sites), len(tokens)) or not np.isfinite(scores).all():
             raise ValueError(f"scores must be {len(sites)} × {len(tokens)} finite numbers")
-        return ScanResult(Scan(tokens, sites, scores), _text(value.pop("text")), _text(value.pop("grid")))
+        scanned, grid = text(value.pop("text")), text(value.pop("grid"))
+        return ScanResult(Scan(tokens, sites, scores), scanned, grid, _identity(value))
 
-    return _parse(Path(path), build)
+    return _parse(Path(path), SCAN_KIND, build)
 
 
 def write_steering(folder: str | Path, name: str, result: SteeringResult) -> Path:
@@ -201,8 +199,9 @@ def write_steering(folder: str | Path, name: str, result: SteeringResult) -> Pat
         "site": str(result.site),
         "direction": result.direction,
         "intervention": result.intervention,
+        "identity": _coded(result.identity),
     }
-    return _write_json(base, value)
+    return _write_json(base, STEERING_KIND, value)
 
 
 def read_steering(path: str | Path) -> SteeringResult:
@@ -210,68 +209,42 @@ def read_steering(path: str | Path) -> SteeringResult:
     path = Path(path)
 
     def build(value: dict[str, Any]) -> SteeringResult:
-        contrast = {k: _texts(v) for k, v in value.pop("contrast").items()}
+        contrast = {k: texts(v) for k, v in value.pop("contrast").items()}
         return SteeringResult(
-            table=_read_table(path.with_name(f"{path.stem}.parquet"), _text(value.pop("table"))),
+            table=_read_table(path.with_name(f"{path.stem}.parquet"), text(value.pop("table"))),
             contrast=Contrast(**contrast),
-            neutral=_texts(value.pop("neutral")),
+            neutral=texts(value.pop("neutral")),
             site=Site.parse(value.pop("site")),
-            **{k: _text(value.pop(k)) for k in ("story", "direction", "intervention")},
+            identity=_identity(value),
+            **{k: text(value.pop(k)) for k in ("story", "direction", "intervention")},
         )
 
-    return _parse(path, build)
+    return _parse(path, STEERING_KIND, build)
 
 
-def read_results(folder: str | Path, stores: Mapping[str, ActivationStore] | None = None) -> Results:
-    """Everything in a results folder, and `stores` that lie elsewhere, by name.
-
-    Raises `ArtifactMissing` if there is no such folder or no result in it, `CorruptArtifact` if one is
-    damaged.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ArtifactMissing(f"there is no folder {folder}: make one with `reprobe demo --out {folder}`")
-    for table in sorted((folder / "steering").glob("*.parquet")):
-        if not table.with_suffix(".json").is_file():
-            raise CorruptArtifact(
-                f"{table} has no {table.stem}.json beside it: writing it was interrupted; run it again"
-            )
-    results = Results(
-        folder=folder,
-        run=read_run(folder) if (folder / RUN).exists() else None,
-        stores={p.name.removesuffix(STORE_SUFFIX): ActivationStore.open(p) for p in _found(folder, f"*{STORE_SUFFIX}")}
-        | dict(stores or {}),
-        grids={p.stem: ProbeGrid.load(p) for p in _found(folder / "probes", "*.safetensors")},
-        comparisons={p.stem: Comparison.load(p) for p in _found(folder / "comparisons", "*.safetensors")},
-        scans={p.stem: read_scan(p) for p in _found(folder / "scans", "*.json")},
-        steering={p.stem: read_steering(p) for p in _found(folder / "steering", "*.json")},
-    )
-    if results.run is None and not any(
-        (results.stores, results.grids, results.comparisons, results.scans, results.steering)
-    ):
-        raise ArtifactMissing(
-            f"{folder} holds no results. `reprobe demo --out {folder}` makes a full set; or put stores "
-            f"there as {folder}/NAME{STORE_SUFFIX} (reprobe extract --to) and grids as "
-            f"{folder}/probes/NAME.safetensors (reprobe probe --to)."
+def effect_of(table: pl.DataFrame) -> str:
+    """The column of a dose-response table that holds the effect: NAME of NAME and NAME_sd."""
+    names = [c for c in table.columns if f"{c}_sd" in table.columns]
+    if len(names) != 1:
+        raise UsageError(
+            "a dose-response table has one column with the effect and one, named as it with _sd, with its standard "
+            f"deviation; this one has {', '.join(table.columns)}"
         )
-    return results
+    return names[0]
 
 
 def require_dose_table(table: pl.DataFrame) -> pl.DataFrame:
     """`table` itself if it is one of `evaluation.dose_response`; raises `UsageError` otherwise."""
-    if absent := [c for c in DOSE_COLUMNS if c not in table.columns]:
+    effect = effect_of(table)
+    numbers = ("strength", effect, f"{effect}_sd", "kl")
+    if absent := [c for c in numbers if c not in table.columns]:
         raise UsageError(f"a dose-response table lacks {', '.join(absent)}; it has {', '.join(table.columns)}")
     if not len(table):
         raise UsageError("a dose-response table needs at least one strength; this one is empty")
-    numbers = [c for c, kind in DOSE_COLUMNS.items() if kind == pl.Float64]
     for column in numbers:
         if not (table[column].dtype.is_numeric() and table[column].is_finite().all() and not table[column].has_nulls()):
             raise UsageError(f"column {column!r} of a dose-response table must hold finite numbers")
     return table
-
-
-def _found(folder: Path, pattern: str) -> list[Path]:
-    return sorted(p for p in folder.glob(pattern) if not p.name.startswith("."))
 
 
 def _checked(name: str) -> str:
@@ -280,32 +253,43 @@ def _checked(name: str) -> str:
     return name
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> Path:
+def _write_json(path: Path, kind: str, value: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, canonical_json(value).encode())
+    write_durably(path, canonical_json({"kind": kind, **value}).encode())
     return path
 
 
-def _parse(path: Path, build: Callable[[dict[str, Any]], Value]) -> Value:
+def _coded(identity: ModelIdentity | None) -> dict[str, Any] | None:
+    return None if identity is None else identity.to_json()
+
+
+def _identity(value: dict[str, Any]) -> ModelIdentity | None:
+    found = value.pop("identity", None)
+    return None if found is None else ModelIdentity.from_json(found)
+
+
+def _parse(path: Path, kind: str, build: Callable[[dict[str, Any]], Value]) -> Value:
     """`build` of the JSON object in a file; it takes each field out, and none may be left over."""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactMissing(f"there is no {path}") from error
-    except ValueError as error:
-        raise CorruptArtifact(f"{path} is not JSON: {error}") from error
-    try:
+    with rebuilding(f"{path} is not JSON"):
+        value = json.loads(data)
+    with rebuilding(f"{path} is malformed"):
+        canonical_json(value).encode()  # neither NaN nor half a character
         if not isinstance(value, dict):
             raise TypeError("the file must hold one JSON object")
-        out = build(value)
+        if (found := value.pop("kind", kind)) != kind:
+            raise ValueError(f"it holds a {found}, not a {kind}")
+        try:
+            out = build(value)
+        except KeyError as error:
+            missing = error.args[0] if type(error) is KeyError else error
+            raise ValueError(f"missing or unknown {missing}") from error
         if value:
             raise ValueError(f"unknown fields: {', '.join(sorted(value))}")
-    except KeyError as error:
-        missing = error.args[0] if type(error) is KeyError else error
-        raise CorruptArtifact(f"{path} is malformed: missing or unknown {missing}") from error
-    except (TypeError, ValueError, AttributeError, CorruptArtifact) as error:
-        raise CorruptArtifact(f"{path} is malformed: {error}") from error
-    return out
+        return out
 
 
 def _read_table(path: Path, digest: str) -> pl.DataFrame:
@@ -315,16 +299,5 @@ def _read_table(path: Path, digest: str) -> pl.DataFrame:
         raise CorruptArtifact(f"{path} is missing beside its .json") from error
     if digest_bytes(data) != digest:
         raise CorruptArtifact(f"{path} is not as it was written: its checksum is wrong")
-    return pl.read_parquet(io.BytesIO(data))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} should be text")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} should be a list of texts")
-    return tuple(_text(v) for v in value)
+    with rebuilding(f"{path} is malformed"):
+        return require_dose_table(pl.read_parquet(io.BytesIO(data)))

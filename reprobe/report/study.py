@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from reprobe.model.sites import Site
+from reprobe.errors import CorruptArtifact
+from reprobe.model.identity import ModelIdentity
+from reprobe.model.sites import Site, ranges
 from reprobe.probing.comparison import Comparison
 from reprobe.probing.direction import Label
 from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.report.results import Results
+from reprobe.report.folder import Results
 from reprobe.store.reader import ActivationStore
 
 
@@ -37,6 +39,11 @@ class Study:
     @cached_property
     def first(self) -> ProbeGrid:
         return next(iter(self.grids.values()))
+
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """The model, if the grids say which it is."""
+        return named_model(self.first.provenance)
 
     @cached_property
     def readers(self) -> dict[str, ProbeGrid]:
@@ -78,6 +85,14 @@ class Study:
         return " ".join(dict.fromkeys(g.note for g in self.grids.values() if g.note))
 
 
+def named_model(provenance: Mapping[str, Any]) -> ModelIdentity | None:
+    """The model that an artifact says it is of; None if it does not, or not in a way that can be read."""
+    try:
+        return ModelIdentity.from_json(provenance["identity"])
+    except (KeyError, CorruptArtifact):
+        return None
+
+
 def reader_of(grid: ProbeGrid) -> str:
     """The reader that made a grid's directions."""
     return next(iter(grid.directions.values())).reader
@@ -94,6 +109,15 @@ def spelled(row: Mapping[str, Any]) -> str:
         f"{row['site']}: accuracy {row['accuracy']:.3f} "
         f"[{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}], AUROC {row['auroc']:.3f}"
     )
+
+
+def spelled_sites(sites: Iterable[Site]) -> str:
+    """Parts with their blocks: resid.post@0–29, attn.heads@0–29."""
+    sites, out = list(sites), []
+    for part in dict.fromkeys(site.part for site in sites):
+        layers = sorted({site.layer for site in sites if site.part == part and site.layer is not None})
+        out.append(f"{part}@{ranges(layers)}" if layers else part)
+    return ", ".join(out)
 
 
 def listing(sites: Iterable[Site]) -> str:

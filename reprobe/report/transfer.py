@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 from reprobe.errors import UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.transfer import TRAINING, TransferGrid
-from reprobe.report.style import FRAME, INK, PAPER, SEQUENTIAL, WIDTH, Mark, Plot, clipped, colorbar, dress
+from reprobe.report.style import FRAME, PAPER, SEQUENTIAL, WIDTH, Mark, Plot, clipped, colorbar, dress
 
 _METRICS = {"accuracy": "accuracy on the test set", "auroc": "AUROC on the test set"}
 _NAME = 18
@@ -62,7 +62,7 @@ def transfer_map(
                 ha="center",
                 va="center",
                 fontsize=9,
-                color=INK if light else PAPER,
+                color="#1a1a1a" if light else "#ffffff",  # on the map's own colours, in any theme
                 fontweight="bold" if i == j else "normal",
             )
             text = (

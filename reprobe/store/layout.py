@@ -38,6 +38,8 @@ SHARD_BYTES = 64 * 2**20
 #: larger than this, because two of them are in memory at once.
 _MANY_SHARDS = 4096
 _LARGEST_SHARD_BYTES = 2**30
+#: A store of more would have more files than any file system is good at; a manifest that claims them is not ours.
+_MOST_SHARDS = 2**20
 #: Rows in an inner chunk, the unit of random reading: at most so many, and half of it where a row is wide.
 CHUNK_ROWS = 1024
 _WIDE_ROW_BYTES = 4096
@@ -80,6 +82,10 @@ class Grid:
             raise UsageError(
                 f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}: "
                 "a shard holds whole chunks"
+            )
+        if self.n_shards > _MOST_SHARDS:
+            raise UsageError(
+                f"{self.rows} rows in shards of {self.shard_rows} are {self.n_shards} files: take larger ones"
             )
 
     @classmethod

@@ -14,8 +14,8 @@ from typing import Any
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IdentityMismatch, UnknownSite, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import UNIT_PARTS, Site, ranges
-from reprobe.provenance import canonical_json, digest, require_schema
-from reprobe.store.layout import MANIFEST, Grid, check_dtype, check_format, itemsize
+from reprobe.provenance import canonical_json, digest, require_schema, text
+from reprobe.store.layout import MANIFEST, Grid, check_dtype, check_format, is_store_file, itemsize
 from reprobe.store.places import Place
 from reprobe.store.sealed import seal, unseal
 
@@ -172,6 +172,8 @@ class Manifest:
                 raise TypeError(f"{name} must be text")
         if type(value["identity"]["n_layers"]) is not int:
             raise TypeError("identity.n_layers must be a whole number")
+        if strange := [name for name in value["files"] if not is_store_file(name)]:
+            raise ValueError(f"a store has no file {strange[0]!r}")
         return cls(
             identity=ModelIdentity.from_json(value["identity"]),
             prompts=value["prompts"],
@@ -181,8 +183,8 @@ class Manifest:
             grid=Grid(value["rows"], value["shard_rows"], value["chunk_rows"]),
             format=value["format"],
             compression=value["compression"],
-            files=value["files"],
-            versions=value["versions"],
+            files={name: text(sha256) for name, sha256 in value["files"].items()},
+            versions={name: text(version) for name, version in value["versions"].items()},
         )
 
     def differences(self, other: "Manifest") -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from polars.exceptions import PanicException
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
@@ -127,7 +128,7 @@ def reading(place: Place, what: str) -> Iterator[None]:
             yield
     except (ReprobeError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, PanicException) as error:  # polars panics on some damaged tables
         if isinstance(error, OSError) and error.errno is not None:  # the device, not the bytes
             raise
         raise CorruptArtifact(f"{what} ({type(error).__name__}: {error}). verify() lists all that is.") from error

@@ -24,10 +24,10 @@ from reprobe.provenance import digest, digest_bytes
 from reprobe.store.batches import Arrays, Batch, Source, batches, mixed
 from reprobe.store.commit import Commit, committed
 from reprobe.store.formats import Decoder, format_of, size_on_disk
-from reprobe.store.layout import INDEX, TOKENS, Grid, decode, stored_dtype
+from reprobe.store.layout import INDEX, INDEX_COLUMNS, TOKEN_COLUMNS, TOKENS, Grid, decode, stored_dtype
 from reprobe.store.manifest import Manifest, StoredSite, read_manifest
 from reprobe.store.order import Order, check_batch_rows, in_order, mixed_pieces, piece_rows, shuffled
-from reprobe.store.places import Place, place_of
+from reprobe.store.places import Place, place_of, reading
 from reprobe.store.rows import RowNumbers, Rows, row_numbers, rows_where, runs, shards_of
 from reprobe.store.torch_batches import TorchBatches
 from reprobe.store.verification import VerifyReport, verify
@@ -104,6 +104,7 @@ class ActivationStore:
 
     @property
     def rows(self) -> int:
+        """Rows of the whole store, written or not."""
         return self.manifest.grid.rows
 
     @property
@@ -133,12 +134,23 @@ class ActivationStore:
     @cached_property
     def index(self) -> pl.DataFrame:
         """One line per row, with the columns `INDEX_COLUMNS` or more; `CorruptArtifact` if it was changed."""
-        return pl.read_parquet(BytesIO(self._untouched(INDEX)))
+        table = self._table(INDEX, INDEX_COLUMNS)
+        if table.height != self.rows:
+            raise CorruptArtifact(f"{self.place.at(INDEX)} has {table.height} lines, and the store {self.rows} rows")
+        return table
 
     @cached_property
     def tokens(self) -> pl.DataFrame:
         """One line per prompt, in the order of the index: `prompt` (its id) and `tokens`, all its token ids."""
-        return pl.read_parquet(BytesIO(self._untouched(TOKENS)))
+        return self._table(TOKENS, TOKEN_COLUMNS)
+
+    def _table(self, name: str, columns: Sequence[str]) -> pl.DataFrame:
+        data = self._untouched(name)
+        with reading(self.place, f"{self.place.at(name)} cannot be read"):
+            table = pl.read_parquet(BytesIO(data))
+        if absent := [c for c in columns if c not in table.columns]:
+            raise CorruptArtifact(f"{self.place.at(name)} lacks the columns {', '.join(absent)}")
+        return table
 
     def read(self, site: str | Site, rows: Rows = None) -> torch.Tensor:
         """Rows of a site, (n, width), in the stored dtype and bit-exact.
@@ -161,9 +173,20 @@ class ActivationStore:
         return rows_where(condition, self.index)
 
     def _read(self, stored: StoredSite, columns: slice, wanted: "range | RowNumbers") -> NDArray[Any]:
-        out = np.empty((len(wanted), columns.stop - columns.start), dtype=stored_dtype(self.manifest.dtype))
+        out = self._room(len(wanted), columns.stop - columns.start)
         self._fill(stored, columns, wanted, out)
         return out
+
+    def _room(self, rows: int, width: int) -> NDArray[Any]:
+        """An array for so many rows; `UsageError` if memory has no room for them."""
+        dtype = stored_dtype(self.manifest.dtype)
+        try:
+            return np.empty((rows, width), dtype=dtype)
+        except (MemoryError, ValueError) as error:
+            raise UsageError(
+                f"{rows} rows of {width} numbers take {rows * width * dtype.itemsize / 1e9:,.0f} GB, and there is no "
+                f"room for them: read fewer of {self.place} at once, or in batches (iter)"
+            ) from error
 
     def _fill(self, stored: StoredSite, columns: slice, wanted: "range | RowNumbers", out: NDArray[Any]) -> None:
         self._require_committed(shards := shards_of(wanted, self._grid))
@@ -230,7 +253,7 @@ class ActivationStore:
         def empty(n: int) -> Arrays:
             # in one piece: from some MB on, memory comes in large pages, which costs far less
             widths = [c.stop - c.start for _, c in read.values()]
-            parts = np.split(np.empty(n * sum(widths), dtype=dtype), n * np.cumsum(widths)[:-1])
+            parts = np.split(self._room(1, n * sum(widths))[0], n * np.cumsum(widths)[:-1])
             return {name: part.reshape(n, w) for name, part, w in zip(read, parts, widths, strict=True)}
 
         def fill(rows: "range | RowNumbers", room: Arrays) -> None:

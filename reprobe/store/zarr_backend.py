@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
+from reprobe.errors import CorruptArtifact
 from reprobe.model.sites import Site
 from reprobe.store.layout import ARRAYS, Grid, Shard, array_name, itemsize, stored_dtype
 from reprobe.store.manifest import Manifest, StoredSite
@@ -102,6 +103,20 @@ class ZarrDecoder:
             self._array = zarr.open_array(
                 place.zarr(), path=f"{ARRAYS}/{array_name(stored.site)}", mode="r", zarr_format=3
             )
+            self._require_ours(manifest, stored)
+
+    def _require_ours(self, manifest: Manifest, stored: StoredSite) -> None:
+        """zarr would take other shapes for holes, and run whatever codecs are named."""
+        grid, array = manifest.grid, self._array
+        outer = getattr(array.metadata, "codecs", ())
+        codecs = [type(codec) for c in outer for codec in (c, *getattr(c, "codecs", ()))]
+        want = [ShardingCodec, BytesCodec, *([] if manifest.compression is None else [BloscCodec]), Crc32cCodec]
+        layout = array.shape, array.shards, array.chunks, array.dtype, codecs
+        width = stored.width
+        if layout != (
+            (grid.rows, width), (grid.shard_rows, width), (grid.chunk_rows, width), stored_dtype(manifest.dtype), want
+        ):  # fmt: skip
+            raise CorruptArtifact(f"{self._what} is not the array that the manifest says: {layout}")
 
     def read(self, start: int, stop: int, columns: slice) -> NDArray[Any]:
         with reading(self._place, f"{self._what}: rows {start}–{stop - 1} are damaged"):

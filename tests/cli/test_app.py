@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 import reprobe as rp
 from reprobe.cli.app import app
-from reprobe.cli.probing import ReaderName
+from reprobe.cli.options import ReaderName
 from reprobe.probing import READERS
+from reprobe.report import read_results
 
 VERBS = (
     "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "export", "push", "pull",
@@ -64,7 +65,7 @@ def made(folder):
     store, grid, direction = (folder / name for name in ("s.reprobe", "g.safetensors", "d.safetensors"))
     for line in (
         ["extract", folder / "model", folder / "prompts.jsonl", "--to", store, "--sites", "resid.post@*,attn.heads@1"],
-        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--direction", direction],
+        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--to-direction", direction],
     ):
         result = runner.invoke(app, [str(a) for a in line])
         assert result.exit_code == 0, result.output
@@ -299,7 +300,7 @@ def test_a_typed_label_finds_the_number_that_it_means(run, made):
 
 def test_transfer_prints_every_pair_and_saves_table_and_figure(run, made):
     arguments = ["transfer", "one=s.reprobe", "s.reprobe", "--folds", 4, "--sites", "resid.post@*", "--transductive"]
-    shown = run(*arguments, "--at", "resid.post@1", "--to", "t.json", "--figure", "t.png").stdout
+    shown = run(*arguments, "--at", "resid.post@1", "--to-table", "t.json", "--figure", "t.png").stdout
     assert "resid.post@1" in shown
     assert "resid.post@0" not in shown
     rows = json.loads(run(*arguments, "--json").stdout)
@@ -324,6 +325,13 @@ def test_scan_reads_every_token_at_every_block(run, made):
     assert rows[-1]["resid.post@1"] == pytest.approx(float(want), abs=2e-3)
     run("scan", "model", "the end of it", "--grid", "g.safetensors", "--figure", "scan.svg")
     assert (made / "scan.svg").read_text().count("<svg") == 1
+    run("scan", "model", "the end of it", "--grid", "g.safetensors", "--to", "kept/scan.json")
+    assert (
+        "--overwrite" in run("scan", "model", "it", "--grid", "g.safetensors", "--to", "kept/scan.json", code=2).output
+    )
+    kept = read_results(made / "kept").scans["scan"]
+    assert (kept.text, kept.grid) == ("the end of it", "g")
+    assert kept.identity == rp.ActivationStore.open(made / "s.reprobe").identity
 
 
 def test_steer_shows_both_texts_and_the_price(run, made):
@@ -499,7 +507,7 @@ def test_multiple_choice_is_compared_with_and_without_a_direction(run, made, fol
     plain = json.loads(run(*line, "--to-table", "mc.parquet").stdout)
     assert [row["metric"] for row in plain] == ["mc1", "mc2", "mc3"]
     assert pl.read_parquet(folder / "mc.parquet").height == 3
-    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--questions", 2).stdout)
+    both = json.loads(run(*line, "--direction", "d.safetensors", "--to-table", "mc.json", "--limit", 2).stdout)
     assert both[1]["steered"] != both[1]["unsteered"]
     assert both[1]["n"] == 2
     saved = json.loads((folder / "mc.json").read_text())
@@ -520,18 +528,26 @@ def test_side_effects_are_shown_and_saved(run, made, folder):
     rows = json.loads(run(*line, "--data", "none", "--max-new-tokens", 3, "--to-table", "s.json", "--json").stdout)
     assert [row["measure"] for row in rows][:3] == ["kl", "cross-entropy", "perplexity"]
     assert rows[0]["change"] > 0
+    assert json.loads((folder / "s.json").read_text())["interventions"][0].endswith(", strength 4")
     assert [g["prompt"] for g in json.loads((folder / "s.json").read_text())["generations"]] == ["the", "and"]
     assert "perplexity" in run(*line, "--data", "none", "--max-new-tokens", 0).stdout
 
 
-def test_a_report_is_drawn_from_a_folder_of_results(run, made):
-    page = (made / "page.html").resolve()
-    (made / "probes").mkdir()
-    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes())
-    assert str(page) in run("report", made, "--to", page).stdout
+def test_a_report_is_drawn_from_a_folder_of_results(run, made, tmp_path):
+    page, grid = (tmp_path / "page.html").resolve(), tmp_path / "probes" / "mine.safetensors"
+    shutil.copytree(made / "s.reprobe", tmp_path / "s.reprobe")
+    shutil.copy(made / "prompts.jsonl", tmp_path)
+    grid.parent.mkdir()
+    grid.write_bytes((made / "g.safetensors").read_bytes())
+    assert str(page) in run("report", tmp_path, "--to", page).stdout
     text = page.read_text()
     assert "<svg" in text
     assert rp.ActivationStore.open(made / "s.reprobe").manifest.prompts[:8] in text
+    grid.write_bytes((made / "g.safetensors").read_bytes()[:-1])
+    told = run("report", tmp_path, "--to", page).stderr
+    assert "probes/mine.safetensors is damaged and not in the report" in told
+    assert "prompts.jsonl" in told
+    assert "probes/mine.safetensors" in page.read_text()
 
 
 def test_the_list_of_data_sets_names_all_eight(run):

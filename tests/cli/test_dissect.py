@@ -45,8 +45,9 @@ def test_a_file_is_dissected_saved_tabled_and_reported(run, folder):
     assert {"months", "colours", "cats", "the", "digits"} <= set(found.names)
     assert "currencies" in found.dropped
     assert "69 units" in told.stderr
-    rows, _ = json.JSONDecoder().raw_decode(told.stdout)
-    assert {row["concept"] for row in rows} == set(found.names)
+    shown = json.loads(told.stdout)
+    assert {row["concept"] for row in shown["concepts"]} == set(found.names)
+    assert {row["act"] for row in shown["causes"]} == {"stimulate", "ablate"}
     assert (folder / "d.html").read_text().startswith("<!doctype html>")
     assert len((folder / "d.csv").read_text().splitlines()) == 70
     run("model", "text.txt", "--concepts", "months", "--to", "d.safetensors", code=2)

@@ -99,7 +99,7 @@ def test_facts_are_written_one_after_another_until_the_guard_stops(run, folder):
 def test_edits_are_scored(run, folder, method):
     told = run(
         *("eval", "model", "facts.json", "--method", method, "--layers", "1", "--text", "text.txt", "--json"),
-        *("--perplexity", "text.txt", "--write", "4", "--to", f"{method}.parquet"),
+        *("--perplexity", "text.txt", "--write", "4", "--to-table", f"{method}.parquet"),
     )
     measures = {row["measure"]: row for row in json.loads(told.stdout)}
     assert {"efficacy", "paraphrase", "neighbourhood", "score", "perplexity", "fluency"} <= set(measures)
@@ -109,7 +109,7 @@ def test_edits_are_scored(run, folder, method):
 def test_moments_are_shown(run):
     rows = json.loads(run("moments", "model", "--layers", "0,2", "--text", "text.txt", "--json").stdout)
     assert [row["block"] for row in rows] == [0, 2]
-    assert len(json.loads(run("moments", "model", "--layers", "1", "--sample", 200, "--json").stdout)) == 1
+    assert len(json.loads(run("moments", "model", "--layers", "1", "--tokens", 200, "--json").stdout)) == 1
 
 
 @pytest.mark.parametrize(

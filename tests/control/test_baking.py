@@ -74,8 +74,12 @@ def require_exact(lm, items, folder, *, untie=False):
     with rp.bake(lm, *items, untie=untie):
         got = lm.logits(PROMPTS, at="all")
         lm.net.save_pretrained(folder)
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    reloaded = rp.LanguageModel(net, lm.tokenizer, name="reloaded").logits(PROMPTS, at="all")
+        identity = lm.identity
+    net, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), "keys are missing, or are not expected"
+    other = rp.LanguageModel(net, lm.tokenizer, name="reloaded")
+    assert other.identity.weights == identity.weights
+    reloaded = other.logits(PROMPTS, at="all")
     for a, b, c, p in zip(want, got, reloaded, plain, strict=True):
         assert (a - b).abs().max() < TOLERANCE
         assert (a - c).abs().max() < TOLERANCE
@@ -254,6 +258,17 @@ def test_a_baked_model_is_another_model_until_it_is_taken_out_again_newest_first
     second.revert()
     first.revert()
     assert lm.identity == identity
+
+
+def test_no_pass_adds_a_bias_that_nothing_was_baked_into(fresh, tmp_path):
+    lm = fresh("llama", attention_bias=False, mlp_bias=False)
+    names = {name for name, _ in lm.net.named_parameters()}
+    with rp.bake(lm, rp.Add(direction(lm, "resid.post@0"))):
+        require_exact(lm, [rp.Add(direction(lm, "mlp.neurons@1")), rp.Add(direction(lm, "attn.out@2"))], tmp_path / "m")
+        assert {name for name, _ in lm.net.named_parameters()} - names == {"model.layers.0.mlp.down_proj.bias"}
+        kept = {name for name in lm.net.state_dict() if name.endswith(".bias")}
+    assert kept == {f"model.layers.{k}.mlp.{part}_proj.bias" for k in range(3) for part in ("gate", "up", "down")}
+    assert not any(name.endswith(".bias") for name in lm.net.state_dict())
 
 
 def test_an_error_inside_the_context_takes_it_out(fresh):

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_net, tiny_tokenizer
+from tiny import DECODERS, tiny_net, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.control.values import _GOLDEN, _hashed, _mixed, normals
@@ -156,6 +156,15 @@ def test_resid_mid_is_written_into_the_stream_and_not_only_into_the_mlp(tiny_lm)
         lm.logits(PROMPTS[1])
     mid, out, post = (seen[rp.Site.parse(p)] for p in parts)
     assert torch.allclose(mid + out, post, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_one_row_for_every_token_goes_through_networks_that_add_in_place(tiny_lm, name):
+    lm = tiny_lm(name)
+    site, row = rp.Site("mlp.out", 1), np.linspace(-1, 1, lm.d_model)
+    with observe(lm, site) as seen, rp.steer(lm, rp.Replace(row, site=site)):
+        lm.logits(PROMPTS[1])
+    assert torch.allclose(seen[site], torch.tensor(row, dtype=torch.float32), atol=1e-6)
 
 
 def test_a_head_is_steered_without_touching_the_others(tiny_lm):

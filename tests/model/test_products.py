@@ -16,7 +16,7 @@ def test_a_linear_layer_gives_the_same_but_for_rounding(bias, room, monkeypatch)
     x = torch.randn(3, 17, 131, generator=generator)
     with torch.no_grad():
         want = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-        with FastProducts() as fast:
+        with FastProducts():
             got, again = layer(x), layer(x[:, :4])
             empty = layer(x[:0])
     assert got.shape == (3, 17, 67)
@@ -24,7 +24,25 @@ def test_a_linear_layer_gives_the_same_but_for_rounding(bias, room, monkeypatch)
     assert empty.shape == (0, 17, 67)
     torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert fast._linear is not None, "oneDNN was not even asked"
+        assert products._onednn() is not None, "oneDNN was not even asked"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 40])
+def test_a_product_is_that_of_torch_but_for_rounding(rows, bias, monkeypatch):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, 131, generator=generator) for n in (rows, 67))
+    b = torch.randn(67, generator=generator) if bias else None
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    for onednn in (products._onednn(), None):
+        monkeypatch.setattr(products, "_onednn", lambda found=onednn: found)
+        with torch.no_grad():
+            torch.testing.assert_close(products.linear(x, weight, b).double(), want, atol=5e-5, rtol=0)
+            got = products.linear(x.view(rows, 1, 131), weight, b)
+            assert got.shape == (rows, 1, 67)
+    weight.requires_grad_()
+    products.linear(x, weight, b).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(67, -1), atol=1e-4, rtol=0)
 
 
 def test_what_needs_a_gradient_or_has_another_dtype_is_computed_as_ever():

@@ -91,6 +91,43 @@ def loose(browser: Command) -> list[str]:
     return found
 
 
+def clipped(browser: Command) -> list[str]:
+    """Blocks of text that hold more than they show, and are not made to scroll."""
+    blocks = "h1, h2, h3, p, li, dt, dd, th, td, figcaption, blockquote, pre, button, a"
+    script = f"""
+        return [...document.querySelectorAll('{blocks}')].filter(e => e.clientWidth && e.closest('.skip') === null
+            && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1)
+            && getComputedStyle(e).display !== 'inline').map(e => e.outerHTML.slice(0, 120));
+    """
+    found: list[str] = browser("execute/sync", script=script, args=[])
+    return found
+
+
+def inks(browser: Command) -> set[tuple[str, str]]:
+    """Colour and background, as CSS says them, of everything on the page that has text of its own. Of figures those
+    texts whose colour is the page's."""
+    script = """
+        const out = new Set();
+        const own = e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+        for (const e of document.querySelectorAll('body *:not(script):not(style):not(title)')) {
+            const figure = e.closest('svg') !== null;
+            if (!own(e) || (figure && !(e.getAttribute('style') || '').includes('var(--'))) continue;
+            let behind = e, style = getComputedStyle(e);
+            while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+            out.add((figure ? style.fill : style.color) + '|' + getComputedStyle(behind).backgroundColor);
+        }
+        return [...out];
+    """
+    return {tuple(pair.split("|")) for pair in browser("execute/sync", script=script, args=[])}
+
+
+def press(browser: Command, *keys: str) -> None:
+    """Keys, one after the other, as a person at the keyboard presses them."""
+    codes = {"Tab": "\ue004", "Enter": "\ue007", "Space": " "}
+    actions = [{"type": kind, "value": codes[key]} for key in keys for kind in ("keyDown", "keyUp")]
+    browser("actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+
+
 def texts_outside(browser: Command) -> list[str]:
     """Texts of figures that do not lie inside them."""
     script = """

@@ -11,10 +11,16 @@ from reprobe.report import write_report
 @pytest.fixture(scope="session")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A full results folder; tests must not write into it."""
-    return synthetic.fill(tmp_path_factory.mktemp("results"), rows=120)
+    return synthetic.fill_beyond_probes(synthetic.fill(tmp_path_factory.mktemp("results"), rows=120))
 
 
 @pytest.fixture(scope="session")
-def page(full: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Its report."""
-    return write_report(full, tmp_path_factory.mktemp("page") / "report.html").read_text()
+def drawn(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its report, in a folder of its own."""
+    return write_report(full, tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture(scope="session")
+def page(drawn: Path) -> str:
+    """The text of its report."""
+    return drawn.read_text()

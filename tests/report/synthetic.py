@@ -6,15 +6,25 @@ import numpy as np
 import polars as pl
 import torch
 from store.synthetic import tokens as tokens_of
+from tiny import tiny_net, tiny_tokenizer
 
+from reprobe.control import EditEffect, WeightEdit
 from reprobe.evaluation import Contrast
+from reprobe.methods.concepts import Concept
+from reprobe.methods.dissected import Dissection
+from reprobe.methods.dissection import dissect
 from reprobe.methods.repe import Scan
+from reprobe.methods.tracing import KINDS, Trace, TraceGrid
+from reprobe.methods.tracing import Settings as TraceSettings
 from reprobe.model.identity import ModelIdentity
+from reprobe.model.language_model import LanguageModel
 from reprobe.model.sites import Site
-from reprobe.probing import LDAReader, MeanDifference, compare
+from reprobe.probing import LDAReader, MeanDifference, compare, write_table
 from reprobe.probing.direction import Direction
 from reprobe.probing.intervals import ClusterBootstrap
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid
+from reprobe.probing.transfer import COLUMNS as COLUMNS_OF_TRANSFER
+from reprobe.prompts import Fact
 from reprobe.report import (
     Run,
     ScanResult,
@@ -23,10 +33,12 @@ from reprobe.report import (
     comparison_path,
     probe_path,
     store_path,
+    write_dissection,
     write_run,
     write_scan,
     write_steering,
 )
+from reprobe.report.measured import SCHEMAS, SIDE_EFFECTS
 from reprobe.store import ActivationStore, StoredSite, StoreWriter
 
 LAYERS, HEADS, HEAD_DIM = 30, 9, 5
@@ -185,7 +197,7 @@ def make_scan(text: str, *, seed: int = 0) -> ScanResult:
     scores = rng.normal(size=(LAYERS, len(tokens))).cumsum(axis=0) * 0.4
     scores[:, 0] = 30  # as the first token's often are
     sites = tuple(Site("resid.post", i) for i in range(LAYERS))
-    return ScanResult(Scan(tokens, sites, scores.astype(np.float32)), text, "cities-logistic")
+    return ScanResult(Scan(tokens, sites, scores.astype(np.float32)), text, "cities-logistic", IDENTITY)
 
 
 def make_steering() -> SteeringResult:
@@ -216,6 +228,7 @@ def make_steering() -> SteeringResult:
         site=Site("resid.post", 14),
         direction="f6" * 32,
         intervention="Add the happiness direction at resid.post@14, on all tokens",
+        identity=IDENTITY,
     )
 
 
@@ -225,8 +238,123 @@ TEXT = (
 )
 
 
+def make_trace(facts: int = 3) -> TraceGrid:
+    """Traces with random numbers in a model of three blocks."""
+    rng, layers, traces = np.random.default_rng(2), (0, 1, 2), []
+    for i, (city, state) in enumerate((("Lyon", "France"), ("<b>Kyoto</b>", "Japan"), ("Cairo", "Egypt"))[:facts]):
+        fact = Fact.of(subject=city, prompt="{} is in", true=state)
+        restored = rng.uniform(0, 0.6, size=(len(KINDS), len(layers), 4))
+        traces.append(Trace(fact, (city[:2], city[2:], " is", " in"), (0, 2), 0.7, 0.05 * (i + 1), restored))
+    return TraceGrid(tuple(traces), TraceSettings(window=2), layers, 0.3, {"identity": IDENTITY.to_json()})
+
+
+def make_edit(layer: int = 5, *, facts: int = 2, method: str = "rome") -> WeightEdit:
+    """An edit of random factors, with what was measured of its facts."""
+    rng = np.random.default_rng(layer)
+    written = [Fact.of(subject=f"Tower {i}", prompt="{} stands in", new="Rome", true="Paris") for i in range(facts)]
+    return WeightEdit(
+        f"model.layers.{layer}.mlp.down_proj.weight",
+        rng.normal(size=(5, 1)),
+        rng.normal(size=(7, 1)),
+        IDENTITY,
+        facts=tuple(written),
+        effects=tuple(EditEffect(0.01 * (i + 1), 0.9 - 0.2 * i) for i in range(facts)),
+        provenance={"method": method, "layer": layer},
+    )
+
+
+def make_dissection() -> Dissection:
+    """One of a tiny model's neurons, on sentences of eleven words."""
+    lm = LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(("the", "cat", "of", "red", "and", "is", "on", "blue"), 12)) for _ in range(40)]
+    concepts = [Concept.words("colours", ["red", "blue"], kind="thing"), Concept.words("a <b>", ["the"], kind="form")]
+    return dissect(lm, texts, concepts, "mlp.neurons@*", quantile=0.02, permutations=3)
+
+
+def side_effects() -> pl.DataFrame:
+    """As `evaluation.side_effects` has them."""
+    lines = [
+        ("kl", "nats/token", 0.0, 0.21, 0.21, 0.17, 0.26, 16, "texts"),
+        ("perplexity", "", 21.5, 24.25, 2.75, 1.9, 3.6, 16, "texts"),
+        ("accuracy on facts", "share", 0.879, 0.866, -0.013, None, None, 546, "questions"),
+    ]
+    return pl.DataFrame(lines, schema=SCHEMAS[SIDE_EFFECTS], orient="row")
+
+
+def choices(questions: int = 12) -> pl.DataFrame:
+    """As `reprobe evaluate truthfulqa --to-table` saves them, of a model without and with steering."""
+    rng = np.random.default_rng(3)
+    names = {"question": [f"Why {i}?" for i in range(questions)], "group": [f"g{i // 2}" for i in range(questions)]}
+    shares = {m + s: rng.uniform(size=questions) for s in ("", "_steered") for m in ("mc2", "mc3")}
+    right = {f"mc1{s}": rng.integers(0, 2, questions).astype(float) for s in ("", "_steered")}
+    return pl.DataFrame(names | {"n_true": 2, "n_false": 3} | right | shares)
+
+
+def edit_scores(facts: int = 6) -> pl.DataFrame:
+    """As `reprobe edit eval --to` saves them."""
+    rng = np.random.default_rng(4)
+    lines = [
+        (f"f{i}", f"s{i // 2}", kind, f"{kind} {i}", *rng.uniform(size=2).tolist(), state)
+        for state in ("before", "after")
+        for kind in ("efficacy", "paraphrase", "neighbourhood")
+        for i in range(facts)
+    ]
+    frame = pl.DataFrame(lines, schema=["fact", "group", "kind", "prompt", "p_new", "p_true", "state"], orient="row")
+    return frame.with_columns(success=(pl.col("p_new") > pl.col("p_true")) != (pl.col("kind") == "neighbourhood"))
+
+
+def doses() -> pl.DataFrame:
+    """As `evaluation.dose_response` has them with a scorer of its own name."""
+    x = np.array([-4.0, 0.0, 4.0])
+    bounds = {
+        f"{name}_{side}": x / 8 + d for name in ("readout", "change") for side, d in (("low", -0.1), ("high", 0.1))
+    }
+    kl = {"kl": np.abs(x) / 20, "kl_low": np.abs(x) / 30, "kl_high": np.abs(x) / 10}
+    return pl.DataFrame({"strength": x, "readout": x / 8, "change": x / 8, "readout_sd": np.abs(x) / 40} | bounds | kl)
+
+
+def transfers() -> pl.DataFrame:
+    """As `reprobe transfer --to-table` saves them, between two data sets at two sites."""
+    lines = []
+    for site, own in (("resid.post@4", 0.9), ("resid.post@7", 0.8)):
+        for train in ("cities", "emotions"):
+            for test in ("cities", "emotions"):
+                value = own if train == test else 0.55
+                numbers = {c: 10 for c, kind in COLUMNS_OF_TRANSFER.items() if kind in (pl.Int32, pl.Int64)}
+                texts = {"train": train, "test": test, "site": site, "part": "resid.post", "centring": "training"}
+                line = {"train_rows": "a" * 64, "test_rows": "b" * 64} | numbers | texts | {"chance": 0.5, "head": None}
+                for metric in ("accuracy", "auroc"):
+                    line |= {metric: value, f"{metric}_low": value - 0.08, f"{metric}_high": value + 0.07}
+                lines.append(line)
+    return pl.DataFrame(lines, schema=COLUMNS_OF_TRANSFER)
+
+
+def fill_beyond_probes(folder: Path) -> Path:
+    """Write what other verbs save: traces, edits, dissections with their page, and tables of every kind."""
+    make_trace().save(folder / "facts.trace")
+    make_edit().save(folder / "tower.safetensors")
+    for layer in (6, 7):
+        make_edit(layer, facts=3, method="memit").save(folder / "together" / f"{layer:04d}.safetensors")
+    found = make_dissection()
+    found.save(folder / "neurons.dissection")
+    write_dissection(found, folder / "neurons & more.html")
+    by = {"model": IDENTITY.to_json(), "interventions": [f"Add at resid.post@{i} on all, strength 3" for i in (14, 15)]}
+    written = [{"prompt": "She", "unsteered": " sat.", "steered": f" sang. {NASTY}"}]
+    write_table(side_effects(), folder / "price.json", about=by | {"generations": written})
+    write_table(choices(), folder / "misconceptions.json", about=by | {"data": "ab" * 32, "primer": "", "metrics": []})
+    write_table(edit_scores(), folder / "edit-scores.parquet")
+    write_table(doses(), folder / "held-out.csv")
+    tried = pl.DataFrame({"strength": [1.0, 2.5], "kl": [0.02, 0.1]})
+    write_table(tried, folder / "tuned.json", about=by | {"target_kl": 0.1, "strength": 2.5, "kl": 0.1})
+    provenance = {"identity": IDENTITY.to_json(), "reader": "MeanDifference"}
+    about = {"names": ["cities", "emotions"], "notes": {}, "provenance": provenance}
+    write_table(transfers(), folder / "across.json", about=about)
+    return folder
+
+
 def fill(folder: Path, *, rows: int = 800) -> Path:
-    """Write a full results folder."""
+    """Write a full results folder of what the demo makes."""
     for seed, (name, n, labels) in enumerate(
         (("cities", rows, (0, 1)), ("emotions", rows // 4, ("sadness", "happiness")))
     ):

@@ -9,11 +9,13 @@ import shutil
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import matplotlib
 import pytest
 from report import synthetic
 
+from reprobe import report
 from reprobe.errors import ArtifactExists, ArtifactMissing, CorruptArtifact
 from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.report import (
@@ -26,9 +28,26 @@ from reprobe.report import (
     write_scan,
     write_steering,
 )
+from reprobe.report.style import FRAME, SERIES
 from reprobe.store import ActivationStore
 
-SECTIONS = ["overview", "layers", "readers", "heads", "geometry", "directions", "scans", "steering", "reproduce"]
+SECTIONS = [
+    "overview",
+    "layers",
+    "readers",
+    "heads",
+    "geometry",
+    "directions",
+    "transfer",
+    "scans",
+    "steering",
+    "costs",
+    "choices",
+    "traces",
+    "edits",
+    "dissections",
+    "reproduce",
+]
 
 
 class Outline(HTMLParser):
@@ -80,13 +99,19 @@ def test_a_full_folder_has_every_section_once_and_in_order(page: str):
     assert outline.tags.count("h2") == len(SECTIONS)
 
 
-def test_ids_are_unique_and_every_link_leads_somewhere_on_the_page(page: str):
+def test_ids_are_unique_and_every_link_leads_somewhere_on_the_page_or_to_a_page_beside(page: str, drawn: Path):
     outline = Outline(page)
     assert len(outline.ids) == len(set(outline.ids))
     # Colour bars are images inside the page.
     links = [link for link in outline.links if not link.startswith("data:image/png;base64,")]
-    assert {link.removeprefix("#") for link in links} <= set(outline.ids)
-    assert all(link.startswith("#") for link in links)
+    assert {link.removeprefix("#") for link in links if link.startswith("#")} <= set(outline.ids)
+    for link in links:
+        file, _, place = link.partition("#")
+        if file:
+            browsable = (drawn.parent / unquote(file)).read_text()
+            assert place == "browse" or place.partition("/")[0] in ("concept", "unit")
+            assert 'id="browse"' in browsable
+    assert any(not link.startswith("#") for link in links)
 
 
 def test_nothing_is_loaded_from_elsewhere(page: str):
@@ -121,11 +146,26 @@ def test_texts_of_data_and_models_are_shown_and_never_obeyed(tmp_path: Path):
 
 def test_every_figure_is_valid_xml_with_a_number_and_a_caption(page: str):
     figures = re.findall(r"<figure.*?</figure>", page, re.S)
-    assert len(figures) == 3 + 2 + 6 + 9 + 4 + 1 + 1
+    assert len(figures) == 3 + 2 + 6 + 9 + 4 + 1 + 1 + 2 + 1 + 4 + 3 + 1
     for n, figure in enumerate(figures, 1):
         ET.fromstring(re.findall(r"<svg.*</svg>", figure, re.S)[0])
         caption = re.findall(r"<figcaption>(.*)</figcaption>", figure, re.S)[0]
         assert caption.startswith(f"<b>Figure {n}.</b> ")
+
+
+def test_every_figure_says_which_model_and_which_data_it_is_of(full: Path, page: str):
+    models = {synthetic.IDENTITY.weights, read_results(full).dissections["neurons"].identity.weights}
+    for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S):
+        (source,) = re.findall(r'<span class="source">(.*)</span>', caption, re.S)
+        said = [re.sub("<.*?>", "", fact) for fact in re.findall(r"<span>(.*?)</span>", source)]
+        full = re.findall(r'(\w+) <code class="digest" title="([0-9a-f]{64})">', source)
+        assert said[0].startswith("model "), source
+        if said[0] == "model not recorded":  # CSV and Parquet tables say only what is in their columns
+            assert "held-out" in caption or "edit-scores" in caption
+            continue
+        (_, weights), *data = full
+        assert weights in models
+        assert data, source
 
 
 def test_readers_are_compared_by_what_was_held_out(full: Path, page: str):
@@ -225,8 +265,13 @@ def test_equal_results_are_equal_pages_whatever_matplotlib_is_set_to(full: Path,
         (["run.json"], ["overview", "reproduce"]),
         (["cities.reprobe"], ["overview", "reproduce"]),
         (["probes/cities-pca.safetensors"], ["overview", "layers", "heads", "geometry", "directions", "reproduce"]),
-        (["scans"], ["scans"]),
-        (["steering"], ["steering", "reproduce"]),
+        (["scans"], ["overview", "scans", "reproduce"]),
+        (["steering"], ["overview", "steering", "reproduce"]),
+        (["facts.trace"], ["overview", "traces", "reproduce"]),
+        (["together"], ["overview", "edits", "reproduce"]),
+        (["neurons.dissection"], ["overview", "dissections", "reproduce"]),
+        (["price.json"], ["overview", "costs", "reproduce"]),
+        (["held-out.csv"], ["overview", "steering", "reproduce"]),
     ],
 )
 def test_what_is_not_there_is_no_section(full: Path, tmp_path: Path, names: list[str], want: list[str]):
@@ -252,6 +297,24 @@ def test_a_store_that_is_not_complete_is_said_to_be(full: Path, tmp_path: Path):
     assert "0 of 1 shards written" in page
 
 
+def test_a_store_whose_rows_are_damaged_is_said_to_be_and_its_scores_are_drawn(full: Path, tmp_path: Path):
+    folder = _only(full, tmp_path, "cities.reprobe", "probes/cities-pca.safetensors")
+    for chunk in (folder / "cities.reprobe" / "activations.zarr").glob("resid.post-*/c.*"):
+        data = chunk.read_bytes()
+        chunk.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    told: list[str] = []
+    page = write_report(folder, say=told.append).read_text()
+    assert "The rows of cities are damaged and not drawn" in page
+    assert 'id="figure-scores-0"' in page
+    assert 'id="figure-pca-0"' not in page
+    assert len(told) == 1
+    index = folder / "cities.reprobe" / "index.parquet"
+    index.write_bytes(index.read_bytes()[:-1])
+    told.clear()
+    write_report(folder, say=told.append)
+    assert told[0].startswith("cities.reprobe is damaged and not in the report")
+
+
 def test_two_folds_leave_no_choice_and_the_report_says_so(tmp_path: Path):
     store = synthetic.make_store(store_path(tmp_path, "cities"), rows=24, layers=2)
     grid = synthetic.make_grid(store, "PCAReader", folds=2)
@@ -271,13 +334,69 @@ def test_an_empty_folder_says_what_to_run_and_leaves_nothing(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_result_stops_the_report_and_the_old_one_stays(tmp_path: Path):
+def test_where_everything_is_damaged_there_is_no_report_and_the_old_one_stays(tmp_path: Path):
     write_run(tmp_path, Run("first"))
     page = write_report(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(CorruptArtifact, match=r"run\.json"):
+    with pytest.raises(CorruptArtifact, match=r"nothing in .* can be read: run\.json: "):
         write_report(tmp_path)
     assert "first" in page.read_text()
+
+
+def test_what_is_damaged_or_unknown_is_named_on_the_page_and_told_and_the_rest_is_drawn(full: Path, tmp_path: Path):
+    folder = _only(full, tmp_path, "scans", "facts.trace", "run.json")
+    trace = folder / "facts.trace"
+    trace.write_bytes(trace.read_bytes()[:-8])
+    (folder / "run.json").write_text("{")
+    (folder / f"{'<i>'}.txt").write_text("mine")
+    told: list[str] = []
+    page = write_report(folder, say=told.append).read_text()
+    assert sections_of(page) == ["overview", "scans", "reproduce", "left-out"]
+    left_out = Outline(page[page.index('<section id="left-out"') : page.index("</main>")]).text
+    assert "facts.trace" in left_out
+    assert "run.json" in left_out
+    assert "<i>.txt" in left_out
+    assert str(tmp_path) not in page
+    assert "2 files are damaged" in page
+    assert [line.partition(" ")[0] for line in told] == ["facts.trace", "run.json", "not"]
+    assert told[-1].endswith("<i>.txt")
+
+
+def test_without_a_listener_what_is_damaged_is_a_warning(full: Path, tmp_path: Path):
+    folder = _only(full, tmp_path, "scans")
+    (folder / "scans" / "bad.json").write_text("[")
+    with pytest.warns(UserWarning, match=r"scans/bad\.json is damaged and not in the report"):
+        write_report(folder)
+
+
+def test_traces_edits_and_dissections_are_told_in_numbers(full: Path, page: str):
+    results = read_results(full)
+    titles = {html.unescape(t) for t in re.findall(r"<title>(.*?)</title>", page)}
+    trace = results.traces["facts"].traces[1]
+    value = f"{trace.effects[2, 1, 0]:+.4f}"
+    assert f"mlp.out, block 1, token 0 {trace.tokens[0]!r}: {value}" in titles
+    (edit,) = results.edits["tower"]
+    assert f"Tower 1 → Rome: before {edit.effects[1].before:.3f}, after {edit.effects[1].after:.3f}" in titles
+    edits = Outline(page[page.index('<section id="edits"') : page.index('<section id="dissections"')]).text
+    assert f"{edit.norm:.4g}" in edits
+    assert edits.count("together (MEMIT)") == 1, "edits that write the same facts are one"
+    (found,) = results.dissections.values()
+    told = Outline(page[page.index('<section id="dissections"') : page.index('<section id="reproduce"')]).text
+    for line in found.concepts.iter_rows(named=True):
+        assert line["concept"] in told
+        assert f"{line['best_iou']:.3f}" in told
+
+
+def test_prices_and_choices_are_told_with_their_intervals(full: Path, page: str):
+    costs = Outline(page[page.index('<section id="costs"') : page.index('<section id="choices"')]).text
+    assert "+2.750 [+1.900, +3.600]" in costs
+    assert "−0.013" in costs
+    assert "strength 3" in costs
+    assert synthetic.NASTY in costs
+    line = read_results(full).measured["misconceptions"].choices.row(1, named=True)
+    choices = Outline(page[page.index('<section id="choices"') : page.index('<section id="traces"')]).text
+    assert f"{line['unsteered']:.3f}" in choices
+    assert f"{line['change']:+.3f} [{line['low']:+.3f}, {line['high']:+.3f}]".replace("-", "−") in choices
 
 
 def test_an_older_report_is_replaced_but_no_other_file(tmp_path: Path):
@@ -301,8 +420,26 @@ def test_text_and_curves_stand_out_from_the_page(page: str, theme: str):
     for background in ("--paper", "--raised"):
         for text in ("--ink", "--muted", "--link"):
             assert contrast(values[text], values[background]) >= 4.5, (text, background)
-    for series in ("--series-0", "--series-1", "--series-2"):
-        assert contrast(values[series], values["--paper"]) >= 3, series
+        for text in re.findall(r"(?<![-\w])color: var\((--[a-z0-9-]+)\)", page):
+            assert contrast(values[text], values[background]) >= 4.5, (text, background)
+    for drawn in (*(values[f"--series-{i}"] for i in range(len(SERIES))), values["--link"], FRAME):
+        assert contrast(drawn, values["--paper"]) >= 3, drawn
+    browse = (Path(report.__file__).parent / "dissection.css").read_text()
+    mixed = re.findall(r"color-mix\(in srgb, var\((--series-\d)\) (\d+)%", browse)
+    assert len(mixed) == 2
+    for series, share in mixed:  # behind marked text
+        assert contrast(values["--ink"], mix(values[series], values["--paper"], int(share) / 100)) >= 4.5, series
+
+
+def test_the_two_ways_to_a_dark_theme_have_the_same_colours(page: str):
+    light, asked, preferred = re.findall(r"--paper: [^}]+", page)
+    assert asked.split() == preferred.split()
+    assert light.split() != asked.split()
+
+
+def mix(a: str, b: str, share: float) -> str:
+    pairs = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(share * x + (1 - share) * y):02x}" for x, y in pairs)
 
 
 def contrast(a: str, b: str) -> float:
