@@ -9,18 +9,16 @@ turn, pack by pack: what else the machine does meets both alike.
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from race import Timing
-from record import Claim, Work, as_json, as_markdown, machine
+from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
 from reprobe.methods import counting, overlap
@@ -30,7 +28,6 @@ from reprobe.methods.units import readings
 from reprobe.model.hooks import visit
 from reprobe.model.packs import lay_out
 from reprobe.prompts.catalog import bundled
-from reprobe.provenance import write_durably
 
 QUANTILE, PERMUTATIONS, MINUTES, SHARE = 0.005, 20, 15, 0.25
 
@@ -114,25 +111,14 @@ def main() -> None:
     parser.add_argument("--dtype", help="default: as the model's weights are kept")
     parser.add_argument("--device", help="default: CUDA where there is one")
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    add_outputs(parser)
     chosen = parser.parse_args()
     lm = rp.LanguageModel.load(chosen.model, dtype=chosen.dtype, device=chosen.device)
-    load = [os.getloadavg()[0]]
-    works = [dissection(lm, chosen.tokens)]
-    about: dict[str, Any] = {
-        "command": f"uv run python experiments/bench/dissection.py --model {chosen.model} --tokens {chosen.tokens}",
-        "machine": machine(lm.device),
-        "repeats": 1,
-        "load": [*load, os.getloadavg()[0]],
-        "left out": [],
-    }
-    record = as_json(works, about)
-    if chosen.json is not None:
-        write_durably(chosen.json, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-    if chosen.markdown is not None:
-        write_durably(chosen.markdown, as_markdown(record, "Dissection").encode())
-    print(as_markdown(record, "Dissection"))
+    command = f"uv run python experiments/bench/dissection.py --model {chosen.model} --tokens {chosen.tokens}"
+    method = "The stream is run once, with and without counting in turn, pack by pack"
+    record = Recorder("Dissection", command, chosen, lm.device, method)
+    record.add(dissection(lm, chosen.tokens))
+    print(record)
 
 
 if __name__ == "__main__":
