@@ -55,9 +55,9 @@ BESIDE = (
 #: Prompts that pass together.
 AT_ONCE = 20
 METRICS = {
-    "read": "mood as read (scales of the reader)",
-    "scenes": "happy − sad words after scenes (nats)",
-    "beginnings": "happy − sad words after beginnings (nats)",
+    "read": "mood as read\n(scales of the reader)",
+    "scenes": "log-odds after scenes\n(nats)",
+    "beginnings": "log-odds after beginnings\n(nats)",
 }
 
 
@@ -273,7 +273,7 @@ def differences(found: Outcomes) -> pl.DataFrame:
 
 
 def drawn(summary: pl.DataFrame) -> Plot:
-    """The change of each metric under each method at the price, with intervals."""
+    """The change of each metric under each method at the price, with intervals; small: seed by seed."""
     table = summary.filter(~pl.col("method").str.ends_with("as trained"))
     methods = table["method"].unique(maintain_order=True).to_list()
     figure = Plot(2 * WIDTH, 2.9)
@@ -284,11 +284,13 @@ def drawn(summary: pl.DataFrame) -> Plot:
             reach = [[row["change"] - row["low"]], [row["high"] - row["change"]]]
             color = SERIES[0] if name == "LoRRA" else MUTED if "random" in name or "beside" in name else SERIES[1]
             axes.errorbar([row["change"]], [i], xerr=reach, fmt="o", color=color, capsize=2, markersize=5)
+            seeds = [float(value) for value in row["seed by seed"].split()]
+            axes.plot(seeds, [i + 0.25] * len(seeds), "|", color=color, markersize=6)
             figure.marks.append(Mark(axes, row["change"], i, f"{name}: {row['change']:+.2f}"))
         axes.axvline(0, color=INK, linewidth=0.9, linestyle=":")
         axes.set_yticks(range(len(methods)), methods)
-        dress(axes, x=told.replace(" (", "\n("), y="", grid="x")
-    panels[0].invert_yaxis()
+        dress(axes, x=told, y="", grid="x")
+    panels[0].set_ylim(len(methods) - 0.4, -0.6)
     return figure
 
 
@@ -348,7 +350,7 @@ def main() -> int:
             f"At a KL of {PRICE} nats per token on the neutral text that tuned the strength (`KL` in the table: on ten "
             "other passages), and adapters as they were trained. *read*: the reader, in its scales; *scenes*, "
             "*beginnings*: log-odds (nats) of happy against sad words. Intervals over topics (beginnings), each the "
-            "mean of its seeds.",
+            "mean of its seeds; ticks in the figure are the seeds.",
             "",
             *table,
             "",

@@ -3,7 +3,11 @@
 Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted. Results go to stdout, bars and messages to stderr.
 """
 
+import importlib.metadata
+import os
+import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -53,6 +57,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("reprobe-lm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _reprobe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 for function in VERBS:
     app.command()(function)
 for group in GROUPS:
@@ -61,4 +82,7 @@ for group in GROUPS:
 
 def main() -> None:
     """The `reprobe` console script."""
+    if not sys.stderr.isatty():  # our own bars know that; those of the hub's libraries are told
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     app()

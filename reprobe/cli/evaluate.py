@@ -76,7 +76,7 @@ def evaluate_truthfulqa(
     --to-table saves a line per question.
     """
     import reprobe as rp
-    from reprobe.cli.steering import done_by, load
+    from reprobe.cli.steering import done_by, load, per_question
     from reprobe.evaluation import PRIMER, compare
     from reprobe.methods.dola import DoLa
     from reprobe.probing import write_table
@@ -104,8 +104,7 @@ def evaluate_truthfulqa(
             with rp.steer(lm, *items, allow_mismatch=allow_mismatch):
                 steered = rp.multiple_choice(lm, prompts, primer=before, decoding=decoding, progress=progress)
             result = compare(plain, steered, seed=seed)
-            own = steered.table.select(rp.evaluation.METRICS).rename(lambda metric: f"{metric}_steered")
-            table = plain.table.hstack(own)
+            table = per_question(plain, steered)
     if to_table is not None:
         about = {"model": lm.identity.to_json(), "data": prompts.digest, "primer": before, "metrics": result.to_dicts()}
         if items:

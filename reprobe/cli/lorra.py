@@ -7,6 +7,7 @@ import typer
 
 from reprobe.cli.inputs import load_model, parse_layers
 from reprobe.cli.options import AsJson, Data, Device, Dtype, Mismatch, Model, Revision, first_of, seed_of
+from reprobe.cli.outputs import new_folder
 from reprobe.cli.show import show
 from reprobe.cli.verb import verb
 from reprobe.errors import UnknownData, UsageError
@@ -39,7 +40,7 @@ def lorra(
     sites: Annotated[
         str | None, typer.Option(help="Targets: resid.post sites or patterns; default: six in the middle.")
     ] = None,
-    blocks: Annotated[
+    layers: Annotated[
         str | None, typer.Option(help="Adapted blocks, e.g. 0-12; default: 0 to the last target.")
     ] = None,
     modules: Annotated[
@@ -74,7 +75,7 @@ def lorra(
     method.require_peft()
     if (positive is None) != (negative is None) or (positive is None and not direction):
         raise UsageError("give --positive and --negative, or --direction, or all")
-    chosen = parse_layers(blocks)
+    chosen = parse_layers(layers)
     settings = method.Settings(
         alpha=alpha,
         beta=beta,
@@ -93,6 +94,7 @@ def lorra(
     )
     if not resume:
         method.require_new(to)
+        new_folder(to)
     own, answers = _columns(data, prompts, responses, limit)
     templates = (base,) if positive is None or negative is None else (base, positive, negative)
     plain, *contrast = (method.templated(own, template, chat=chat) for template in templates)

@@ -240,6 +240,7 @@ def scan(
     text: Annotated[str, typer.Argument(help="The text to read.")],
     grid: Annotated[Path, typer.Option(help="A grid saved by `reprobe probe --to`.")],
     part: Annotated[str, typer.Option(help="Which of the grid's parts to read.")] = "resid.post",
+    to: Annotated[Path | None, typer.Option(help="Save the scan (.json) here, for `reprobe report`.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the token × layer map here (.svg, .png, .pdf).")] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -252,6 +253,7 @@ def scan(
     from reprobe.methods import repe
     from reprobe.probing import ProbeGrid
 
+    new_file(to, overwrite)
     new_figure(figure, overwrite)
     found = ProbeGrid.load(grid).directions
     directions = {site: d for site, d in found.items() if site.part == part and site.unit is None}
@@ -260,6 +262,10 @@ def scan(
         raise UsageError(f"{grid} has no directions of {part}; it holds {parts}")
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     result = repe.scan(lm, text, directions, allow_mismatch=allow_mismatch)
+    if to is not None:
+        from reprobe.report import ScanResult, save_scan
+
+        save_scan(to, ScanResult(result, text, grid.stem, lm.identity))
     if figure is not None:
         from reprobe.report import scan_map
 

@@ -64,8 +64,8 @@ def _step(kind: str) -> Key:
 
 
 _TEXT = Key("text", lambda v: isinstance(v, str) and v.strip() != "")
-_COUNT = Key("a whole number, 1 or more", lambda v: type(v) is int and v >= 1)
-_WHOLE = Key("a whole number, 0 or more", lambda v: type(v) is int and v >= 0)
+_COUNT = Key("a whole number, 1 or more", lambda v: type(v) is int and 1 <= v < 2**31)
+_WHOLE = Key("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 2**31)
 _NUMBER = Key("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v))
 _YES = Key("true or false", lambda v: type(v) is bool)
 _LABEL = Key("a label: text or a whole number", lambda v: type(v) in (str, int))
@@ -203,7 +203,7 @@ def read(path: Path) -> Recipe:
         told = tomllib.loads(source.decode())
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:  # not UTF-8, not TOML, or lists in lists without end
+    except (ValueError, RecursionError) as e:  # not UTF-8, not TOML, or too deep for any recipe
         raise UsageError(f"{path} is no TOML: {e}") from e
     value = digest(_plain(told, path))
     title = told.pop("title", path.stem)

@@ -21,13 +21,14 @@ from typing import Any
 
 import reprobe as rp
 from reprobe.cli.recipe import Recipe, Step
+from reprobe.cli.steering import done_by, per_question
 from reprobe.errors import ArtifactExists, CorruptArtifact, IdentityMismatch, UsageError
-from reprobe.evaluation import NEUTRAL
+from reprobe.evaluation import NEUTRAL, PRIMER
 from reprobe.evaluation.choices import compare as compare_choices
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS
 from reprobe.probing import readers, write_table
 from reprobe.progress import Progress, silent
-from reprobe.provenance import canonical_json, digest, digest_file, rebuilding, versions, write_durably
+from reprobe.provenance import canonical_json, digest, digest_file, versions, write_durably
 from reprobe.report import results
 
 RECORD, COPY = "recipe.json", "recipe.toml"
@@ -65,6 +66,10 @@ class _Kitchen:
     def steering(self, given: Mapping[str, Any], strength: float) -> rp.Steering:
         direction = self.direction(given)
         return rp.Steering(rp.Add(direction, strength, **_some(given, "tokens")), name=given["probe"])
+
+    def about(self, steering: rp.Steering) -> dict[str, Any]:
+        """What a table of what a steering does says besides: in which model, by what."""
+        return {"model": self.lm.identity.to_json(), "interventions": done_by(steering)}
 
     def prompts(self, given: Mapping[str, Any]) -> rp.PromptSet:
         return rp.PromptSet.load(self.recipe.file(given["data"]), **_some(given, "limit"))
@@ -111,6 +116,7 @@ def run(
     )
     about: dict[str, Any] = {"recipe": recipe.digest, "model": lm.identity.to_json(), "data": data}
     record: dict[str, Any] = about | {"digest": digest(about), "versions": versions(), "finished": {}}
+    record["kind"] = results.RECORD_KIND
     if before is not None:
         _require_same(before, record, out)
         for name, version in before["versions"].items():
@@ -133,7 +139,7 @@ def run(
         files = {str(path.relative_to(out)): _digest_of(path) for path in own}
         record["finished"][str(step)] = {"files": files, "seconds": time.perf_counter() - start}
         write_durably(out / RECORD, canonical_json(record).encode())
-    return _report(kitchen, record)
+    return _report(kitchen, record, say)
 
 
 def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -149,14 +155,25 @@ def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
         raise ArtifactExists(
             f"{out} holds no run of a recipe ({RECORD}), so nothing can be gone on with; choose another"
         )
-    with rebuilding(f"{path} is damaged"):
+    return read_record(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a run. Raises `CorruptArtifact` if it is none."""
+    try:
         record: dict[str, Any] = json.loads(path.read_bytes())
         for name, of in (("recipe", str), ("model", dict), ("data", dict), ("versions", dict), ("finished", dict)):
             if not isinstance(record[name], of):
-                raise TypeError(f"{name} is {record[name]!r}")
+                raise TypeError(f"{name} is {record[name]!r:.60}")
         for name, step in record["finished"].items():
-            if not all(isinstance(f, str) and isinstance(d, str) for f, d in step["files"].items()):
-                raise TypeError(f"the files of {name} are {step['files']!r}")
+            if not all(isinstance(text, str) for item in step["files"].items() for text in item):
+                raise TypeError(f"the files of {name} are {step['files']!r:.60}")
+            results.Step(name, float(step["seconds"]))
+        for name, version in record["versions"].items():
+            if not isinstance(version, str):
+                raise TypeError(f"the version of {name} is {version!r:.60}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise CorruptArtifact(f"{path} is damaged: {e}") from e
     return record
 
 
@@ -228,7 +245,7 @@ def _verify(out: Path, step: Step, files: Mapping[str, str]) -> None:
             )
 
 
-def _report(kitchen: _Kitchen, record: Mapping[str, Any]) -> Done:
+def _report(kitchen: _Kitchen, record: Mapping[str, Any], say: Callable[[str], None]) -> Done:
     recipe, out, finished = kitchen.recipe, kitchen.out, record["finished"]
     found = digest({name: step["files"] for name, step in finished.items()})
     summary = tuple(_findings(kitchen))
@@ -246,7 +263,7 @@ def _report(kitchen: _Kitchen, record: Mapping[str, Any]) -> Done:
             ),
         ),
     )
-    return Done(out, record["digest"], found, summary, rp.write_report(out))
+    return Done(out, record["digest"], found, summary, rp.write_report(out, say=say))
 
 
 def _findings(kitchen: _Kitchen) -> list[str]:
@@ -337,7 +354,8 @@ def _scan(kitchen: _Kitchen, step: Step) -> None:
     if not directions:
         raise UsageError(f"[{step}]: the grid {step.given['probe']!r} has no directions of {part}")
     found = repe.scan(kitchen.lm, step.given["text"], directions)
-    results.write_scan(kitchen.out, step.name, results.ScanResult(found, step.given["text"], step.given["probe"]))
+    result = results.ScanResult(found, step.given["text"], step.given["probe"], kitchen.lm.identity)
+    results.write_scan(kitchen.out, step.name, result)
 
 
 def _steer(kitchen: _Kitchen, step: Step) -> None:
@@ -365,6 +383,7 @@ def _steer(kitchen: _Kitchen, step: Step) -> None:
         direction=direction.digest,
         intervention=f"strength × scale of {given['probe']} added at {direction.site}, on the tokens "
         f"{given.get('tokens', 'all')}",
+        identity=kitchen.lm.identity,
     )
     results.write_steering(kitchen.out, step.name, done)
 
@@ -373,10 +392,9 @@ def _side_effects(kitchen: _Kitchen, step: Step) -> None:
     how = _all_but(step.given, *_ACT, "strength")
     if "unrelated" in how:
         how["unrelated"] = None if how["unrelated"] == "none" else kitchen.recipe.file(how["unrelated"])
-    found = rp.side_effects(
-        kitchen.lm, kitchen.steering(step.given, step.given["strength"]), progress=kitchen.progress, **how
-    )
-    about = {"generations": found.generations.to_dicts()}
+    steering = kitchen.steering(step.given, step.given["strength"])
+    found = rp.side_effects(kitchen.lm, steering, progress=kitchen.progress, **how)
+    about = kitchen.about(steering) | {"generations": found.generations.to_dicts()}
     write_table(found.table, kitchen.file(step.kind, f"{step.name}.json"), overwrite=True, about=about)
 
 
@@ -385,11 +403,17 @@ def _multiple_choice(kitchen: _Kitchen, step: Step) -> None:
     if "limit" in given:
         first = data.frame["group"].unique(maintain_order=True).head(given["limit"])
         data = data.where(group=first.to_list())
+    steering = kitchen.steering({"tokens": "generated", **given}, given["strength"])  # as the verb does
     plain = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
-    with rp.steer(kitchen.lm, kitchen.steering(given, given["strength"])):
+    with rp.steer(kitchen.lm, steering):
         steered = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
-    table = compare_choices(plain, steered, **_some(given, "seed"))
-    write_table(table, kitchen.file(step.kind, f"{step.name}.json"), overwrite=True)
+    about = kitchen.about(steering) | {
+        "data": data.digest,
+        "primer": PRIMER,
+        "metrics": compare_choices(plain, steered, **_some(given, "seed")).to_dicts(),
+    }
+    to = kitchen.file(step.kind, f"{step.name}.json")
+    write_table(per_question(plain, steered), to, overwrite=True, about=about)
 
 
 def _trace(kitchen: _Kitchen, step: Step) -> None:
@@ -397,9 +421,8 @@ def _trace(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.prompts import facts_of
 
     given, unknown = step.given, step.given.get("unknown", "refuse")
-    how: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in _all_but(given, "data", "limit", "unknown").items()
-    }
+    asked = _all_but(given, "data", "limit", "unknown")
+    how: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
     limit = given.get("limit")
     facts = facts_of(kitchen.recipe.file(given["data"]), limit=None if unknown == "drop" else limit)
     if unknown == "drop":

@@ -23,8 +23,10 @@ def demo(
     quiet_libraries()  # before they are imported: matplotlib says at once that a home is read-only
     from reprobe.cli.demo import run_demo
     from reprobe.progress import terminal
+    from reprobe.report.page import REPORT
 
     results_folder(out)
+    new_report(out / REPORT)
     with terminal() as progress:
         summary, page = run_demo(out, model=model, overwrite=overwrite, progress=progress, say=say)
     if as_json:

@@ -19,7 +19,9 @@ def run(
         Path | None, typer.Option(help="Folder for the results; default: named like the recipe, here.")
     ] = None,
     device: Device = None,
-    check: Annotated[bool, typer.Option("--check", help="Check the recipe only; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe and say what would run; write nothing.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Verify the steps that are finished, and go on with the others.")
     ] = False,
@@ -33,7 +35,7 @@ def run(
     from reprobe.cli import recipe as recipes
 
     read = recipes.read(recipes.find(recipe))
-    if check:
+    if dry_run:
         steps = [str(step) for step in read.steps]
         if as_json:
             show_json({"title": read.title, "digest": read.digest, "steps": steps})

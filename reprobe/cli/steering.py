@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from jaxtyping import Float
 
 import reprobe as rp
@@ -61,6 +62,12 @@ def done_by(*steerings: rp.Steering) -> list[str]:
         for steering in steerings
         for item in steering.interventions
     ]
+
+
+def per_question(plain: rp.Choices, steered: rp.Choices) -> pl.DataFrame:
+    """A line per question, with the metrics of the plain model and, as NAME_steered, of the steered."""
+    own = steered.table.select(rp.evaluation.METRICS).rename(lambda metric: f"{metric}_steered")
+    return plain.table.hstack(own)
 
 
 def read_by(steering: rp.Steering) -> list[rp.Direction]:

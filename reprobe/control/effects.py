@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -109,25 +110,31 @@ class Tally:
 
     def fold(self) -> None:
         """Count what was put off."""
-        while self.later:
-            chosen = self.later.popleft()
-            self._count(chosen, chosen)
+        for (_, whole), group in groupby(self.later, lambda c: (id(c.tokens.memory), c.tokens.all_prompts)):
+            some = list(group)
+            if whole:  # the passes of a run are counted at once
+                self._count(some[0], some[0], len(some), sum(chosen.count for chosen in some))
+            else:
+                for chosen in some:
+                    self._count(chosen, chosen)
+        self.later.clear()
 
     def add(self, scope: Chosen, chosen: Chosen) -> None:
         """Count a pass: the tokens of the scope, and those of them that the gate let through."""
         self.fold()
         self._count(scope, chosen)
 
-    def _count(self, scope: Chosen, chosen: Chosen) -> None:
+    def _count(self, scope: Chosen, chosen: Chosen, passes: int = 1, count: int | Tensor | None = None) -> None:
+        """Count passes like this one; `count` is the number of their tokens together."""
         tokens = scope.tokens
-        self._passes += 1
-        self._in_scope = self._in_scope + scope.count
+        self._passes += passes
+        self._in_scope = self._in_scope + (scope.count if count is None else count)
         if tokens.memory is not self._run:
             self._rows_before = self._rows_before + _number(self._rows)
             self._run, self._rows = tokens.memory, 0
         if chosen.where is False:
             return
-        self._tokens = self._tokens + chosen.count
+        self._tokens = self._tokens + (chosen.count if count is None else count)
         if chosen.prompts is None:
             self._rows = tokens.n_prompts
         elif isinstance(self._rows, Tensor):

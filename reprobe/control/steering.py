@@ -5,8 +5,9 @@ and no trace after it.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,23 +59,42 @@ class _Active:
         self.site, self.by_role, self.by_prompt = item.site, item.by_role, item.by_prompt
         self._scope = item.scope_key  # as a key: what a scope chooses is the same for all interventions of a pass
         self._step = item.step
-        self._added: Tensor | None = None  # the step, where it was last needed
+        self._added: Callable[[Tensor, Tokens], Tensor] | None = None
+        if self._step is not None and gate is None:
+            self._added = self._adding(self._step)
 
-    def apply(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
-        scope: Chosen | None = tokens.once.get(self._scope)
-        if scope is None:
-            scope = tokens.once[self._scope] = Chosen(self.item.choose(tokens), tokens)
-        if self._step is None or self.gate is not None or scope.where is not True:
-            return self._chosen(h, tokens, scope)
-        # The same for every token of the pass, which is the rule while generating: nothing but the sum.
-        later = self.tally.later
-        later.append(scope)
-        if len(later) > _AT_ONCE:
-            self.tally.fold()
-        added = self._added
-        if added is None or added.dtype is not h.dtype or added.device != h.device:
-            added = self._added = self.item.copy("step", self._step, h)
-        return h + added
+    @property
+    def apply(self) -> Callable[[Tensor, Tokens], Tensor]:
+        """The new value of an activation (rows, now, width)."""
+        return self._changing if self._added is None else self._added
+
+    def _changing(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
+        return self._chosen(h, tokens, tokens.once.get(self._scope) or self._scoped(tokens))
+
+    def _adding(self, step: Float[np.ndarray, " width"]) -> Callable[[Tensor, Tokens], Tensor]:
+        """`apply` where nothing but a sum is left to do for passes of which every token is chosen, as a rule while
+        generating: with the fewest look-ups, for all that is looked up has left the caches since the last token."""
+        scope_key, scoped, later, fold = self._scope, self._scoped, self.tally.later, self.tally.fold
+        added = torch.empty(0, dtype=torch.bool)  # which no activation is
+
+        def apply(h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
+            nonlocal added
+            scope = tokens.once.get(scope_key) or scoped(tokens)
+            if scope.where is not True:
+                return self._chosen(h, tokens, scope)
+            later.append(scope)
+            if len(later) > _AT_ONCE:
+                fold()
+            if added.dtype is not h.dtype or added.device != h.device:
+                # Of as many axes as h: sums of unlike shapes take longer.
+                added = self.item.copy("step", step, h)[None, None]
+            return h + added
+
+        return apply
+
+    def _scoped(self, tokens: Tokens) -> Chosen:
+        scope = tokens.once[self._scope] = Chosen(self.item.choose(tokens), tokens)
+        return scope
 
     def _chosen(self, h: Tensor, tokens: Tokens, scope: Chosen) -> Tensor:
         chosen = scope if self.gate is None else self._let_through(self.gate, scope, tokens, h.device)

@@ -177,8 +177,9 @@ def generate(
 ) -> list[str]:
     """Continuations of the base prompts, as text, under contrast control; greedy unless `do_sample`.
 
-    The base row chooses each token, and the other two go on with the same one. `options` go to `lm.generate`. Raises
-    `UnsupportedOperation` for beams and for several sequences per prompt, and what `steer` and `lm.generate` do.
+    The base row chooses each token, and the other two go on with the same one. On the CPU, a copy of the weights (up to
+    1 GiB) is made to be multiplied faster. `options` go to `lm.generate`. Raises `UnsupportedOperation` for beams and
+    for several sequences per prompt, and what `steer` and `lm.generate` do.
     """
     for name in ("num_beams", "num_return_sequences"):
         if options.get(name, 1) != 1:

@@ -178,10 +178,10 @@ class Architecture:
         if site.layer is None:
             return self._end_tap(net, site)
         blocks = self.blocks(net)
-        if site.layer >= len(blocks) or site.part not in self.block_parts(net, site.layer):
+        places = self._places(net, blocks[site.layer]) if site.layer < len(blocks) else {}
+        if site.part not in places:
             self.parts(net, f"this {self.family} network").require(site)  # raises, and says what exists
-        block = blocks[site.layer]
-        place = self._places(net, block)[site.part]
+        block, place = blocks[site.layer], places[site.part]
         scale = self.row.residual_scale(net.config) if site.part in ("attn.out", "mlp.out") else 1.0
         return Tap(_find(block, place.path, self.family), place.side, scale, place.flat)
 

@@ -162,20 +162,21 @@ class Board:
         changes: dict[_Place, tuple[Tap, list[Callable[[Tensor], Tensor]]]] = {}
         shows: dict[_Place, tuple[Tap, list[Callable[[Tensor], Tensor]]]] = {}
 
-        def change_at(site: Site, step: Callable[[Tensor], Tensor]) -> None:
-            tap, _ = self._locate(site)
+        def change(tap: Tap, step: Callable[[Tensor], Tensor]) -> None:
             changes.setdefault((tap.module, tap.side), (tap, []))[1].append(step)
 
         mids = [i for i in self._interventions if i.site.part == "resid.mid"]
         for item in self._interventions:
             if item.site.part != "resid.mid":
-                change_at(item.site, self._changer(item))
+                tap, part = self._locate(item.site)
+                change(tap, self._changer(item, tap, part))
         for layer in sorted({int(i.site.layer or 0) for i in mids}):
             # The stream's middle is no module's output: the block adds attn.out to resid.pre itself. So resid.mid is
             # written through attn.out, by the difference.
             here = [i for i in mids if i.site.layer == layer]
-            change_at(Site("resid.pre", layer), self._keep_pre(layer))
-            change_at(Site("attn.out", layer), self._mid_changer(layer, here))
+            change(self._locate(Site("resid.pre", layer))[0], self._keep_pre(layer))
+            tap, _ = self._locate(Site("attn.out", layer))
+            change(tap, self._mid_changer(layer, tap.scale, here))
         for site, observer in self._observers:
             tap, _ = self._locate(site)
             shows.setdefault((tap.module, tap.side), (tap, []))[1].append(self._shower(site, observer))
@@ -184,12 +185,12 @@ class Board:
             self._handles.append(stack.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
         for places, first in ((changes, True), (shows, False)):
             for tap, steps in places.values():
-                change = self._flat(steps) if tap.flat else _chain(steps)
+                whole = self._flat(steps) if tap.flat else _chain(steps)
                 if tap.side == "in":
-                    hook = _input_hook(change)
+                    hook = _input_hook(whole)
                     handle = tap.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
                 else:
-                    after = change.hook if isinstance(change, _Whole) else _output_hook(change)
+                    after = whole.hook() if isinstance(whole, _Whole) else _output_hook(whole)
                     handle = tap.module.register_forward_hook(after, prepend=first)
                 self._handles.append(handle)
 
@@ -203,9 +204,7 @@ class Board:
 
         return step
 
-    def _changer(self, item: Intervention) -> Callable[[Tensor], Tensor]:
-        tap, part = self._locate(item.site)
-
+    def _changer(self, item: Intervention, tap: Tap, part: slice | None) -> Callable[[Tensor], Tensor]:
         def step(raw: Tensor) -> Tensor:
             h = raw * tap.scale
             new = _apply(item, h, part, self._here())
@@ -220,9 +219,7 @@ class Board:
 
         return step
 
-    def _mid_changer(self, layer: int, items: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
-        scale = self._locate(Site("attn.out", layer))[0].scale
-
+    def _mid_changer(self, layer: int, scale: float, items: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
         def step(raw: Tensor) -> Tensor:
             mid = self._pre.pop(layer) + raw * scale
             new = mid
@@ -255,8 +252,10 @@ class Board:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass of the blocks: note its shape, and for interventions and followers its tokens."""
-        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("hidden_states"), *args)
-        first = next(value for value in given if isinstance(value, Tensor))
+        first = kwargs.get("input_ids")
+        if not isinstance(first, Tensor):
+            given = (kwargs.get("inputs_embeds"), kwargs.get("hidden_states"), *args)
+            first = next(value for value in given if isinstance(value, Tensor))
         rows, now = self._shape = int(first.shape[0]), int(first.shape[1])
         if not (self._interventions or self._followers):
             return
@@ -307,20 +306,25 @@ class Board:
 class _Whole:
     """One intervention on the whole tensor that passes.
 
-    This runs at every block for every token, after weights have swept the caches: each Python frame is felt, so that
-    where it is alone it is itself the hook.
+    This runs at every block for every token, after weights have swept the caches: each Python frame and each attribute
+    is felt, so that where it is alone it makes a hook of its own.
     """
 
     def __init__(self, board: Board, item: Intervention) -> None:
         self._board, self._apply = board, item.apply
 
     def __call__(self, raw: Tensor) -> Tensor:
-        return self._apply(raw, self._board._tokens or self._board._here())
+        return self._apply(raw, self._board._here())
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return self._apply(output, self._board._tokens or self._board._here())
-        return (self(output[0]), *output[1:])
+    def hook(self) -> Callable[[nn.Module, Any, Any], Any]:
+        board, apply = self._board, self._apply
+
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return apply(output, board._tokens or board._here())
+            return (apply(output[0], board._here()), *output[1:])
+
+        return after
 
 
 #: Boards with hooks, by id, and what keeps compiled code from running while there are any.

@@ -6,6 +6,7 @@ a table; names and places only name it. Does not know how anything is drawn.
 """
 
 import json
+import os
 import re
 import tomllib
 from collections import Counter
@@ -25,10 +26,11 @@ from reprobe.probing.artifact import kind_in
 from reprobe.probing.comparison import Comparison
 from reprobe.probing.direction import Direction
 from reprobe.probing.probe_grid import ProbeGrid
-from reprobe.provenance import digest_file, rebuilding
+from reprobe.provenance import digest_file, rebuilding, text
 from reprobe.report.measured import SCHEMAS, Measured, columns_of, kind_of_columns, read_measured
 from reprobe.report.results import (
     DOSE_COLUMNS,
+    RECORD_KIND,
     RUN,
     RUN_KIND,
     SCAN_KIND,
@@ -50,9 +52,14 @@ REPORT_MARK = b'<meta name="generator" content="reprobe">'
 #: A dissection's own page says by its digest which one it is of.
 _DISSECTED = re.compile(rb'<meta name="dissection" content="([0-9a-f]{64})">')
 _HEAD = 4096  # bytes of an HTML file in which those stand
+#: Bytes up to which a JSON file may be a result; larger ones are data.
+_LARGEST = 1 << 26
 #: Folders inside folders that are searched.
 _DEPTH = 4
-_STORE, _EDITED, _PAGE, _RECIPE, _FIGURE = "store", "edited model", "report", "recipe", "figure"
+_STORE, _EDITED, _PAGE, _FIGURE = "store", "edited model", "report", "figure"
+_RECIPE, _RECORD = "recipe", "record of a run"
+#: Keys of the record that the run of a recipe leaves.
+_RECORDED = {"recipe", "model", "data", "digest", "finished"}
 _FIGURES = (".svg", ".png", ".pdf")
 #: Where JSON files lie whose kind is not written in them.
 _PLACES = {"scans": SCAN_KIND, "steering": STEERING_KIND}
@@ -82,7 +89,8 @@ class Results:
     """Everything found in a results folder, by kind and name, in the order of the paths.
 
     `edits` are those of a file or of an edited model, `measured` tables that verbs saved, `pages` the own pages of
-    dissections by these's digests, `recipes` the texts of TOML files. `unknown` are paths of what is no result.
+    dissections by these's digests, `recipes` the texts of TOML files, `records` digests that the run of a recipe left,
+    by what they are of. `unknown` are paths of what is no result.
     """
 
     folder: Path
@@ -100,6 +108,7 @@ class Results:
     dissections: Mapping[str, Dissection] = field(default_factory=dict)
     pages: Mapping[str, Path] = field(default_factory=dict)
     recipes: Mapping[str, str] = field(default_factory=dict)
+    records: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     files: Sequence[File] = ()
     damaged: Sequence[Damaged] = ()
     unknown: Sequence[str] = ()
@@ -111,7 +120,7 @@ class Results:
 
 #: Of each kind, which field of `Results` holds it, and how it is read.
 _KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    _STORE: ("stores", ActivationStore.open),
+    _STORE: ("stores", lambda path: _open_store(path)),
     probe_grid.KIND: ("grids", ProbeGrid.load),
     comparison.KIND: ("comparisons", Comparison.load),
     direction.KIND: ("directions", Direction.load),
@@ -123,6 +132,7 @@ _KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     _EDITED: ("edits", edits_in),
     dissected.KIND: ("dissections", Dissection.load),
     _RECIPE: ("recipes", lambda path: path.read_text(encoding="utf-8")),
+    _RECORD: ("records", lambda path: _read_record(path)),
     **dict.fromkeys(SCHEMAS, ("measured", read_measured)),
 }
 
@@ -181,7 +191,7 @@ def read_results(folder: str | Path, stores: Mapping[str, ActivationStore] | Non
         except ReprobeError as error:
             damaged.append(_damage(folder, path, error))
     found["stores"] |= dict(stores or {})
-    if run is None and not any(found[attribute] for attribute in found if attribute != "recipes"):
+    if run is None and not any(found[attribute] for attribute in found if attribute not in ("recipes", "records")):
         _raise_empty(folder, damaged)
     return Results(folder, run, pages=pages, files=files, damaged=damaged, unknown=unknown, **found)
 
@@ -203,7 +213,7 @@ def _walk(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if not path.is_dir() or _whole(path):
+        if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK) or _whole(path):
             yield path
         elif depth and not path.is_symlink():  # a link may lead in a circle
             yield from _walk(path, depth - 1)
@@ -227,13 +237,16 @@ def _is_store(folder: Path) -> bool:
 def _kind(path: Path) -> str | None:
     """What a file or a whole folder is, None if it is no result. Raises `CorruptArtifact` if it cannot be told."""
     if path.is_dir():
+        _ = next(path.iterdir(), None)  # raises where one may not look
         edited = (path / FOLDER).is_dir()
         return _EDITED if edited else _STORE if path.suffix == STORE_SUFFIX or _is_store(path) else None
+    if not path.is_file():  # a pipe would be waited for, a link lead nowhere
+        return None
     head, suffix = _head(path), path.suffix.lower()
     if suffix == ".safetensors" or _is_safetensors(head, path.stat().st_size):
         kind = kind_in(path)
         return kind if kind in _KINDS else None
-    if suffix == ".json":
+    if suffix == ".json" and path.stat().st_size <= _LARGEST:
         return _kind_of_json(path)
     if head.startswith(b"PAR1") or suffix in (".parquet", ".csv"):
         return _kind_of_table(path)
@@ -258,8 +271,10 @@ def _kind_of_json(path: Path) -> str | None:
     placed = RUN_KIND if path.name == RUN else _PLACES.get(path.parent.name)
     with rebuilding(f"{path} is not JSON"):
         value = json.loads(path.read_bytes())
+    if isinstance(value, dict) and set(value) >= _RECORDED:
+        return _RECORD
     said = value.get("kind") if isinstance(value, dict) else None
-    if said in (SCAN_KIND, STEERING_KIND):
+    if said in (SCAN_KIND, STEERING_KIND, RECORD_KIND):
         return str(said)
     if said is not None:
         return placed if said == placed else None
@@ -267,6 +282,20 @@ def _kind_of_json(path: Path) -> str | None:
         return kind_of_columns(columns_of(path)) or placed
     except UsageError:  # no table
         return placed
+
+
+def _open_store(path: Path) -> ActivationStore:
+    """A store whose manifest and index are sound. Its rows, which may be many, are checked as they are read."""
+    store = ActivationStore.open(path)
+    _ = store.index
+    return store
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    with rebuilding(f"{path} is malformed"):
+        value = json.loads(path.read_bytes())
+        data = {f"data {name}": text(digest) for name, digest in value["data"].items()}
+        return {"recipe": text(value["recipe"])} | data | {"recipe, model and data": text(value["digest"])}
 
 
 def _kind_of_table(path: Path) -> str | None:
@@ -281,7 +310,7 @@ def _kind_of_table(path: Path) -> str | None:
 def _is_toml(path: Path) -> bool:
     try:
         tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
     return True
 

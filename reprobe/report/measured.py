@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
 
 from reprobe.errors import UsageError
 from reprobe.evaluation.choices import METRICS, Choices, compare
 from reprobe.evaluation.editing import Evaluation, summarise
 from reprobe.model.identity import ModelIdentity
 from reprobe.probing.transfer import COLUMNS, TransferGrid
-from reprobe.provenance import rebuilding
+from reprobe.provenance import rebuilding, text, texts
 from reprobe.report.results import require_dose_table
 
-TRANSFER, CHOICES, SIDE_EFFECTS, EDITING = "transfer matrix", "multiple choice", "side effects", "scores of edits"
+TRANSFER, CHOICES, SIDE_EFFECTS = "transfer table", "multiple-choice table", "side-effects table"
+COMPARED, EDITING = "multiple-choice comparison", "edit-scores table"
 DOSES, TUNING = "dose-response table", "strength search"
 
 _INTERVAL = {"low": pl.Float64, "high": pl.Float64}
@@ -32,6 +34,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("unsteered", "steered", "change"), pl.Float64)
     | _INTERVAL
     | {"n": pl.Int64, "over": pl.String},
+    COMPARED: {"metric": pl.String}
+    | dict.fromkeys(("unsteered", "steered", "change"), pl.Float64)
+    | _INTERVAL
+    | {"n": pl.Int64},
     CHOICES: {"question": pl.String, "group": pl.String} | _PER_QUESTION,
     EDITING: dict.fromkeys(("fact", "group", "kind", "prompt", "state"), pl.String)
     | {"p_new": pl.Float64, "p_true": pl.Float64, "success": pl.Boolean},
@@ -62,12 +68,12 @@ class Measured:
         if self.kind == TRANSFER:
             lines = self.table.select("test", "test_rows").unique(maintain_order=True)
             return {f"rows of {name}": digest for name, digest in lines.iter_rows()}
-        return {"data": str(self.about["data"])} if "data" in self.about else {}
+        return {"data": text(self.about["data"])} if "data" in self.about else {}
 
     @property
     def interventions(self) -> str:
         """What was done in the model, where the file says so."""
-        return ", ".join(map(str, self.about.get("interventions", ())))
+        return ", ".join(self.about.get("interventions", ()))
 
     @property
     def transfer(self) -> TransferGrid:
@@ -78,6 +84,8 @@ class Measured:
     def choices(self) -> pl.DataFrame:
         """`metric`, `low`, `high`, `n` as `reprobe evaluate truthfulqa` shows them: `mean` of a single run, or
         `unsteered`, `steered` and `change` of two."""
+        if self.kind == COMPARED:
+            return self.table
         plain = self._run("")
         steered = [f"{m}_steered" for m in METRICS]
         return compare(plain, self._run("_steered")) if set(steered) <= set(self.table.columns) else plain.summary()
@@ -103,8 +111,7 @@ def kind_of_columns(columns: Collection[str]) -> str | None:
 
 
 def columns_of(path: Path) -> list[str]:
-    """The columns of a table, without its rows where that is possible. Raises `CorruptArtifact` if it cannot be read,
-    `UsageError` for JSON that holds no table."""
+    """The columns of a table, without its rows where that is possible. Raises as `read_measured` does."""
     if path.suffix == ".json":
         return _json(path)[0].columns
     with rebuilding(f"{path} cannot be read as a table"):
@@ -113,36 +120,35 @@ def columns_of(path: Path) -> list[str]:
 
 
 def read_measured(path: str | Path) -> Measured:
-    """A table of one of the kinds. Raises `CorruptArtifact`; `UsageError` if it is of another kind."""
+    """A table of one of the kinds. Raises `CorruptArtifact`; `UsageError` for a table of another kind, or none."""
     path, about = Path(path), dict[str, Any]()
-    with rebuilding(f"{path} is not as it was written"):
-        if path.suffix == ".json":
-            table, about = _json(path)
-        elif path.suffix == ".csv":
-            table = pl.read_csv(path, infer_schema_length=None)
-        else:
-            table = pl.read_parquet(path)
+    if path.suffix == ".json":
+        table, about = _json(path)
+    else:
+        with rebuilding(f"{path} cannot be read as a table"):
+            table = pl.read_csv(path, infer_schema_length=None) if path.suffix == ".csv" else pl.read_parquet(path)
     kind = kind_of_columns(table.columns)
     if kind is None:
         raise UsageError(f"{path} is a table of {', '.join(table.columns)}: none that a report shows")
     with rebuilding(f"{path} is not as it was written"):
-        schema = SCHEMAS[kind]
-        table = table.with_columns(pl.col(name).cast(dtype) for name, dtype in schema.items())
         if not table.height:
-            raise ValueError("a table without lines")
-        for name in schema:
-            if table[name].null_count() and not name.endswith(_MAY_LACK):
+            raise ValueError("it has no lines")
+        table = table.with_columns(cs.matches("_(low|high)$").cast(pl.Float64))
+        found = Measured(kind, table.with_columns(pl.col(c).cast(dtype) for c, dtype in SCHEMAS[kind].items()), about)
+        for name in SCHEMAS[kind]:
+            if found.table[name].null_count() and not name.endswith(_MAY_LACK):
                 raise ValueError(f"values are missing in the column {name!r}")
-        found = Measured(kind, table, about)
         _require_whole(found)
     return found
 
 
 def _require_whole(found: Measured) -> None:
     """Everything that is shown of it can be worked out."""
-    _ = found.identity, found.data, found.interventions
+    _ = found.identity, found.data
+    texts(found.about.get("interventions", ()))
     if found.kind == TRANSFER:
         grid = found.transfer
+        texts(list(grid.notes.values()))
         for site in grid.sites:
             grid.matrix(site)
     elif found.kind == CHOICES:
@@ -151,6 +157,11 @@ def _require_whole(found: Measured) -> None:
         _ = found.editing
     elif found.kind == DOSES:
         require_dose_table(found.table)
+        if "text" in found.table.columns:
+            texts(found.table["text"].drop_nulls().to_list())
+    elif found.kind == TUNING:
+        for name in ("strength", "target_kl"):
+            float(found.about.get(name, 0.0))
 
 
 def _json(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:

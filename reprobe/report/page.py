@@ -51,7 +51,7 @@ def write_report(
     if results.unknown:
         n, told = len(results.unknown), ", ".join(results.unknown[:_TOLD])
         say(f"not in the report, because they are no results: {told}{f', and {n - _TOLD} more' if n > _TOLD else ''}")
-    text = render(results, path.parent)
+    text = render(results, path.parent, say)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, text.encode())
     return path
@@ -66,11 +66,11 @@ def writable(path: Path) -> Path:
     return path
 
 
-def render(results: Results, base: Path) -> str:
-    """The page of a results folder as text, which will lie in the folder `base`."""
+def render(results: Results, base: Path, say: Callable[[str], None]) -> str:
+    """The page of a results folder as text, which will lie in the folder `base`; `say` as in `write_report`."""
     # A user's matplotlibrc must not change the page. `style.context` leaves the backend alone.
     with style.context("default"):
-        shown = sections(results, base)
+        shown = sections(results, base, say)
     title = results.run.title if results.run else f"Results in {results.folder.absolute().name}"
     return page("page.html", title, results.run.summary if results.run else (), shown)
 

@@ -37,6 +37,8 @@ RUN = "run.json"
 STORE_SUFFIX = ".reprobe"
 #: What the field `kind` of a JSON file says. Files from before there was that field are known by where they lie.
 RUN_KIND, SCAN_KIND, STEERING_KIND = "run", "scan", "dose response"
+#: Of the record that `reprobe run` keeps of its steps: it is no result itself.
+RECORD_KIND = "record of a recipe"
 #: Columns of `evaluation.dose_response`.
 DOSE_COLUMNS: dict[str, Any] = {
     "strength": pl.Float64,
@@ -148,9 +150,14 @@ def read_run(folder: str | Path) -> Run:
 
 def write_scan(folder: str | Path, name: str, result: ScanResult) -> Path:
     """Write scans/NAME.json, in place of one that is there. `UsageError` for NaN or infinite scores."""
+    return save_scan(Path(folder) / "scans" / f"{_checked(name)}.json", result)
+
+
+def save_scan(path: str | Path, result: ScanResult) -> Path:
+    """Write a scan to a file of any name, as `write_scan` does."""
     scan = result.scan
     if not np.isfinite(scan.scores).all():
-        raise UsageError(f"scan {name!r} has scores that are NaN or infinite; it cannot be stored")
+        raise UsageError(f"the scan of {result.text!r} has scores that are NaN or infinite; it cannot be stored")
     value = {
         "tokens": list(scan.tokens),
         "sites": [str(s) for s in scan.sites],
@@ -159,7 +166,7 @@ def write_scan(folder: str | Path, name: str, result: ScanResult) -> Path:
         "grid": result.grid,
         "identity": _coded(result.identity),
     }
-    return _write_json(Path(folder) / "scans" / f"{_checked(name)}.json", SCAN_KIND, value)
+    return _write_json(Path(path), SCAN_KIND, value)
 
 
 def read_scan(path: str | Path) -> ScanResult:

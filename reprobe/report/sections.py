@@ -6,6 +6,7 @@ HTML.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from reprobe.model.identity import ModelIdentity
@@ -19,15 +20,16 @@ from reprobe.store.reader import ActivationStore
 _TOLD = 30
 
 
-def sections(results: Results, base: Path) -> tuple[Section, ...]:
-    """All sections for which there are results, in the order of the page, which will lie in the folder `base`."""
+def sections(results: Results, base: Path, say: Callable[[str], None]) -> tuple[Section, ...]:
+    """All sections for which there are results, in the order of the page, which will lie in the folder `base`; `say` is
+    told of what turns out to be damaged."""
     found = studies(results)
     made = (
         _overview(results),
         sections_probing.layers(found),
         sections_probing.readers(found),
         sections_probing.heads(found),
-        sections_probing.geometry(found),
+        sections_probing.geometry(found, say),
         sections_probing.directions(found),
         sections_probing.transfers(results),
         sections_probing.scans(results, found),
@@ -79,6 +81,9 @@ def _reproduce(results: Results) -> Section:
         rows.append(("prompts", name, Digest(store.manifest.prompts, whole=True)))
         rows.append(("store", name, Digest(store.manifest.digest, whole=True)))
     rows += [(f.kind, f.name, Digest(f.digest, whole=True)) for f in results.files if f.digest and f.kind != "store"]
+    rows += [
+        (what, name, Digest(d, whole=True)) for name, found in results.records.items() for what, d in found.items()
+    ]
     for name, steered in results.steering.items():
         rows.append(("direction", f"{name}, {steered.site}", Digest(steered.direction, whole=True)))
     blocks: list[Block] = []
@@ -165,9 +170,7 @@ def _store_card(name: str, store: ActivationStore) -> Card:
 
 
 def _counted(kind: str, n: int) -> str:
-    """2 stores, 1 probe grid; kinds that end in s are of several things already."""
-    many = n > 1 and not kind.endswith("s")
-    return f"{n} {kind}" + (("es" if kind.endswith(("ch", "x")) else "s") if many else "")
+    return f"{n} {kind}" + ("" if n == 1 else "es" if kind.endswith("ch") else "s")
 
 
 def _duration(seconds: float) -> str:

@@ -32,10 +32,10 @@ from reprobe.report.blocks import (
 )
 from reprobe.report.curves import dose_curves
 from reprobe.report.folder import Results
-from reprobe.report.measured import CHOICES, DOSES, EDITING, SIDE_EFFECTS, TUNING, Measured
+from reprobe.report.measured import CHOICES, COMPARED, DOSES, EDITING, SIDE_EFFECTS, TUNING, Measured
 from reprobe.report.results import SteeringResult, effect_of
 from reprobe.report.shifts import Shift, shift_lines
-from reprobe.report.wording import HYPHEN, bounded, capital, change, many, signed, words
+from reprobe.report.wording import HYPHEN, bounded, capital, many, signed, words
 
 #: Lines up to which facts are drawn and told one by one.
 _FACTS, _TOLD = 24, 200
@@ -99,9 +99,9 @@ def _doses(table: pl.DataFrame, effect: str) -> Table:
         (
             signed(line["strength"], "+g"),
             bounded(line[effect], line.get(f"{effect}_low"), line.get(f"{effect}_high")),
-            change(line | {"change_low": line.get("change_low"), "change_high": line.get("change_high")}, "change"),
+            bounded(line["change"], line.get("change_low"), line.get("change_high"), "+.3f"),
             bounded(line["kl"], line.get("kl_low"), line.get("kl_high")),
-            *([line["text"].strip()] if text else []),
+            *([(line["text"] or "").strip()] if text else []),
         )
         for line in table.iter_rows(named=True)
     ]
@@ -119,7 +119,7 @@ def costs(results: Results) -> Section:
                 line["unit"] or "",
                 f"{line['unsteered']:.3f}",
                 f"{line['steered']:.3f}",
-                change(line | {"change_low": line["low"], "change_high": line["high"]}, "change"),
+                bounded(line["change"], line["low"], line["high"], "+.3f"),
                 f"{line['n']:,} {line['over']}",
             )
             for line in measured.table.iter_rows(named=True)
@@ -133,7 +133,8 @@ def costs(results: Results) -> Section:
         blocks += [Table(caption, head, rows, source=_of_table(measured)), *_generations(measured)]
     for name, measured in results.of(TUNING).items():
         found, target = (measured.about.get(key) for key in ("strength", "target_kl"))
-        said = "" if found is None else f" Found: strength {found:+g} for a target of {target:g} nats per token."
+        known = found is not None and target is not None
+        said = f" Found: strength {found:+g} for a target of {target:g} nats per token." if known else ""
         tried = [
             (f"{i}", signed(strength, "+.4g"), f"{kl:.4f}")
             for i, (strength, kl) in enumerate(measured.table.select("strength", "kl").iter_rows(), 1)
@@ -159,7 +160,8 @@ def _generations(measured: Measured) -> list[Block]:
 
 def choices(results: Results) -> Section:
     blocks: list[Block] = []
-    for i, (name, measured) in enumerate(results.of(CHOICES).items()):
+    tables = results.of(CHOICES) | results.of(COMPARED)
+    for i, (name, measured) in enumerate(tables.items()):
         found = measured.choices
         n = f"{found['n'][0]:,} questions"
         of = _of_table(measured)
@@ -184,7 +186,7 @@ def choices(results: Results) -> Section:
                 _metric(line),
                 f"{line['unsteered']:.3f}",
                 f"{line['steered']:.3f}",
-                change(line | {"change_low": line["low"], "change_high": line["high"]}, "change"),
+                bounded(line["change"], line["low"], line["high"], "+.3f"),
             )
             for line in found.to_dicts()
         ]
@@ -246,7 +248,7 @@ def edits(results: Results) -> Section:
             figure = shift_lines(shifts, x="probability of the new object", states=("before", "after"), limits=(0, 1))
             label = f"Probability of each new object before and after, {group.name}"
             blocks.append(Panels([panel(figure, f"edits-{i}", label, caption, _of_edits(group))]))
-        blocks += [_facts(group), _matrices(group)]
+        blocks += [*([_facts(group)] if group.facts else []), _matrices(group)]
     for name, measured in results.of(EDITING).items():
         blocks += [Heading(f"Scores: {name}"), *_scores(name, measured)]
     return Section("edits", "Facts written into weights", blocks)

@@ -27,6 +27,9 @@ _MAPS, _TOLD = 3, 100
 def traces(results: Results) -> Section:
     blocks: list[Block] = []
     for i, (name, grid) in enumerate(results.traces.items()):
+        if not grid.traces:
+            blocks.append(Prose(f"{name} holds no fact."))
+            continue
         settings = grid.settings
         of, n = _of_trace(grid), len(grid.traces)
         how = (

@@ -4,11 +4,12 @@ Enters: studies and scans. Leaves: a `Section` of each, without blocks where the
 what is shown, how many rows in how many groups, and which interval. Does not know HTML.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
 
+from reprobe.errors import CorruptArtifact
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.comparison import Comparison
@@ -36,7 +37,7 @@ from reprobe.report.study import (
     whole_site,
 )
 from reprobe.report.transfer import best_on_the_diagonal, transfer_map
-from reprobe.report.wording import change
+from reprobe.report.wording import capital, change
 from reprobe.store.reader import ActivationStore
 
 _LEVEL = f"{100 * LEVEL:.0f}\u00a0%"
@@ -253,7 +254,8 @@ def heads(found: Sequence[Study]) -> Section:
     return Section("heads", "Accuracy of single heads", (caution, Panels(panels), table))
 
 
-def geometry(found: Sequence[Study]) -> Section:
+def geometry(found: Sequence[Study], say: Callable[[str], None]) -> Section:
+    """`say` is told of stores whose rows cannot be read."""
     blocks: list[Block] = []
     for i, study in enumerate(found):
         if not (grids := study.readers_of(whole_site)):
@@ -263,8 +265,14 @@ def geometry(found: Sequence[Study]) -> Section:
         grid, site = grids[reader], Site.parse(lines[reader]["site"])
         panels = []
         if study.store is not None and study.store.complete:
-            panels.append(_scatter_panel(study, study.store, grid, site, f"pca-{i}"))
-            panels.append(_along_panel(study, study.store, grid, site, f"along-{i}"))
+            try:
+                panels.append(_scatter_panel(study, study.store, grid, site, f"pca-{i}"))
+                panels.append(_along_panel(study, study.store, grid, site, f"along-{i}"))
+            except CorruptArtifact as error:
+                panels.clear()
+                what = f"the rows of {study.name} are damaged and not drawn; reprobe verify tells which"
+                say(f"{what}: {error}")
+                blocks.append(Prose(f"{capital(what)}."))
         elif study.store is not None:
             blocks.append(
                 Prose(

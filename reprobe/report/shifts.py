@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from reprobe.errors import UsageError
 from reprobe.report.style import MUTED, PAPER, SERIES, WIDTH, Mark, Plot, clipped, dress, legend
 
-_NAME = 34
+_NAME = 30
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def shift_lines(
     if not shifts:
         raise UsageError("there is nothing to be shown before and after")
     names = [clipped(shift.name, _NAME) for shift in shifts]
-    broad = max(map(len, names)) > 16
-    figure = Plot(WIDTH * (1.6 if broad else 1.0), 1.15 + 0.27 * len(shifts))
+    # Long names take room; beyond this width the page would make it scroll on a phone.
+    figure = Plot(WIDTH * (1.15 if max(map(len, names)) > 16 else 1.0), 1.15 + 0.27 * len(shifts))
     axes = dress(figure.subplots(), x=x, y="", title=title, grid="x")
     for y, shift in enumerate(shifts):
         axes.plot([shift.before, shift.after], [y, y], color=MUTED, linewidth=1.2, zorder=1)

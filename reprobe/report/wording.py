@@ -26,12 +26,10 @@ def bounded(value: float, low: float | None, high: float | None, form: str = ".3
     return written[0] if len(written) < 3 else f"{written[0]} [{written[1]}, {written[2]}]"
 
 
-def change(line: Mapping[str, Any], name: str, form: str = "+.3f") -> str:
-    """A difference with its interval, signs always shown."""
-    value, low, high = (line[f"{name}{bound}"] for bound in ("", "_low", "_high"))
-    if low is None or high is None:
-        return signed(value, form)
-    return f"{signed(value, form)} [{signed(low, form)}, {signed(high, form)}]"
+def change(line: Mapping[str, Any], name: str) -> str:
+    """A difference of a table's line with its interval, signs always shown."""
+    value, low, high = (signed(line[f"{name}{bound}"], "+.3f") for bound in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
 
 
 def capital(sentence: str) -> str:

@@ -19,6 +19,7 @@ import reprobe as rp
 from reprobe.cli.app import app
 from reprobe.cli.options import ReaderName
 from reprobe.probing import READERS
+from reprobe.report import read_results
 
 VERBS = (
     "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "export", "push", "pull",
@@ -324,6 +325,13 @@ def test_scan_reads_every_token_at_every_block(run, made):
     assert rows[-1]["resid.post@1"] == pytest.approx(float(want), abs=2e-3)
     run("scan", "model", "the end of it", "--grid", "g.safetensors", "--figure", "scan.svg")
     assert (made / "scan.svg").read_text().count("<svg") == 1
+    run("scan", "model", "the end of it", "--grid", "g.safetensors", "--to", "kept/scan.json")
+    assert (
+        "--overwrite" in run("scan", "model", "it", "--grid", "g.safetensors", "--to", "kept/scan.json", code=2).output
+    )
+    kept = read_results(made / "kept").scans["scan"]
+    assert (kept.text, kept.grid) == ("the end of it", "g")
+    assert kept.identity == rp.ActivationStore.open(made / "s.reprobe").identity
 
 
 def test_steer_shows_both_texts_and_the_price(run, made):
@@ -525,20 +533,21 @@ def test_side_effects_are_shown_and_saved(run, made, folder):
     assert "perplexity" in run(*line, "--data", "none", "--max-new-tokens", 0).stdout
 
 
-def test_a_report_is_drawn_from_a_folder_of_results(run, made):
-    page = (made / "page.html").resolve()
-    (made / "probes").mkdir()
-    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes())
-    assert str(page) in run("report", made, "--to", page).stdout
+def test_a_report_is_drawn_from_a_folder_of_results(run, made, tmp_path):
+    page, grid = (tmp_path / "page.html").resolve(), tmp_path / "probes" / "mine.safetensors"
+    shutil.copytree(made / "s.reprobe", tmp_path / "s.reprobe")
+    shutil.copy(made / "prompts.jsonl", tmp_path)
+    grid.parent.mkdir()
+    grid.write_bytes((made / "g.safetensors").read_bytes())
+    assert str(page) in run("report", tmp_path, "--to", page).stdout
     text = page.read_text()
     assert "<svg" in text
     assert rp.ActivationStore.open(made / "s.reprobe").manifest.prompts[:8] in text
-    (made / "probes" / "mine.safetensors").write_bytes((made / "g.safetensors").read_bytes()[:-1])
-    told = run("report", made, "--to", page).stderr
+    grid.write_bytes((made / "g.safetensors").read_bytes()[:-1])
+    told = run("report", tmp_path, "--to", page).stderr
     assert "probes/mine.safetensors is damaged and not in the report" in told
     assert "prompts.jsonl" in told
     assert "probes/mine.safetensors" in page.read_text()
-    (made / "probes" / "mine.safetensors").unlink()
 
 
 def test_the_list_of_data_sets_names_all_eight(run):

@@ -1,6 +1,7 @@
 """What holds for every verb: help with an example, JSON, one vocabulary, exit codes, outputs looked at before work."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -172,6 +173,19 @@ def test_no_color_means_no_colour(colour, shown):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert ("\x1b[31m" in done.stderr) == shown
+
+
+def test_the_version_is_told_and_bars_of_other_libraries_are_off_where_nobody_looks():
+    code = (
+        "import os, sys; sys.argv = ['reprobe', '--version']; from reprobe.cli import main\n"
+        "try: main()\nfinally: print(os.environ['HF_HUB_DISABLE_PROGRESS_BARS'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == [importlib.metadata.version("reprobe-lm"), "1"]
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert "Extract hidden states once" in shown
+    assert "doctor" in shown
 
 
 class TestOutputs:

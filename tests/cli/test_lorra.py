@@ -100,7 +100,7 @@ def test_directions_are_trained_in_without_a_contrast(run, folder):
         (("asked.jsonl",), "give --positive and --negative, or --direction"),
         (("asked.jsonl", "--positive", "a"), "give --positive and --negative"),
         (("asked.jsonl", *CONTRAST, "--steps", 0), "steps=0"),
-        (("asked.jsonl", *CONTRAST, "--blocks", "a"), "write blocks as"),
+        (("asked.jsonl", *CONTRAST, "--layers", "a"), "write blocks as"),
         (("asked.jsonl", *CONTRAST[:-1], "reply"), "--responses reply: asked has the columns"),
         (("asked.jsonl", *CONTRAST[:-1], "label"), "row 0 of asked has no text there"),
         (("nothing.jsonl", *CONTRAST), "nothing.jsonl"),

@@ -45,6 +45,10 @@ probe = "the"
 strength = 2
 unrelated = "none"
 max_new_tokens = 0
+[multiple-choice.more]
+data = "questions.jsonl"
+probe = "the"
+strength = 2
 [trace.known]
 data = "known.json"
 unknown = "keep"
@@ -72,7 +76,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPROBE_CACHE", str(path / "cache"))
-        tiny_net("llama", max_position_embeddings=160).save_pretrained(path / "model")
+        tiny_net("llama", max_position_embeddings=2048).save_pretrained(path / "model")
         tiny_tokenizer().save_pretrained(path / "model")
         rows = [
             {
@@ -87,6 +91,12 @@ def folder(tmp_path_factory):
         fact = {"known_id": 1, "subject": "a cat", "attribute": "mat", "template": "{} is on the",
                 "prompt": "a cat is on the", "prediction": " mat", "relation_id": "P1"}  # fmt: skip
         (path / "known.json").write_text(json.dumps([fact]))
+        answers = [
+            {"id": f"q{i}-{a}", "text": f"Q: is it {i}? A: {a}", "question": f"is it {i}?", "answer": str(a),
+             "label": int(i == a), "group": f"q{i}", "best": i == a}
+            for i in range(2) for a in range(2)
+        ]  # fmt: skip
+        (path / "questions.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
         (path / "text.txt").write_text("In May I saw her; she gave me a cat in March and it is on the mat. " * 20)
         (path / "study.toml").write_text(STUDY)
         yield path
@@ -113,12 +123,14 @@ def only(*kinds: str) -> str:
 @pytest.mark.filterwarnings("ignore:.*have no effect")
 def test_every_kind_of_step_runs_and_a_second_run_has_the_same_results(run, folder):
     assert set(STEPS) == set(recipes.KINDS)
-    told = json.loads(run(folder / "study.toml", "--out", "one", "--json").stdout)
+    first = run(folder / "study.toml", "--out", "one", "--json")
+    assert "not in the report" not in first.stderr
+    told = json.loads(first.stdout)
     one, two = Path("one"), Path("two")
     assert (one / "recipe.toml").read_text() == STUDY
     record = json.loads((one / "recipe.json").read_text())
     kinds = {name.split(".")[0] for name in record["finished"]}
-    assert kinds == set(recipes.KINDS) - {"multiple-choice"}
+    assert kinds == set(recipes.KINDS)
     assert record["digest"] == told["digest"]
     assert record["model"] == rp.LanguageModel.load(folder / "model").identity.to_json()
     assert record["data"]["prompts.jsonl"] == rp.PromptSet.load(folder / "prompts.jsonl").digest
@@ -218,7 +230,7 @@ def test_a_recipe_that_is_not_there_is_told_with_those_that_are(run):
 
 
 def test_the_bundled_recipe_runs_on_any_model(run, folder):
-    checked = json.loads(run("mood", "--check", "--json").stdout)
+    checked = json.loads(run("mood", "--dry-run", "--json").stdout)
     assert checked["steps"] == ["extract.scenes", "probe.happiness", "scan.two-scenes", "steer.happier"]
     text = recipes.find("mood").read_text()
     for there, here in (
@@ -238,4 +250,4 @@ def test_the_bundled_recipe_runs_on_any_model(run, folder):
 def test_the_recipe_of_the_readme_is_one(run, tmp_path):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (tmp_path / "shown.toml").write_text(readme.split("```toml\n")[1].split("```")[0])
-    assert "extract.scenes, probe.happiness" in run("shown.toml", "--check").stdout
+    assert "extract.scenes, probe.happiness" in run("shown.toml", "--dry-run").stdout

@@ -175,15 +175,22 @@ def agree(got, want):
 # -- formulas -------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 10**6), st.floats(0.1, 12))
-@settings(max_examples=30, deadline=None)
-def test_the_divergences_are_those_written_out(seed, spread):
+@given(st.integers(0, 10**6), st.floats(0.1, 12), st.sampled_from([4, 2**15]))
+@settings(max_examples=40, deadline=None)
+def test_the_divergences_are_those_written_out(seed, spread, chunk):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reprobe.methods.dola._CHUNK", chunk)
+        require_divergences(seed, spread)
+
+
+def require_divergences(seed, spread):
     rng = torch.Generator().manual_seed(seed)
     p = (spread * torch.randn(2, 31, generator=rng, dtype=torch.float64)).log_softmax(-1)
     q = (spread * torch.randn(2, 3, 31, generator=rng, dtype=torch.float64)).log_softmax(-1)
     for compat, reference in ((None, jsd), ("dola", published)):
         for dtype, within in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
-            found = divergences(p.to(dtype), q.to(dtype), compat)
+            # Of logits, which log-probabilities are too.
+            found = divergences((p + 1.5).to(dtype), (q - 2.5).to(dtype), compat)
             want = torch.tensor(
                 [[reference(a, b) for b in bs] for a, bs in zip(p, q, strict=True)], dtype=torch.float64
             )
@@ -259,7 +266,64 @@ def test_greedy_tokens_do_not_depend_on_the_shortcut():
         assert short == scored(lm, prompts, dola, 12)[0]
 
 
-def test_the_vocabulary_is_not_unembedded_where_one_token_is_plausible(monkeypatch):
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
+@pytest.mark.parametrize("why", ["memory", "head"])
+def test_early_logits_that_are_computed_when_asked_for_give_the_same(name, why, monkeypatch):
+    lm, prompts = model(name), PROMPTS[:2]
+    ways = [DoLa([1, 3, 5]), DoLa(3), DoLa([1, 3, 5], compat="dola"), DoLa([2, 4], jsd="plausible")]
+    want = [scored(lm, prompts, dola, 4) for dola in ways]
+    greedy = [generated(lm, prompts, dola, 4) for dola in ways]
+    if why == "memory":
+        monkeypatch.setattr("reprobe.methods.dola._AT_ONCE", 1)
+    else:  # what a quantiser or an adapter puts in its place is called as it is
+        monkeypatch.setattr(lm.net.get_output_embeddings(), "__class__", type("Other", (torch.nn.Linear,), {}))
+    assert [generated(lm, prompts, dola, 4) for dola in ways] == greedy
+    for dola, (ids, scores) in zip(ways, want, strict=True):
+        again, found = scored(lm, prompts, dola, 4)
+        assert again == ids
+        agree(found, scores.double())
+
+
+def test_the_unembedding_is_multiplied_once_per_token_with_the_rows_of_all_layers(monkeypatch):
+    lm, dola, products = model("llama"), DoLa([1, 2, 3, 4, 5, 6]), []
+    plain = torch.nn.functional.linear
+
+    def counted(x, weight, bias=None):
+        if weight.shape[0] == tiny.VOCAB:
+            products.append(x.shape[:-1])
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr("reprobe.model.architectures.linear", counted)
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    generated(lm, PROMPTS, dola, 4, repetition_penalty=None)
+    assert [tuple(shape) for shape in products if 0 not in shape] == [(3, 7)] * 4
+
+
+def test_hooks_at_the_head_see_the_network_and_ours_are_gone_after_any_end():
+    lm, seen = model("gpt2"), []
+    head = lm.net.get_output_embeddings()
+    handles = [
+        head.register_forward_pre_hook(lambda m, args: seen.append(args[0][:, -1].clone())),
+        head.register_forward_hook(lambda m, args, out: seen.append(out[:, -1].clone())),
+    ]
+
+    def fail(ids, scores):
+        raise RuntimeError
+
+    try:
+        lm.generate(PROMPTS, decoding=DoLa([2, 5]), max_new_tokens=1)
+        state, logits = seen
+        torch.testing.assert_close(logits, lm.unembed(state), atol=1e-5, rtol=0)
+        with pytest.raises(RuntimeError):
+            lm.generate(PROMPTS, decoding=DoLa([2, 5]), logits_processor=[fail])
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not head._forward_hooks
+    assert not head._forward_pre_hooks
+
+
+def test_no_divergence_is_computed_where_one_token_is_plausible(monkeypatch):
     lm = model("llama")
     monkeypatch.setattr("reprobe.methods.dola._Contrast._whole", None)
     greedy = generated(lm, PROMPTS, None)

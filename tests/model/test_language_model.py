@@ -194,6 +194,33 @@ def test_a_folder_that_is_no_model_is_said_to_be_so(tmp_path):
         rp.LanguageModel.load(tmp_path)
 
 
+def test_a_misspelt_name_and_a_file_are_told_what_a_model_is(tmp_path):
+    with pytest.raises(ModelLoadFailed, match="Did you mean 'smollm2-135m'"):
+        rp.LanguageModel.load("smolm2-135m")
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(ModelLoadFailed, match="is a file: a model is the folder"):
+        rp.LanguageModel.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"device": "gpu"}, "device 'gpu' cannot be used; this machine has cpu"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"dtype": "float99"}, "one of float32, bfloat16, float16"),
+    ],
+)
+def test_a_device_or_dtype_that_there_is_not_is_refused_before_anything_is_fetched(options, match):
+    with pytest.raises(UsageError, match=match):
+        rp.LanguageModel.load("no-such-model", **options)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_generating_nothing_is_refused(tiny_lm, n):
+    with pytest.raises(UsageError, match="1 or more"):
+        tiny_lm("llama").generate("the cat", max_new_tokens=n)
+
+
 def test_what_an_encoder_cannot_do_is_refused(tiny_lm):
     lm = tiny_lm("bert")
     d = rp.Direction.from_vector("resid.post@1", np.ones(lm.d_model))

@@ -27,6 +27,24 @@ def test_a_linear_layer_gives_the_same_but_for_rounding(bias, room, monkeypatch)
         assert products._onednn() is not None, "oneDNN was not even asked"
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 40])
+def test_a_product_is_that_of_torch_but_for_rounding(rows, bias, monkeypatch):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, 131, generator=generator) for n in (rows, 67))
+    b = torch.randn(67, generator=generator) if bias else None
+    want = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    for onednn in (products._onednn(), None):
+        monkeypatch.setattr(products, "_onednn", lambda found=onednn: found)
+        with torch.no_grad():
+            torch.testing.assert_close(products.linear(x, weight, b).double(), want, atol=5e-5, rtol=0)
+            got = products.linear(x.view(rows, 1, 131), weight, b)
+            assert got.shape == (rows, 1, 67)
+    weight.requires_grad_()
+    products.linear(x, weight, b).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(67, -1), atol=1e-4, rtol=0)
+
+
 def test_what_needs_a_gradient_or_has_another_dtype_is_computed_as_ever():
     layer, x = torch.nn.Linear(5, 3), torch.ones(2, 5)
     with FastProducts():

@@ -1,6 +1,7 @@
 """A results folder is read by what lies in it: content tells the kinds, and nothing that lies there stops the rest."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,11 +35,11 @@ def test_everything_in_a_full_folder_is_found(full: Path):
     assert {name: len(found) for name, found in results.edits.items()} == {"0006": 1, "0007": 1, "tower": 1}
     assert list(results.dissections) == ["neurons"]
     assert {name: found.kind for name, found in results.measured.items()} == {
-        "across": "transfer matrix",
-        "edit-scores": "scores of edits",
+        "across": "transfer table",
+        "edit-scores": "edit-scores table",
         "held-out": "dose-response table",
-        "misconceptions": "multiple choice",
-        "price": "side effects",
+        "misconceptions": "multiple-choice table",
+        "price": "side-effects table",
         "tuned": "strength search",
     }
     assert results.pages == {results.dissections["neurons"].digest: full / "neurons & more.html"}
@@ -133,6 +134,14 @@ def test_what_is_no_result_is_unknown_and_figures_and_reports_are_neither(folder
     assert not results.damaged
 
 
+def test_a_pipe_and_a_link_to_nowhere_are_passed_over(folder: Path):
+    os.mkfifo(folder / "pipe")
+    (folder / "lost.json").symlink_to(folder / "nowhere")
+    results = read_results(folder)
+    assert list(results.unknown) == ["lost.json", "pipe"]
+    assert list(results.traces) == ["facts"]
+
+
 def test_a_link_to_a_folder_is_not_followed_in_a_circle(folder: Path):
     (folder / "again").symlink_to(folder, target_is_directory=True)
     assert list(read_results(folder).traces) == ["facts"]
@@ -144,6 +153,16 @@ def test_a_recipe_is_kept_as_text_and_is_no_result_by_itself(tmp_path: Path):
         read_results(tmp_path)
     write_run(tmp_path, Run("x"))
     assert read_results(tmp_path).recipes == {"recipe": 'model = "smollm2-135m"\n'}
+
+
+def test_the_record_of_a_run_is_known_and_its_digests_are_kept(folder: Path):
+    record = {"recipe": "aa", "model": {}, "data": {"cities": "bb"}, "digest": "cc", "versions": {}, "finished": {}}
+    (folder / "recipe.json").write_text(json.dumps(record))
+    found = read_results(folder)
+    assert found.records == {"recipe": {"recipe": "aa", "data cities": "bb", "recipe, model and data": "cc"}}
+    assert not found.unknown
+    (folder / "recipe.json").write_text(json.dumps(record | {"data": {"cities": 1}}))
+    assert [d.path for d in read_results(folder).damaged] == ["recipe.json"]
 
 
 def test_where_nothing_can_be_read_that_is_an_error_which_says_why(tmp_path: Path):

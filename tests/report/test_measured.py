@@ -12,12 +12,13 @@ from reprobe.errors import CorruptArtifact, UsageError
 from reprobe.evaluation import Choices, compare
 from reprobe.evaluation.editing import summarise
 from reprobe.probing import write_table
-from reprobe.report.measured import CHOICES, DOSES, EDITING, SIDE_EFFECTS, TRANSFER, TUNING, read_measured
+from reprobe.report.measured import CHOICES, COMPARED, DOSES, EDITING, SIDE_EFFECTS, TRANSFER, TUNING, read_measured
 
 TABLES: dict[str, Any] = {
     TRANSFER: synthetic.transfers,
     SIDE_EFFECTS: synthetic.side_effects,
     CHOICES: synthetic.choices,
+    COMPARED: lambda: compare(*(Choices(synthetic.choices(), pl.DataFrame(), "", "", "") for _ in range(2))),
     EDITING: synthetic.edit_scores,
     DOSES: synthetic.doses,
     TUNING: lambda: pl.DataFrame({"strength": [1.0, 2.0], "kl": [0.1, 0.3]}),
@@ -82,7 +83,17 @@ def test_a_table_of_anything_else_is_refused_with_its_columns(tmp_path: Path):
         read_measured(write_table(pl.DataFrame({"a": [1], "b": [2]}), tmp_path / "x.csv"))
 
 
-def test_a_model_that_is_not_one_is_corrupt(tmp_path: Path):
-    path = write_table(synthetic.side_effects(), tmp_path / "x.json", about={"model": {"name": "x"}})
-    with pytest.raises(CorruptArtifact, match="model identity"):
+@pytest.mark.parametrize(
+    ("kind", "about"),
+    [
+        (SIDE_EFFECTS, {"model": {"name": "x"}}),
+        (SIDE_EFFECTS, {"interventions": 3}),
+        (CHOICES, {"data": ["ab"]}),
+        (TUNING, {"strength": "much"}),
+        (TRANSFER, {"notes": {"cities": None}}),
+    ],
+)
+def test_what_is_said_beside_a_table_must_be_what_it_should(tmp_path: Path, kind: str, about: Any):
+    path = write_table(TABLES[kind](), tmp_path / "x.json", about=about)
+    with pytest.raises(CorruptArtifact, match=r"x\.json is not as it was written"):
         read_measured(path)

@@ -297,6 +297,24 @@ def test_a_store_that_is_not_complete_is_said_to_be(full: Path, tmp_path: Path):
     assert "0 of 1 shards written" in page
 
 
+def test_a_store_whose_rows_are_damaged_is_said_to_be_and_its_scores_are_drawn(full: Path, tmp_path: Path):
+    folder = _only(full, tmp_path, "cities.reprobe", "probes/cities-pca.safetensors")
+    for chunk in (folder / "cities.reprobe" / "activations.zarr").glob("resid.post-*/c.*"):
+        data = chunk.read_bytes()
+        chunk.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    told: list[str] = []
+    page = write_report(folder, say=told.append).read_text()
+    assert "The rows of cities are damaged and not drawn" in page
+    assert 'id="figure-scores-0"' in page
+    assert 'id="figure-pca-0"' not in page
+    assert len(told) == 1
+    index = folder / "cities.reprobe" / "index.parquet"
+    index.write_bytes(index.read_bytes()[:-1])
+    told.clear()
+    write_report(folder, say=told.append)
+    assert told[0].startswith("cities.reprobe is damaged and not in the report")
+
+
 def test_two_folds_leave_no_choice_and_the_report_says_so(tmp_path: Path):
     store = synthetic.make_store(store_path(tmp_path, "cities"), rows=24, layers=2)
     grid = synthetic.make_grid(store, "PCAReader", folds=2)

@@ -6,7 +6,8 @@ every checksum fit again, as somebody would who means harm.
 
 import json
 import struct
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
@@ -65,14 +66,6 @@ def in_head(data: bytes, rng: Random) -> bytes:
     return rng.choice(DAMAGE)(data[:head], rng) + data[head:]
 
 
-def too_deep(data: bytes, rng: Random) -> bytes:
-    """A number, a list or a table of TOML becomes lists in lists."""
-    lines = data.split(b"\n")
-    at = rng.choice([i for i, line in enumerate(lines) if b" = " in line])
-    lines[at] = lines[at].partition(b" = ")[0] + b" = " + b"[" * 100_000 + b"]" * 100_000
-    return b"\n".join(lines)
-
-
 # -- JSON --------------------------------------------------------------------------------------------------------
 
 _DEEP = "@deep@"
@@ -129,6 +122,25 @@ def odd_json_line(data: bytes, rng: Random) -> bytes:
     i = rng.randrange(len(lines))
     lines[i] = json_text(odd_json(json.loads(lines[i]), rng))
     return "\n".join(lines).encode()
+
+
+def odd_toml(data: bytes, rng: Random) -> bytes:
+    return toml_text(odd_json(tomllib.loads(data.decode()), rng)).encode("utf-8", "surrogatepass")
+
+
+def toml_text(value: Mapping[str, Any]) -> str:
+    """TOML, a key of the top a line; values that it lacks are written as JSON has them."""
+
+    def inline(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{json.dumps(k)} = {inline(v)}' for k, v in value.items())}}}"
+        if isinstance(value, list):
+            return f"[{', '.join(map(inline, value))}]"
+        if isinstance(value, float):
+            return {"NaN": "nan", "Infinity": "inf"}.get(json.dumps(value), repr(value))
+        return json_text(value)
+
+    return "".join(f"{json.dumps(key)} = {inline(item)}\n" for key, item in value.items())
 
 
 def odd_sealed(data: bytes, rng: Random) -> bytes:

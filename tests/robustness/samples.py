@@ -5,6 +5,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from store import synthetic
 from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
-from reprobe.cli import recipe
+from reprobe.cli import recipe, recipe_steps
 from reprobe.control import EditEffect, edits_in, export_edited, ledger_of, read_control_vector
 from reprobe.control.adapters import Adapter, Factors
 from reprobe.control.edited_model import read_record
@@ -35,12 +36,11 @@ from reprobe.methods.dissected import Dissection
 from reprobe.methods.dissection import dissect
 from reprobe.methods.tracing import Settings, Trace, TraceGrid
 from reprobe.model import gguf
-from reprobe.probing import Comparison, LDAReader, MeanDifference, ProbeGrid, compare, probe
+from reprobe.probing import Comparison, LDAReader, MeanDifference, ProbeGrid, compare, probe, write_table
 from reprobe.probing.sharing import load
-from reprobe.probing.transfer import COLUMNS
 from reprobe.prompts import facts_of
 from reprobe.provenance import digest, digest_file
-from reprobe.report import read_results, read_run, read_scan, read_steering, write_run, write_scan, write_steering
+from reprobe.report import read_run, read_scan, read_steering, write_run, write_scan, write_steering
 from reprobe.report.measured import read_measured
 from reprobe.store import ActivationStore, verify
 from reprobe.store.sealed import seal
@@ -308,41 +308,14 @@ def write_results_steering(folder: Path) -> Path:
     return write_steering(folder, "happiness", results.make_steering())
 
 
+def write_measured(table: Callable[[], pl.DataFrame], name: str) -> Callable[[Path], Path]:
+    about = {"model": results.IDENTITY.to_json(), "interventions": ["Add"]} if name.endswith("json") else None
+    return lambda folder: write_table(table(), folder / name, about=about)
+
+
 def write_results_run(folder: Path) -> Path:
     run = rp.report.Run("Truth", (rp.report.Step("load", 3.4),), results.IDENTITY, {"python": "3"}, ("ls",), ("x",))
     return write_run(folder, run)
-
-
-def write_table(suffix: str) -> Callable[[Path], Path]:
-    """A transfer matrix as a verb saves it."""
-
-    def write(folder: Path) -> Path:
-        line = {name: 1 if kind.is_integer() else "a" if kind == pl.String else 0.5 for name, kind in COLUMNS.items()}
-        own = {"site": "resid.post@1", "layer": 1, "centring": "training"}
-        table = pl.DataFrame([line | own], schema=COLUMNS)
-        path = folder / f"table.{suffix}"
-        match suffix:
-            case "csv":
-                table.write_csv(path)
-            case "parquet":
-                table.write_parquet(path)
-            case _:
-                about = {"notes": {"a": "b"}, "provenance": {"identity": lm().identity.to_json()}}
-                path.write_text(json.dumps({"table": table.to_dicts(), **about}))
-        return path
-
-    return write
-
-
-def read_table(path: Path) -> object:
-    found = read_measured(path)
-    return found.table.to_dicts(), found.identity, found.data, found.interventions, read_results(path.parent)
-
-
-def write_recipe(folder: Path) -> Path:
-    source = recipe.folder() / "mood.toml"
-    (folder / "mood.toml").write_bytes(source.read_bytes())
-    return folder / "mood.toml"
 
 
 # -- prompts -------------------------------------------------------------------------------------------------------
@@ -417,6 +390,18 @@ def write_json(value: Any, name: str) -> Callable[[Path], Path]:
         return path
 
     return write
+
+
+def write_recipe(folder: Path) -> Path:
+    return Path(shutil.copy(recipe.find("mood"), folder / "recipe.toml"))
+
+
+def write_record(folder: Path) -> Path:
+    finished = {"extract.a": {"files": {"a.reprobe": "0" * 64}, "seconds": 1.5}}
+    about = {"recipe": "0" * 64, "model": lm().identity.to_json(), "data": {"cities": "1" * 64}}
+    record = about | {"versions": {"torch": "2"}, "finished": finished}
+    (folder / "recipe.json").write_text(json.dumps(record))
+    return folder / "recipe.json"
 
 
 def write_text(text: str, name: str) -> Callable[[Path], Path]:
@@ -504,11 +489,13 @@ EVERY: tuple[Sample, ...] = (
     Sample("vllm", write_vllm, VllmFiles.scan, (*m.DAMAGE, m.odd_header), "r0.safetensors"),
     Sample("scan", write_results_scan, read_scan, JSON),
     Sample("dose-response", write_results_steering, read_steering, JSON),
+    Sample("table.json", write_measured(results.choices, "t.json"), read_measured, JSON, costly=True),
+    Sample("table.csv", write_measured(results.side_effects, "t.csv"), read_measured, m.DAMAGE),
+    Sample("table.parquet", write_measured(results.doses, "t.parquet"), read_measured, (*m.DAMAGE, odd_frame)),
     Sample("run", write_results_run, lambda p: read_run(p.parent), JSON),
-    Sample("table.json", write_table("json"), read_table, JSON),
-    Sample("table.csv", write_table("csv"), read_table, m.DAMAGE),
-    Sample("table.parquet", write_table("parquet"), read_table, (*m.DAMAGE, odd_frame)),
-    Sample("recipe", write_recipe, recipe.read, (*m.DAMAGE, m.too_deep)),
+    Sample("transfer table", write_measured(results.transfers, "t.json"), read_measured, JSON),
+    Sample("recipe", write_recipe, recipe.read, (*m.DAMAGE, m.odd_toml)),
+    Sample("recipe's record", write_record, recipe_steps.read_record, JSON),
     Sample("prompts.jsonl", write_json(TABLE, "t.jsonl"), read_prompts, JSONL),
     Sample("prompts.json", write_json(TABLE, "t.json"), read_prompts, JSON),
     Sample("chats.jsonl", write_json(CHATS, "t.jsonl"), read_prompts, JSONL),
