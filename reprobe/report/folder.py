@@ -310,7 +310,7 @@ def _kind_of_table(path: Path) -> str | None:
 def _is_toml(path: Path) -> bool:
     try:
         tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
     return True
 

@@ -493,6 +493,7 @@ EVERY: tuple[Sample, ...] = (
     Sample("table.csv", write_measured(results.side_effects, "t.csv"), read_measured, m.DAMAGE),
     Sample("table.parquet", write_measured(results.doses, "t.parquet"), read_measured, (*m.DAMAGE, odd_frame)),
     Sample("run", write_results_run, lambda p: read_run(p.parent), JSON),
+    Sample("transfer table", write_measured(results.transfers, "t.json"), read_measured, JSON),
     Sample("recipe", write_recipe, recipe.read, (*m.DAMAGE, m.odd_toml)),
     Sample("recipe's record", write_record, recipe_steps.read_record, JSON),
     Sample("prompts.jsonl", write_json(TABLE, "t.jsonl"), read_prompts, JSONL),
