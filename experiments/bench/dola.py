@@ -23,8 +23,10 @@ from torch.nn.functional import kl_div
 
 import reprobe as rp
 from reprobe.methods.dola import DoLa
+from reprobe.model.hooks import computed
 
-PLAIN, THEIRS = "greedy", "DoLa as published: layer by layer, all positions"
+PLAIN, LIKE = "greedy", "greedy, logits by our product"
+THEIRS = "DoLa as published: layer by layer, all positions"
 #: Share of plain greedy decoding's time that DoLa may take beside it.
 LOSS = {"smollm2-135m": 0.08, "gemma3-270m": 0.15}
 
@@ -109,15 +111,24 @@ def overhead(lm: rp.LanguageModel, prompts: Sequence[str], tokens: int, repeats:
         f'Published way and `compat="dola"`: {sum(a == b for a, b in zip(theirs, ours, strict=True))} of {batch} '
         "texts are the same."
     )
-    sides = [Side(PLAIN, lambda: run(None), n)]
+
+    def like_ours() -> list[str]:
+        """Greedy decoding whose logits come out of the product that DoLa's come out of, which may be the faster one."""
+        head = lm.net.get_output_embeddings()
+        with computed(head, lambda h: lm.architecture.unembed(lm.net, h[:, -1:], raw=True)):
+            return run(None)
+
+    sides = [Side(PLAIN, lambda: run(None), n), Side(LIKE, like_ours, n)]
     sides += [Side(name, lambda dola=dola: run(dola), n) for name, dola in found.items()]
     sides.append(Side(THEIRS, lambda: published.generate(prompts, tokens), n))
     times = race(sides, repeats, tidy=lambda: None, say=lambda line: print(line, file=sys.stderr, flush=True))
     work.timings = list(times.values())
     for name in found:
         if "compat" not in name:
-            lost = times[name].best / times[PLAIN].best - 1
-            work.claims.append(Claim(f"{name}: time beside greedy's", lost, "≤", LOSS.get(lm.name, 0.08)))
+            most = LOSS.get(lm.name, 0.08)
+            for beside in (PLAIN, LIKE):
+                lost = times[name].best / times[beside].best - 1
+                work.claims.append(Claim(f"{name}: time beside that of {beside}", lost, "≤", most))
         pairs = zip(times[name].seconds, times[PLAIN].seconds, strict=True)
         work.notes.append(f"{name}: median over the rounds {statistics.median(a / b - 1 for a, b in pairs):+.1%}.")
     work.notes.append(f"As published: {times[THEIRS].best / times[PLAIN].best - 1:+.0%}.")
