@@ -38,6 +38,8 @@ BENCHES: Mapping[str, str] = {
     "probing": "--work layers bootstrap --repeats 1",
     "choices": "--models smollm2-135m --questions 20 --answers 20 --repeats 1",
     "dola": "--models smollm2-135m --batches 1 --tokens 48 --repeats 4",
+    "dissection": "--tokens 8000",
+    "editing": "--facts 4",
 }
 _ROW = re.compile(r"\| (?P<cells>[^|]*(?: \| [^|]*){4}) \| (?:met|\*\*missed\*\*) \|")
 _DATE = re.compile(r"\b\d{4}-\d{2}-\d{2}\b")
