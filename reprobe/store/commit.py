@@ -11,7 +11,7 @@ from typing import Any
 
 from reprobe.errors import CorruptArtifact
 from reprobe.store.formats import shard_files
-from reprobe.store.layout import COMMITS, Shard, commit_name
+from reprobe.store.layout import COMMITS, Shard, commit_name, shard_of
 from reprobe.store.manifest import Manifest
 from reprobe.store.places import Place
 from reprobe.store.sealed import seal, unseal
@@ -65,5 +65,7 @@ def _head(shard: Shard, manifest: Manifest) -> dict[str, Any]:
 
 def committed(place: Place, manifest: Manifest) -> frozenset[int]:
     """Numbers of the shards that have a commit record (its content is read, and checked, with the shard)."""
-    names = place.names(COMMITS)
-    return frozenset(s.number for s in manifest.grid.shards if commit_name(s.number) in names)
+    # By the records that are there: a manifest may claim more shards than anybody could count.
+    numbers = {name: shard_of(name) for name in place.names(COMMITS)}
+    n = manifest.grid.n_shards
+    return frozenset(k for name, k in numbers.items() if k is not None and k < n and commit_name(k) == name)

@@ -39,7 +39,7 @@ SHARD_BYTES = 64 * 2**20
 _MANY_SHARDS = 4096
 _LARGEST_SHARD_BYTES = 2**30
 #: A store of more would have more files than any file system is good at; a manifest that claims them is not ours.
-_MOST_SHARDS = 2**20
+_MOST_SHARDS = 2**24
 #: Rows in an inner chunk, the unit of random reading: at most so many, and half of it where a row is wide.
 CHUNK_ROWS = 1024
 _WIDE_ROW_BYTES = 4096

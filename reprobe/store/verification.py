@@ -11,7 +11,7 @@ from pathlib import Path
 from reprobe.errors import ArtifactMissing, CorruptArtifact, SchemaMismatch
 from reprobe.store.commit import Commit, FileRecord, committed
 from reprobe.store.formats import shard_files
-from reprobe.store.layout import MANIFEST, commit_name
+from reprobe.store.layout import MANIFEST, commit_name, shard_of
 from reprobe.store.manifest import Manifest, read_manifest
 from reprobe.store.places import Place, Survey, place_of
 
@@ -55,7 +55,7 @@ def _fixed_files(place: Place, manifest: Manifest) -> Iterator[str]:
 
 def _shards(place: Place, manifest: Manifest) -> Iterator[str]:
     there = committed(place, manifest)
-    if absent := [s.number for s in manifest.grid.shards if s.number not in there]:
+    if absent := [k for k in range(manifest.grid.n_shards) if k not in there]:
         yield (
             f"{len(absent)} of {manifest.grid.n_shards} shards have no commit record (the first is "
             f"{absent[0]}): finish the store with reprobe extract … --resume"
@@ -72,8 +72,9 @@ def _shards(place: Place, manifest: Manifest) -> Iterator[str]:
 
 def _strangers(place: Place, manifest: Manifest, found: Survey) -> Iterator[str]:
     expected = {MANIFEST, *manifest.files}
-    for shard in manifest.grid.shards:
-        expected |= {commit_name(shard.number), *shard_files(manifest, shard.number)}
+    for number in {0} | {k for name in found.files if (k := shard_of(name)) is not None}:
+        if number < manifest.grid.n_shards:
+            expected |= {commit_name(number), *shard_files(manifest, number)}
     folders = {str(parent) for name in expected for parent in Path(name).parents}
     for name in (*found.foreign, *(set(found.files) - expected), *(set(found.folders) - folders)):
         yield f"{place.at(name)} is not part of the store"

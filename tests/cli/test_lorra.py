@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import reprobe as rp
 from reprobe.cli.app import app
+from reprobe.methods import lorra
 
 CONTRAST = ("--positive", "be glad. {}", "--negative", "be sad. {}", "--prompts", "question", "--responses", "answer")
 QUICK = ("--steps", 4, "--batch", 2, "--rank", 2, "--rate", 0.01)
@@ -71,7 +72,7 @@ def test_an_adapter_is_trained_told_and_merged_and_taken_out_again(run, folder):
 
 def test_an_interrupted_training_says_how_to_go_on(run, folder, monkeypatch):
     asked = ("model", "asked.jsonl", *CONTRAST, *QUICK, "--checkpoint", 2, "--to", "cut")
-    step = rp.methods.lorra._Training.step
+    step = lorra._Training.step
 
     def interrupted(training):
         if training.done == 3:
@@ -79,7 +80,7 @@ def test_an_interrupted_training_says_how_to_go_on(run, folder, monkeypatch):
         return step(training)
 
     with monkeypatch.context() as patch:
-        patch.setattr("reprobe.methods.lorra._Training.step", interrupted)
+        patch.setattr(lorra._Training, "step", interrupted)
         assert "go on with --resume" in run(*asked, code=130).stderr
     assert "go on with resume=True (--resume)" in run(*asked, code=2).stderr
     run(*asked, "--resume")

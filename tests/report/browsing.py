@@ -55,7 +55,7 @@ def opened(page: str, folder: Path) -> Iterator[Command]:
         _send(base.rstrip("/"), None, method="DELETE")
     finally:
         driver.terminate()
-        driver.wait(timeout=30)
+        driver.communicate(timeout=30)  # and closes the pipe
 
 
 def _send(url: str, values: Any, method: str = "POST") -> Any:
