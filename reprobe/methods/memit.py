@@ -14,7 +14,6 @@ arXiv:2410.02355): the change acts only on directions that ordinary keys hardly 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -253,25 +252,37 @@ def carry_back(
 ) -> Float[Tensor, "facts outputs"]:
     """What to add to the down projection's output `raw` so that `mlp.out` moves by `step`, in float64.
 
-    Without a post-norm that is `step` itself (over the residual scale). A norm reaches a surface only: there the
-    nearest point to it is taken, by minimising the squared distance (L-BFGS).
+    Without a post-norm that is `step` itself (over the residual scale). A norm of root mean square reaches the points
+    gain · x / rms(x) only, an ellipsoid: there the nearest point is taken, with an x as long as `raw`.
     """
-    if not lm.architecture.post_norms:
-        return step / lm.architecture.tap(lm.net, Site("mlp.out", layer)).scale
-    start = raw.detach().float()
-    unit = start.square().mean(1, keepdim=True).sqrt()
+    arch = lm.architecture
+    if not arch.post_norms:
+        plain: Tensor = step / arch.tap(lm.net, Site("mlp.out", layer)).scale
+        return plain
     with torch.no_grad():
-        goal = lm.architecture.after_projection(lm.net, layer, start.to(raw.dtype)).float() + step.float()
-    size = step.float().square().sum(1).clamp(min=1e-12)
-    move = torch.zeros_like(start, requires_grad=True)
-    solver: Any = torch.optim.LBFGS([move], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
+        gain = arch.after_projection(lm.net, layer, torch.ones_like(raw[:1])).double()
+        goal = arch.after_projection(lm.net, layer, raw).double() + step.double()
+    start = raw.detach().double()
+    length = start.norm(dim=1, keepdim=True)
+    found: Tensor = length * _nearest_on_ellipsoid(gain * raw.shape[1] ** 0.5, goal) - start
+    return found
 
-    def distance() -> Tensor:
-        got = lm.architecture.after_projection(lm.net, layer, (start + unit * move).to(raw.dtype)).float()
-        # The faint second term settles the length, which a norm does not see.
-        loss = (((got - goal).square().sum(1) / size) + 1e-6 * move.square().sum(1)).sum()
-        (move.grad,) = torch.autograd.grad(loss, move)
-        return loss
 
-    solver.step(distance)
-    return (unit * move).detach().double()
+def _nearest_on_ellipsoid(
+    axes: Float[Tensor, "1 width"], goal: Float[Tensor, "facts width"]
+) -> Float[Tensor, "facts width"]:
+    """Unit vectors u with the least ‖axes · u − goal‖.
+
+    u = axes · goal / (axes² + λ), with the only λ above −min axes² at which it has length 1 (found by bisection: gains
+    of one norm differ by a factor of hundreds, and a descent does not arrive).
+    """
+    least = axes.square().min()
+    pull, stretch = axes * goal, axes.square() - least
+    low = torch.zeros_like(goal[:, :1])
+    high = pull.norm(dim=1, keepdim=True) + least
+    for _ in range(200):
+        middle = (low + high) / 2
+        short = (pull / (stretch + middle)).norm(dim=1, keepdim=True) < 1
+        low, high = torch.where(short, low, middle), torch.where(short, middle, high)
+    u: Tensor = pull / (stretch + high)
+    return torch.nn.functional.normalize(u, dim=1)

@@ -127,6 +127,32 @@ def test_a_step_is_carried_back_through_a_post_norm_where_it_can_be_reached(fami
     assert ((got - step).norm(dim=1) / step.norm(dim=1)).max() < 0.02
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_a_step_is_carried_back_through_a_norm_with_gains_of_every_size(family):
+    lm = fresh(family)
+    generator = torch.Generator().manual_seed(1)
+    norm = lm.architecture.tap(lm.net, Site("mlp.out", 1)).module
+    with torch.no_grad():  # as in real models: few are large
+        norm.weight.copy_(torch.logspace(0, 2.5, lm.d_model))
+    raw, move = (torch.randn(5, lm.d_model, generator=generator) for _ in range(2))
+
+    def moved(by):
+        with torch.no_grad():
+            after, before = (lm.architecture.after_projection(lm.net, 1, x) for x in (raw + by.float(), raw))
+        return (after - before).double()
+
+    reached = moved(0.5 * move)
+    back = memit.carry_back(lm, 1, raw, reached)
+    assert ((moved(back) - reached).norm(dim=1) / reached.norm(dim=1)).max() < 1e-4
+    np.testing.assert_allclose((raw + back).norm(dim=1), raw.norm(dim=1), rtol=1e-5)
+    # Out of reach: nothing that the norm can return is nearer.
+    far = reached + 30 * torch.randn(5, lm.d_model, generator=generator).double()
+    nearest = (moved(memit.carry_back(lm, 1, raw, far)) - far).norm(dim=1)
+    for scale in (0.01, 0.1, 1.0, 3.0):
+        other = memit.carry_back(lm, 1, raw, far) + scale * torch.randn(5, lm.d_model, generator=generator)
+        assert ((moved(other) - far).norm(dim=1) >= nearest * (1 - 1e-6)).all()
+
+
 def test_in_the_null_space_ordinary_keys_are_mapped_as_before():
     rng = np.random.default_rng(0)
     used = rng.normal(size=(13, 4))  # ordinary keys live in 4 of 13 directions
