@@ -28,7 +28,7 @@ from reprobe.evaluation.choices import compare as compare_choices
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS
 from reprobe.probing import readers, write_table
 from reprobe.progress import Progress, silent
-from reprobe.provenance import canonical_json, digest, digest_file, versions, write_durably
+from reprobe.provenance import canonical_json, digest, digest_file, rebuilding, texts, versions, write_durably
 from reprobe.report import results
 
 RECORD, COPY = "recipe.json", "recipe.toml"
@@ -160,20 +160,15 @@ def _begun(out: Path, resume: bool) -> dict[str, Any] | None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a run. Raises `CorruptArtifact` if it is none."""
-    try:
+    with rebuilding(f"{path} is damaged"):
         record: dict[str, Any] = json.loads(path.read_bytes())
         for name, of in (("recipe", str), ("model", dict), ("data", dict), ("versions", dict), ("finished", dict)):
             if not isinstance(record[name], of):
                 raise TypeError(f"{name} is {record[name]!r:.60}")
         for name, step in record["finished"].items():
-            if not all(isinstance(text, str) for item in step["files"].items() for text in item):
-                raise TypeError(f"the files of {name} are {step['files']!r:.60}")
+            texts([*step["files"], *step["files"].values()])
             results.Step(name, float(step["seconds"]))
-        for name, version in record["versions"].items():
-            if not isinstance(version, str):
-                raise TypeError(f"the version of {name} is {version!r:.60}")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise CorruptArtifact(f"{path} is damaged: {e}") from e
+        texts(list(record["versions"].values()))
     return record
 
 

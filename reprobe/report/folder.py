@@ -57,9 +57,7 @@ _LARGEST = 1 << 26
 #: Folders inside folders that are searched.
 _DEPTH = 4
 _STORE, _EDITED, _PAGE, _FIGURE = "store", "edited model", "report", "figure"
-_RECIPE, _RECORD = "recipe", "record of a run"
-#: Keys of the record that the run of a recipe leaves.
-_RECORDED = {"recipe", "model", "data", "digest", "finished"}
+_RECIPE = "recipe"
 _FIGURES = (".svg", ".png", ".pdf")
 #: Where JSON files lie whose kind is not written in them.
 _PLACES = {"scans": SCAN_KIND, "steering": STEERING_KIND}
@@ -132,7 +130,7 @@ _KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     _EDITED: ("edits", edits_in),
     dissected.KIND: ("dissections", Dissection.load),
     _RECIPE: ("recipes", lambda path: path.read_text(encoding="utf-8")),
-    _RECORD: ("records", lambda path: _read_record(path)),
+    RECORD_KIND: ("records", lambda path: _read_record(path)),
     **dict.fromkeys(SCHEMAS, ("measured", read_measured)),
 }
 
@@ -271,8 +269,6 @@ def _kind_of_json(path: Path) -> str | None:
     placed = RUN_KIND if path.name == RUN else _PLACES.get(path.parent.name)
     with rebuilding(f"{path} is not JSON"):
         value = json.loads(path.read_bytes())
-    if isinstance(value, dict) and set(value) >= _RECORDED:
-        return _RECORD
     said = value.get("kind") if isinstance(value, dict) else None
     if said in (SCAN_KIND, STEERING_KIND, RECORD_KIND):
         return str(said)

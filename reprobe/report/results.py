@@ -38,7 +38,7 @@ STORE_SUFFIX = ".reprobe"
 #: What the field `kind` of a JSON file says. Files from before there was that field are known by where they lie.
 RUN_KIND, SCAN_KIND, STEERING_KIND = "run", "scan", "dose response"
 #: Of the record that `reprobe run` keeps of its steps: it is no result itself.
-RECORD_KIND = "record of a recipe"
+RECORD_KIND = "recipe record"
 #: Columns of `evaluation.dose_response`.
 DOSE_COLUMNS: dict[str, Any] = {
     "strength": pl.Float64,

@@ -17,6 +17,7 @@ from reprobe.errors import ArtifactMissing, CorruptArtifact
 from reprobe.probing import write_table
 from reprobe.report import Run, read_results, write_dissection, write_run, write_scan
 from reprobe.report.folder import File
+from reprobe.report.results import RECORD_KIND
 
 
 @pytest.fixture
@@ -157,6 +158,7 @@ def test_a_recipe_is_kept_as_text_and_is_no_result_by_itself(tmp_path: Path):
 
 def test_the_record_of_a_run_is_known_and_its_digests_are_kept(folder: Path):
     record = {"recipe": "aa", "model": {}, "data": {"cities": "bb"}, "digest": "cc", "versions": {}, "finished": {}}
+    record["kind"] = RECORD_KIND
     (folder / "recipe.json").write_text(json.dumps(record))
     found = read_results(folder)
     assert found.records == {"recipe": {"recipe": "aa", "data cities": "bb", "recipe, model and data": "cc"}}
