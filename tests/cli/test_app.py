@@ -568,7 +568,7 @@ def test_resume_goes_on_and_overwrite_begins_anew(run, made):
 
 
 def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(folder, tmp_path):
-    rows = [{"id": f"p{i}", "text": f"thing number {i} of the lot", "label": i % 2} for i in range(300)]
+    rows = [{"id": f"p{i}", "text": f"thing number {i} of the lot", "label": i % 2} for i in range(200)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     arguments = ["extract", folder / "model", tmp_path / "many.jsonl", "--to", tmp_path / "s.reprobe", "--at", "all",
                  "--shard-rows", 64, "--batch-tokens", 64]  # fmt: skip

@@ -415,6 +415,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_computed_twice(address, fold
         extract_on_ray(folder / "model", prompts(N), to=tmp_path / "t", address=address)
 
 
+@pytest.mark.slow  # nine seconds; workers' errors are also tested without a cluster, above
 def test_an_error_crosses_the_cluster_as_itself(address, folder, tmp_path):
     with pytest.raises(UnknownSite, match="@9") as caught:
         extract_on_ray(folder / "model", prompts(N), to=tmp_path / "s", workers=1, sites="resid.post@9")
