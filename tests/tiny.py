@@ -8,6 +8,7 @@ are float32 on the CPU, in evaluation mode, and always the same for the same nam
 import copy
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -214,3 +215,10 @@ def _tokenizer(bos: bool) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=_CHAT,
     )
+
+
+def save_tiny(folder: Path, name: str = "llama", **overrides: Any) -> Path:
+    """A folder as transformers saves a model: the tiny model `name`, with config values overridden, and its tokenizer."""
+    tiny_net(name, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -11,28 +11,21 @@ from typing import get_args
 import polars as pl
 import pytest
 import torch
+from cli.calling import called
 from safetensors.torch import save_file
-from tiny import tiny_net, tiny_tokenizer
-from typer.testing import CliRunner
+from tiny import save_tiny, tiny_net, tiny_tokenizer
 
 import reprobe as rp
-from reprobe.cli.app import app
 from reprobe.cli.options import ReaderName
 from reprobe.probing import READERS
 from reprobe.report import read_results
-
-VERBS = (
-    "demo", "extract", "info", "verify", "probe", "compare", "transfer", "scan", "steer", "export", "push", "pull",
-    "report",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model in a folder, and prompts in which the first word tells the label."""
     path = tmp_path_factory.mktemp("cli")
-    tiny_net("llama").save_pretrained(path / "model")
-    tiny_tokenizer().save_pretrained(path / "model")
+    save_tiny(path / "model")
     rows = [
         {
             "id": f"p{i}",
@@ -49,46 +42,17 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-    def call(*arguments, code=0):
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
+    return called
 
 
 @pytest.fixture(scope="module")
 def made(folder):
     """A store, a grid and a direction made with the verbs themselves."""
-    runner = CliRunner()
     store, grid, direction = (folder / name for name in ("s.reprobe", "g.safetensors", "d.safetensors"))
-    for line in (
-        ["extract", folder / "model", folder / "prompts.jsonl", "--to", store, "--sites", "resid.post@*,attn.heads@1"],
-        ["probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--to-direction", direction],
-    ):
-        result = runner.invoke(app, [str(a) for a in line])
-        assert result.exit_code == 0, result.output
+    sites = ("--sites", "resid.post@*,attn.heads@1")
+    called("extract", folder / "model", folder / "prompts.jsonl", "--to", store, *sites)
+    called("probe", store, "--reader", "mean-difference", "--folds", 4, "--to", grid, "--to-direction", direction)
     return folder
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_every_verb_shows_an_example(verb):
-    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert result.exit_code == 0
-    assert f"reprobe {verb}" in result.output.split("Example")[1]
-
-
-@pytest.mark.parametrize("verb", ["steer tune", "evaluate truthfulqa", "evaluate side-effects"])
-def test_help_of_verbs_within_a_verb_shows_an_example(verb):
-    result = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert f"reprobe {verb}" in result.output.split("Example")[1]
-
-
-@pytest.mark.parametrize("verb", ["list", "show", "validate"])
-def test_help_of_the_data_verbs_shows_an_example(verb):
-    result = CliRunner().invoke(app, ["data", verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert f"reprobe data {verb}" in result.output.split("Example")[1]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +207,6 @@ def test_what_vllm_wrote_becomes_a_store_that_verifies(run, made, tmp_path):
     assert "go on with `reprobe import vllm … --resume`" in run("info", tmp_path / "v.reprobe").stdout
     line[4] = "0,x"
     assert "0,8,16" in run(*line, "--to", tmp_path / "w", code=2).output
-    assert "reprobe import vllm" in run("import", "vllm", "--help").output
 
 
 def test_probe_prints_the_best_sites_and_saves_what_it_found(run, made):
@@ -413,12 +376,8 @@ def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
     monkeypatch.setattr("reprobe.cli.steer.load_model", lambda model, **options: lm)
     typed = ["the end", "", "/strength 9", "/off", "is it", "/on", "of a"]
     typed += ["/strength x", "/strength inf", "/jump", "/quit"]
-    result = CliRunner().invoke(
-        app,
-        ["steer", "model", "--chat", "--direction", "plain.safetensors", "--max-new-tokens", "5"],
-        input="\n".join([*typed, "never read"]),
-    )
-    assert result.exit_code == 0, result.output
+    line = ["steer", "model", "--chat", "--direction", "plain.safetensors", "--max-new-tokens", 5]
+    result = run(*line, input="\n".join([*typed, "never read"]))
     messages, want = [], []
     for said, strength in (("the end", 4), ("is it", 0), ("of a", 9)):
         messages.append({"role": "user", "content": said})
@@ -441,14 +400,10 @@ def test_a_chat_is_steered_as_its_commands_say(run, made, monkeypatch):
 
 def test_a_chat_without_a_template_continues_each_line_and_survives_one_that_is_too_long(run, made, monkeypatch):
     lm = rp.LanguageModel.load(made / "model")
-    lm.tokenizer.chat_template, mismatch = None, ["--allow-mismatch"]  # the template is a part of the identity
+    lm.tokenizer.chat_template = None  # the template is a part of the identity
     monkeypatch.setattr("reprobe.cli.steer.load_model", lambda model, **options: lm)
-    result = CliRunner().invoke(
-        app,
-        ["steer", "model", "--chat", "--ablate", "--direction", "d.safetensors", "--max-new-tokens", "4", *mismatch],
-        input="the " * 80 + "\nthe end",
-    )
-    assert result.exit_code == 0, result.output
+    line = ["steer", "model", "--chat", "--ablate", "--direction", "d.safetensors", "--allow-mismatch"]
+    result = run(*line, "--max-new-tokens", 4, input="the " * 80 + "\nthe end")
     assert "no chat template" in result.stderr
     assert "PromptTooLong" in result.stderr
     with rp.steer(lm, rp.Ablate(rp.Direction.load(made / "d.safetensors")), allow_mismatch=True):
@@ -589,6 +544,5 @@ def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(folder, tmp_path):
     store = rp.ActivationStore.open(tmp_path / "s.reprobe")
     assert len(store.committed) > 0
     assert not store.complete
-    done = CliRunner().invoke(app, [*map(str, arguments), "--resume"])
-    assert done.exit_code == 0, done.output
+    called(*arguments, "--resume")
     assert rp.ActivationStore.open(tmp_path / "s.reprobe").verify().ok

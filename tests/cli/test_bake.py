@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_net, tiny_tokenizer
+from cli.calling import called
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import reprobe as rp
-from reprobe.cli.app import app
 
 TEXT = "the cat is on the mat"
 
@@ -19,8 +18,7 @@ TEXT = "the cat is on the mat"
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("bake")
     for name, family in (("model", "llama"), ("post-norms", "gemma3_text")):
-        tiny_net(family).save_pretrained(path / name)
-        tiny_tokenizer().save_pretrained(path / name)
+        save_tiny(path / name, family)
     lm = rp.LanguageModel.load(path / "model")
     v = np.random.default_rng(0).normal(size=lm.d_model)
     d = rp.Direction.from_vector("resid.post@1", v, scale=0.5, identity=lm.identity)
@@ -34,20 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-    def call(*arguments, code=0):
-        """`code` None: any but 0."""
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-        assert result.exit_code != 0 if code is None else result.exit_code == code, result.output
-        return result
-
-    return call
-
-
-def test_help_shows_an_example():
-    result = CliRunner().invoke(app, ["bake", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert result.exit_code == 0
-    assert "reprobe bake" in result.output.split("Example")[1]
+    return called
 
 
 @pytest.mark.parametrize(("file", "strength"), [("d", 3.0), ("two", None), ("two", -0.5)])

@@ -1,20 +1,19 @@
 """`reprobe dissect` as a user meets it, on a small model in a folder."""
 
 import json
+from functools import partial
 
 import pytest
-from tiny import tiny_net, tiny_tokenizer
-from typer.testing import CliRunner
+from cli.calling import called
+from tiny import save_tiny
 
-from reprobe.cli.app import app
 from reprobe.methods.dissected import Dissection
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("dissect")
-    tiny_net("llama").save_pretrained(path / "model")
-    tiny_tokenizer().save_pretrained(path / "model")
+    save_tiny(path / "model")
     (path / "text.txt").write_text("the cat is on the red mat, and seven dogs are in May of 1999. " * 60)
     rows = [
         {"text": f"the {c} cat {i}", "label": i % 2, "spans": {"subject": [4, 7]}} for i, c in enumerate(["red"] * 60)
@@ -26,13 +25,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-    def call(*arguments, code=0):
-        result = CliRunner().invoke(app, ["dissect", *(str(a) for a in arguments)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
+    return partial(called, "dissect")
 
 
 def test_a_file_is_dissected_saved_tabled_and_reported(run, folder):
@@ -80,8 +73,3 @@ def test_spans_and_labels_of_prompts_and_text_of_the_models_own_are_concepts_and
 def test_a_wrong_call_fails_and_says_what_to_do(run, arguments, says):
     result = run("model", *arguments, "--to", "x.safetensors", code=2)
     assert says in " ".join(result.output.split())
-
-
-def test_help_shows_an_example():
-    result = CliRunner().invoke(app, ["dissect", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert "reprobe dissect" in result.output.split("Example")[1]

@@ -2,37 +2,28 @@
 
 import json
 import os
+from functools import partial
 from importlib import metadata
 
 import pytest
+from cli.calling import called
 from packaging.requirements import Requirement
-from tiny import tiny_net, tiny_tokenizer
-from typer.testing import CliRunner
+from tiny import save_tiny
 
 import reprobe as rp
 from reprobe.cli import doctor
-from reprobe.cli.app import app
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("doctor") / "model"
-    tiny_net("llama").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("doctor") / "model")
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REPROBE_CACHE", str(tmp_path / "cache"))
-
-    def call(*arguments, code=0):
-        result = CliRunner().invoke(app, ["doctor", *(str(a) for a in arguments)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
+    return partial(called, "doctor")
 
 
 def test_all_is_well_on_a_sound_model(run, model):

@@ -1,16 +1,14 @@
 """`reprobe edit` as a user meets it, on a small model in a folder."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from cli.calling import called
 from safetensors.torch import load_file
-from tiny import tiny_net, tiny_tokenizer
-from typer.testing import CliRunner
+from tiny import save_tiny
 
-from reprobe.cli.app import app
-
-VERBS = ("rome", "memit", "sequential", "apply", "revert", "list", "moments", "eval")
 PROMPT = ("--subject", "cat", "--prompt", "the {} is on the", "--target", "mat", "--layer", 1)
 
 
@@ -19,8 +17,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("edit")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPROBE_CACHE", str(path / "cache"))
-        tiny_net("llama").save_pretrained(path / "model")
-        tiny_tokenizer().save_pretrained(path / "model")
+        save_tiny(path / "model")
         (path / "text.txt").write_text("the cat is on the mat and a dog is in the other hat. " * 20)
         facts = [
             {"case_id": i, "prompt": f"the {s} is on the", "subject": s, "target_new": "mat", "ground_truth": "roof",
@@ -34,20 +31,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-    def call(*arguments, code=0):
-        result = CliRunner().invoke(app, ["edit", *(str(a) for a in arguments)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_every_verb_shows_an_example(verb):
-    result = CliRunner().invoke(app, ["edit", verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert result.exit_code == 0
-    assert f"reprobe edit {verb}" in result.output.split("Example")[1]
+    return partial(called, "edit")
 
 
 @pytest.mark.filterwarnings("ignore:.*have no effect")
@@ -128,6 +112,4 @@ def test_moments_are_shown(run):
     ],
 )
 def test_a_wrong_call_fails_and_says_what_to_do(run, arguments, says):
-    result = CliRunner().invoke(app, ["edit", *(str(a) for a in arguments)])
-    assert says in result.output
-    assert result.exit_code in (1, 2)
+    assert says in run(*arguments, code=None).output

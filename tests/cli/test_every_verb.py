@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from cli.calling import called
 from test_public import HEAVY
 from typer.testing import CliRunner
 
@@ -42,7 +43,7 @@ def options_of(command) -> dict[str, str]:
 
 @pytest.mark.parametrize("words", VERBS, ids=" ".join)
 def test_every_verb_has_an_example_in_its_help_and_speaks_json(words):
-    help_text = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    help_text = called(*words, "--help", env={"COLUMNS": "200", "TERM": "dumb"}).output
     shown = [word for word in words if word != "prompt"]  # `reprobe steer MODEL PROMPT` goes without its own name
     assert f"reprobe {' '.join(shown)}" in help_text.split("Example")[1]
     assert "--json" in options_of(VERBS[words])
@@ -78,9 +79,7 @@ def test_an_option_of_one_name_is_said_in_one_way_where_it_means_one_thing():
 
 @pytest.mark.parametrize("words", [w for w, c in VERBS.items() if "--seed" in options_of(c)], ids=" ".join)
 def test_a_negative_seed_is_refused(words):
-    result = CliRunner().invoke(app, [*words, "--seed", "-1"])
-    assert result.exit_code == 2
-    assert "--seed" in result.output
+    assert "--seed" in called(*words, "--seed", -1, code=2).output
 
 
 def test_the_help_of_no_verb_loads_a_heavy_library():
@@ -183,7 +182,7 @@ def test_the_version_is_told_and_bars_of_other_libraries_are_off_where_nobody_lo
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == [importlib.metadata.version("reprobe-lm"), "1"]
-    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    shown = called("--help", env={"COLUMNS": "200"}).output
     assert "Extract hidden states once" in shown
     assert "doctor" in shown
 

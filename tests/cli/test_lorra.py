@@ -1,16 +1,16 @@
 """`reprobe lorra` as a user meets it, on a small model in a folder."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_net, tiny_tokenizer
+from cli.calling import called
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import reprobe as rp
-from reprobe.cli.app import app
 from reprobe.methods import lorra
 
 CONTRAST = ("--positive", "be glad. {}", "--negative", "be sad. {}", "--prompts", "question", "--responses", "answer")
@@ -20,8 +20,7 @@ QUICK = ("--steps", 4, "--batch", 2, "--rank", 2, "--rate", 0.01)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("lorra")
-    tiny_net("llama").save_pretrained(path / "model")
-    tiny_tokenizer().save_pretrained(path / "model")
+    save_tiny(path / "model")
     rows = [("the cat", "is on the mat"), ("a dog", "is in"), ("one", " of the others")]
     lines = [json.dumps({"text": f"{q} {a}", "question": q, "answer": a}) for q, a in rows]
     (path / "asked.jsonl").write_text("\n".join(lines))
@@ -32,17 +31,7 @@ def folder(tmp_path_factory):
 def run(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
-    def call(*arguments, code=0, verb="lorra"):
-        result = CliRunner().invoke(app, [*verb.split(), *(str(a) for a in arguments)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
-
-
-def test_the_help_shows_an_example():
-    result = CliRunner().invoke(app, ["lorra", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert "reprobe lorra smollm2-135m emotions" in result.output.split("Example")[1]
+    return partial(called, "lorra")
 
 
 def test_an_adapter_is_trained_told_and_merged_and_taken_out_again(run, folder):
@@ -53,9 +42,9 @@ def test_an_adapter_is_trained_told_and_merged_and_taken_out_again(run, folder):
     assert told["adapted"] == "self_attn.q_proj, self_attn.v_proj of blocks 0, 1"
     assert (folder / "glad" / "adapter_model.safetensors").is_file()
 
-    run("model", "glad", "--to", "merged", verb="edit apply")
-    run("merged", "--to", "again", verb="edit revert")
-    listed = json.loads(run("glad", "--json", verb="edit list").stdout)
+    called("edit", "apply", "model", "glad", "--to", "merged")
+    called("edit", "revert", "merged", "--to", "again")
+    listed = json.loads(called("edit", "list", "glad", "--json").stdout)
     assert {(edit["method"], edit["rank"]) for edit in listed} == {("lorra", 2)}
     ids = torch.tensor([[5, 9, 33]])
     with torch.no_grad():

@@ -2,15 +2,15 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny import tiny_net, tiny_tokenizer
-from typer.testing import CliRunner
+from cli.calling import called
+from tiny import save_tiny
 
 import reprobe as rp
 from reprobe.cli import recipe as recipes
-from reprobe.cli.app import app
 from reprobe.cli.recipe_steps import STEPS
 
 STUDY = """
@@ -76,8 +76,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPROBE_CACHE", str(path / "cache"))
-        tiny_net("llama", max_position_embeddings=2048).save_pretrained(path / "model")
-        tiny_tokenizer().save_pretrained(path / "model")
+        save_tiny(path / "model", max_position_embeddings=2048)
         rows = [
             {
                 "id": f"p{i}",
@@ -105,13 +104,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments, code=0):
-        result = CliRunner().invoke(app, ["run", *(str(a) for a in arguments)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
+    return partial(called, "run")
 
 
 def only(*kinds: str) -> str:
@@ -226,7 +219,6 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(run, folder, text, says)
 def test_a_recipe_that_is_not_there_is_told_with_those_that_are(run):
     assert "did you mean 'mood'?" in run("moood", code=2).stderr
     assert "mood" in run("nothing.toml", code=2).stderr
-    assert "reprobe run mood" in run("--help").stdout
 
 
 def test_the_bundled_recipe_runs_on_any_model(run, folder):

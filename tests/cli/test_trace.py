@@ -1,12 +1,12 @@
 """`reprobe trace` as a user meets it, on a small model in a folder."""
 
 import json
+from functools import partial
 
 import pytest
-from tiny import tiny_net, tiny_tokenizer
-from typer.testing import CliRunner
+from cli.calling import called
+from tiny import save_tiny
 
-from reprobe.cli.app import app
 from reprobe.methods.tracing import TraceGrid
 
 ONE = ("--subject", "the cat", "--prompt", "it is {} on the", "--target", "mat")
@@ -16,8 +16,7 @@ QUICK = ("--samples", 2, "--window", 3, "--unknown", "keep")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("trace")
-    tiny_net("llama").save_pretrained(path / "model")
-    tiny_tokenizer().save_pretrained(path / "model")
+    save_tiny(path / "model")
     facts = [
         {"known_id": i, "subject": s, "attribute": "mat", "template": "{} is on the", "prompt": f"{s} is on the",
          "prediction": " mat", "relation_id": "P1"}
@@ -30,18 +29,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-    def call(*arguments, code=0):
-        result = CliRunner().invoke(app, ["trace", *(str(a) for a in arguments)])
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
-
-
-def test_the_help_shows_an_example():
-    result = CliRunner().invoke(app, ["trace", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert "reprobe trace smollm2-135m --subject" in result.output.split("Example")[1]
+    return partial(called, "trace")
 
 
 def test_one_fact_is_traced_and_told_as_json(run):
