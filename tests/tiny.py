@@ -218,7 +218,7 @@ def _tokenizer(bos: bool) -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, name: str = "llama", **overrides: Any) -> Path:
-    """A folder as transformers saves a model: the tiny model `name`, with config values overridden, and its tokenizer."""
+    """The folder with the tiny model `name` in it and its tokenizer, as transformers saves them."""
     tiny_net(name, **overrides).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

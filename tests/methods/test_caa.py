@@ -8,7 +8,7 @@ import pytest
 import torch
 from control.reference import states
 from methods.plain import same_run, sequence, steered
-from probing.conftest import make_store
+from probing.memory import make_store
 
 import reprobe as rp
 from reprobe.errors import DataError, IdentityMismatch, UnknownSite, UsageError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from control.reference import Sequence, logits
 from methods.plain import ids_of, near, same_run, steered
-from probing.conftest import make_store
+from probing.memory import make_store
 
 import reprobe as rp
 from reprobe.errors import IdentityMismatch, UnknownSite, UsageError

@@ -15,14 +15,14 @@ from reprobe.probing.refit import scores_inside
 
 
 @pytest.fixture(scope="module")
-def store(store_of_any):
+def store(store_of):
     """Two sites: one with the concept in correlated noise, where whitening pays, and one without it."""
     rng = np.random.default_rng(0)
     n, width = 240, 8
     labels, groups = np.arange(n) % 2, np.arange(n) // 4
     noise = rng.standard_normal((n, width)) @ np.diag([6.0, 3, 1, 1, 1, 1, 1, 1])
     concept = noise + np.outer(labels - 0.5, [1.6, 1.2, 1.2, 0, 0, 0, 0, 0])
-    return store_of_any(
+    return store_of(
         {"resid.post@0": rng.standard_normal((n, width)), "resid.post@1": concept},
         labels,
         group=groups,
@@ -107,12 +107,12 @@ def test_probabilities_are_scaled_by_rows_outside_the_fold_alone(found, store):
         )
 
 
-def test_labels_of_a_held_out_fold_do_not_reach_its_probabilities(store_of_any):
+def test_labels_of_a_held_out_fold_do_not_reach_its_probabilities(store_of):
     rng = np.random.default_rng(5)
     X, labels, groups = rng.standard_normal((120, 6)), np.arange(120) % 2, np.arange(120) // 2
 
     def probabilities(y):
-        made = compare(store_of_any({"resid.post@0": X}, y, group=groups), [LDAReader()], folds=3, n_jobs=1)
+        made = compare(store_of({"resid.post@0": X}, y, group=groups), [LDAReader()], folds=3, n_jobs=1)
         return made.platt["LDAReader"][:, 0], made.first.fold
 
     before, fold = probabilities(labels)

@@ -15,13 +15,13 @@ N = 120
 
 
 @pytest.fixture(scope="module")
-def store(store_of_any):
+def store(store_of):
     """Groups of four rows, two of each class: a site that knows the class, and one that knows only the group."""
     rng = np.random.default_rng(1)
     labels, groups = np.arange(N) % 2, np.arange(N) // 4
     concept = rng.standard_normal((N, 5)) + 2.5 * np.outer(labels - 0.5, np.eye(5)[0])
     by_heart = np.eye(30)[groups] + 0.02 * rng.standard_normal((N, 30))
-    store = store_of_any({"resid.post@0": by_heart, "resid.post@1": concept}, labels, group=groups)
+    store = store_of({"resid.post@0": by_heart, "resid.post@1": concept}, labels, group=groups)
     store.index = store.index.with_columns(word=pl.Series([f"w{i % 7}" for i in range(N)]))
     return store
 

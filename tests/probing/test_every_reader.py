@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from probing.conftest import planted_rows
+from probing.memory import planted_rows
 from scipy.stats import ortho_group, t
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError

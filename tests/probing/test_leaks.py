@@ -47,9 +47,9 @@ def datasets(draw):
 
 @given(datasets(), st.integers(2, 5))
 @settings(max_examples=25, deadline=None)
-def test_a_reader_that_remembers_groups_recognises_none_in_a_grid(store_of_any, case, folds):
+def test_a_reader_that_remembers_groups_recognises_none_in_a_grid(store_of, case, folds):
     groups, labels, pairs, seed = case
-    store = store_of_any({"resid.post@0": coded(groups, 30)}, labels, group=groups, pair=pairs)
+    store = store_of({"resid.post@0": coded(groups, 30)}, labels, group=groups, pair=pairs)
     try:
         grid = probe(store, Remembers(), folds=folds, seed=seed, n_jobs=1)
     except UsageError as error:
@@ -66,11 +66,11 @@ def test_a_reader_that_remembers_groups_recognises_none_in_a_grid(store_of_any, 
 
 @given(datasets(), datasets(), st.integers(2, 3), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_a_reader_that_remembers_groups_recognises_none_after_transfer(store_of_any, one, other, folds, shared):
+def test_a_reader_that_remembers_groups_recognises_none_after_transfer(store_of, one, other, folds, shared):
     stores = {}
     for name, (groups, labels, pairs, _), offset in (("a", one, 0), ("b", other, 0 if shared else 30)):
         named = groups + offset
-        store = store_of_any({"resid.post@0": coded(named, 60)}, labels, group=named, pair=pairs)
+        store = store_of({"resid.post@0": coded(named, 60)}, labels, group=named, pair=pairs)
         store.index = store.index.with_columns(prompt=pl.lit(name) + pl.col("prompt"))
         stores[name] = store
     try:
@@ -118,11 +118,11 @@ def unseen(fit):
 
 @given(datasets(), st.integers(2, 4))
 @settings(max_examples=15, deadline=None)
-def test_a_feature_that_marks_one_group_is_worth_nothing_to_several_classes(store_of_any, case, folds):
+def test_a_feature_that_marks_one_group_is_worth_nothing_to_several_classes(store_of, case, folds):
     """In one-hot codes of groups, a held-out row is zero wherever training rows vary: all score alike."""
     groups, labels, pairs, seed = case
     labels = labels + (np.random.default_rng(seed).random(len(labels)) < 0.4)
-    store = store_of_any({"resid.post@0": coded(groups, 30)}, labels, group=groups, pair=pairs)
+    store = store_of({"resid.post@0": coded(groups, 30)}, labels, group=groups, pair=pairs)
     reader = MultiClassReader(MeanDifference())
     grid = unseen(lambda: probe_classes(store, reader, folds=folds, seed=seed, n_jobs=1))
     for k in range(folds) if grid is not None else ():
@@ -132,10 +132,10 @@ def test_a_feature_that_marks_one_group_is_worth_nothing_to_several_classes(stor
 
 @given(datasets(), st.integers(2, 4), st.sampled_from(["mean", "last", "max"]))
 @settings(max_examples=15, deadline=None)
-def test_a_feature_that_marks_one_group_is_worth_nothing_to_sequences(store_of_any, case, folds, pooling):
+def test_a_feature_that_marks_one_group_is_worth_nothing_to_sequences(store_of, case, folds, pooling):
     groups, labels, _, seed = case
     tokens = np.repeat(np.arange(len(groups)), 3)
-    store = store_of_any(
+    store = store_of(
         {"resid.post@0": coded(groups, 30)[tokens]},
         labels[tokens],
         group=groups[tokens],

@@ -2,7 +2,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from probing.conftest import IDENTITY
+from probing.memory import IDENTITY
 
 from reprobe.errors import UsageError
 from reprobe.model.sites import Site
