@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from store.synthetic import write
 
 import reprobe as rp
 from reprobe.store import StoreWriter
@@ -48,9 +49,7 @@ def plant(path: Path, like: rp.ActivationStore, values: Mapping[rp.Site, torch.T
         "index": like.index,
         "tokens": like.tokens,
     }
-    with StoreWriter.create(path, **(arguments | changes)) as writer:
-        for shard in writer.missing():
-            writer.write_shard(shard.number, {s: v[shard.start : shard.stop] for s, v in values.items()})
+    write(StoreWriter.create(path, **(arguments | changes)), values)
     store = rp.ActivationStore.open(path)
     assert store.verify().ok
     return store

@@ -10,6 +10,7 @@ from pathlib import Path
 import extracting
 import numpy as np
 import pytest
+from folders import tree
 
 import reprobe as rp
 
@@ -26,10 +27,6 @@ def server():
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         patch.setenv("REPROBE_WARM", "1")
         yield context
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def committed(store: Path) -> int:

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store.conftest import scratch
 from tiny import DECODERS, FAMILIES, tiny_net, tiny_tokenizer
 
 import reprobe as rp

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 from extracting import prompts
+from folders import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_net, tiny_tokenizer
@@ -62,10 +63,6 @@ def whole(folder):
     """The bytes that a single process writes."""
     rp.extract(LanguageModel.load(folder / "model"), prompts(N), to=folder / "whole", **OPTIONS)
     return tree(folder / "whole")
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 # -- a cluster in this process ---------------------------------------------------------------------------------------

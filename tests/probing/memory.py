@@ -1,15 +1,19 @@
-"""A store in memory, and rows with a known answer."""
+"""Stores of given rows, in memory and on disk, and rows with a known answer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from store import synthetic
 
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Parts, Site
+from reprobe.store import ActivationStore, StoredSite, StoreWriter
 
 
 @dataclass
@@ -79,3 +83,14 @@ def make_store(arrays: dict[str, Any], labels: Any, **index: Any) -> MemoryStore
     """`make_store({site: rows}, labels, group=…, pair=…)`: a store in memory."""
     tensors = {Site.parse(s): torch.as_tensor(np.asarray(a), dtype=torch.float32) for s, a in arrays.items()}
     return MemoryStore(tensors, make_index(labels, **index))
+
+
+def on_disk(
+    path: Path, arrays: Mapping[Site, Any], index: pl.DataFrame, *, head_dim: int = 7, **options: Any
+) -> ActivationStore:
+    """The same as a store on disk; `options` are those of `StoreWriter.create`."""
+    sites = [StoredSite(s, a.shape[1], head_dim if s.part == "attn.heads" else None) for s, a in arrays.items()]
+    about = {"identity": IDENTITY, "prompts": "p" * 64, "plan": {"at": "last"}, "dtype": "float32"}
+    given = about | options | {"sites": sites, "index": index, "tokens": synthetic.tokens(index)}
+    synthetic.write(StoreWriter.create(path, **given), arrays)
+    return ActivationStore.open(path)

@@ -4,8 +4,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from probing.memory import on_disk
 from sklearn.model_selection import KFold, cross_val_score
-from store.synthetic import tokens as tokens_of
 
 from reprobe.errors import ArtifactExists, CorruptArtifact, UnknownData, UnknownSite, UsageError
 from reprobe.model.sites import Site
@@ -16,7 +16,6 @@ from reprobe.probing.intervals import fold_auroc
 from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.probing.reader import Reader
 from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader
-from reprobe.store import ActivationStore, StoredSite, StoreWriter
 
 
 @pytest.fixture
@@ -320,22 +319,9 @@ def test_what_cannot_be_probed_is_refused(three_layers, store_of, planted):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_store_on_disk_is_probed_like_one_in_memory(dtype, three_layers, identity, tmp_path):
-    stored = [StoredSite(s, t.shape[1], 7 if s.part == "attn.heads" else None) for s, t in three_layers.arrays.items()]
     arrays = {s: t.to(getattr(torch, dtype)) for s, t in three_layers.arrays.items()}
-    with StoreWriter.create(
-        tmp_path / "x.reprobe",
-        identity=identity,
-        prompts="p" * 64,
-        plan={"at": "last"},
-        sites=stored,
-        dtype=dtype,
-        index=three_layers.index,
-        tokens=tokens_of(three_layers.index),
-    ) as writer:
-        for shard in writer.missing():
-            writer.write_shard(shard.number, {s: t[shard.start : shard.stop] for s, t in arrays.items()})
-    on_disk = probe(ActivationStore.open(tmp_path / "x.reprobe"), LogisticReader(C=0.1))
+    found = probe(on_disk(tmp_path / "x.reprobe", arrays, three_layers.index, dtype=dtype), LogisticReader(C=0.1))
     in_memory = probe(dataclasses.replace(three_layers, arrays=arrays), LogisticReader(C=0.1))
-    assert on_disk.table.equals(in_memory.table)
-    assert on_disk.best().identity == identity
-    assert on_disk.best().provenance["dtype"] == dtype
+    assert found.table.equals(in_memory.table)
+    assert found.best().identity == identity
+    assert found.best().provenance["dtype"] == dtype

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probing.memory import make_index, on_disk
 from sklearn.linear_model import Ridge
 
 from reprobe.errors import UsageError
-from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.moments import (
@@ -27,7 +27,6 @@ from reprobe.probing.moments import (
 from reprobe.probing.pair_moments import read_pair_moments
 from reprobe.probing.readers import ClusterMean, LDAReader, MeanDifference, PCAReader, RandomReader, RidgeReader
 from reprobe.probing.rows import ProbeRows, select_numbers, select_rows
-from reprobe.store import ActivationStore, StoredSite, StoreWriter
 from reprobe.store.batches import Batch
 
 
@@ -170,7 +169,6 @@ def test_moments_that_cannot_make_a_reader_are_refused():
 
 # From a store.
 
-SITES = (StoredSite(Site("resid.post", 1), 11), StoredSite(Site("attn.heads", 1), 35, 7), StoredSite(Site("final"), 11))
 WANTED = [Site.parse(s) for s in ("resid.post@1", "attn.heads@1.0", "attn.heads@1.3", "final")]
 ROWS = 97
 
@@ -182,38 +180,11 @@ def values(width):
 def written(path, holes=(), **columns):
     """A store of made-up rows, of which each tenth has no label; `final` is infinite in the rows `holes`."""
     labels = np.random.default_rng(5).integers(2, size=ROWS)
-    index = pl.DataFrame(
-        {
-            "row": pl.Series(range(ROWS), dtype=pl.UInt64),
-            "prompt": [f"p{i:03}" for i in range(ROWS)],
-            "position": pl.Series([0] * ROWS, dtype=pl.Int32),
-            "token": pl.Series([5] * ROWS, dtype=pl.Int32),
-            "label": [None if i % 10 == 9 else bool(labels[i]) for i in range(ROWS)],
-            "group": [f"g{i // 3}" for i in range(ROWS)],
-            "pair": pl.Series([None] * ROWS, dtype=pl.String),
-            "n_tokens": pl.Series([1] * ROWS, dtype=pl.Int32),
-        }
-    )
-    index = index.with_columns(**columns)
-    tokens = pl.DataFrame({"prompt": index["prompt"], "tokens": pl.Series([[5]] * ROWS, dtype=pl.List(pl.Int32))})
-    identity = ModelIdentity("tiny", None, "llama", 3, 35, "a" * 64, "b" * 64, None, "float32", None)
-    arrays = {s.site: values(s.width) for s in SITES}
+    labels = [None if i % 10 == 9 else bool(label) for i, label in enumerate(labels)]
+    index = make_index(labels, group=np.arange(ROWS) // 3, prompt=[f"p{i:03}" for i in range(ROWS)])
+    arrays = {Site("resid.post", 1): values(11), Site("attn.heads", 1): values(35), Site("final"): values(11)}
     arrays[Site("final")][list(holes)] = np.inf
-    with StoreWriter.create(
-        path,
-        identity=identity,
-        prompts="p" * 64,
-        plan={"at": "last"},
-        sites=SITES,
-        dtype="float32",
-        index=index,
-        tokens=tokens,
-        shard_rows=20,
-        chunk_rows=5,
-    ) as writer:
-        for shard in writer.missing():
-            writer.write_shard(shard.number, {site: a[shard.start : shard.stop] for site, a in arrays.items()})
-    return ActivationStore.open(path)
+    return on_disk(path, arrays, index.with_columns(**columns), shard_rows=20, chunk_rows=5)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,15 @@
 import numpy as np
-import polars as pl
 import pytest
-import torch
-from probing.memory import IDENTITY
+from probing.memory import make_index, on_disk
 
 from reprobe.errors import UsageError
 from reprobe.model.sites import Site
 from reprobe.probing import streaming
 from reprobe.probing.grid import probe
 from reprobe.probing.readers import CCSReader, LDAReader, LogisticReader, MeanDifference
-from reprobe.store import ActivationStore, StoredSite, StoreWriter
 
 ROWS, WIDTH = 600, 24
-SITES = (StoredSite(Site("resid.post", 0), WIDTH), StoredSite(Site("attn.heads", 1), 2 * WIDTH, WIDTH))
+RESID, HEADS = Site("resid.post", 0), Site("attn.heads", 1)
 #: Too little for the labelled rows of these sites, enough for sums and factors.
 LITTLE = 3 * 8 * 540 * WIDTH - 1
 
@@ -20,35 +17,17 @@ LITTLE = 3 * 8 * 540 * WIDTH - 1
 def written(path, change=None):
     """Rows in unequal units around a far mean, labels that depend on them; one in ten without a label."""
     rng = np.random.default_rng(3)
-    values = {s.site: rng.standard_normal((ROWS, s.width)) @ rng.standard_normal((s.width, s.width)) for s in SITES}
-    label = rng.random(ROWS) < 1 / (1 + np.exp(-values[SITES[0].site][:, :3].sum(axis=1) / 2))
+    widths = {RESID: WIDTH, HEADS: 2 * WIDTH}
+    values = {s: rng.standard_normal((ROWS, w)) @ rng.standard_normal((w, w)) for s, w in widths.items()}
+    label = rng.random(ROWS) < 1 / (1 + np.exp(-values[RESID][:, :3].sum(axis=1) / 2))
     values = {s: (v * np.geomspace(0.1, 10, v.shape[1]) + 5).astype(np.float32) for s, v in values.items()}
     for v in values.values():
         v[:, 4] = 0.7  # constant
     if change is not None:
         change(values)
-    index = pl.DataFrame(
-        {
-            "row": pl.Series(range(ROWS), dtype=pl.UInt64),
-            "prompt": [f"p{i:03}" for i in rng.permutation(ROWS)],
-            "position": pl.Series([0] * ROWS, dtype=pl.Int32),
-            "token": pl.Series([5] * ROWS, dtype=pl.Int32),
-            "label": [None if i % 10 == 9 else bool(label[i]) for i in range(ROWS)],
-            "group": [f"g{i // 3}" for i in range(ROWS)],
-            "pair": pl.Series([None] * ROWS, dtype=pl.String),
-            "n_tokens": pl.Series([1] * ROWS, dtype=pl.Int32),
-        }
-    )
-    tokens = pl.DataFrame({"prompt": index["prompt"], "tokens": pl.Series([[5]] * ROWS, dtype=pl.List(pl.Int32))})
-    with StoreWriter.create(
-        path, identity=IDENTITY, prompts="p" * 64, plan={"at": "last"}, sites=SITES, dtype="float32", index=index,
-        tokens=tokens, shard_rows=200, chunk_rows=50,
-    ) as writer:  # fmt: skip
-        for shard in writer.missing():
-            writer.write_shard(
-                shard.number, {s: torch.from_numpy(v[shard.start : shard.stop]) for s, v in values.items()}
-            )
-    return ActivationStore.open(path)
+    labels = [None if i % 10 == 9 else bool(label[i]) for i in range(ROWS)]
+    index = make_index(labels, group=np.arange(ROWS) // 3, prompt=[f"p{i:03}" for i in rng.permutation(ROWS)])
+    return on_disk(path, values, index, head_dim=WIDTH, shard_rows=200, chunk_rows=50)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +79,15 @@ def test_few_passes_are_needed_where_a_part_of_the_rows_is_held(store, monkeypat
 
 def test_a_feature_that_does_not_vary_weighs_nothing(store):
     grid = probe(store, LogisticReader(), sites="resid.post@0", memory=LITTLE)
-    assert grid.directions[SITES[0].site].vector[4] == 0
+    assert grid.directions[RESID].vector[4] == 0
 
 
 def test_of_several_penalties_one_is_chosen_for_each_fit(store):
     path = [1e-3, 0.1, 10]
     grid = probe(store, LogisticReader(C=path), sites="resid.post@0", memory=LITTLE)
     chosen = [probe(store, LogisticReader(C=C), sites="resid.post@0") for C in path]
-    vectors = [one.directions[SITES[0].site].vector for one in chosen]
-    assert min(np.linalg.norm(grid.directions[SITES[0].site].vector - v) for v in vectors) < 1e-5
+    vectors = [one.directions[RESID].vector for one in chosen]
+    assert min(np.linalg.norm(grid.directions[RESID].vector - v) for v in vectors) < 1e-5
 
 
 @pytest.mark.parametrize("reader", [CCSReader()], ids=["ccs"])
@@ -119,7 +98,7 @@ def test_a_reader_that_needs_all_rows_says_so_where_they_do_not_fit(reader, stor
 
 def test_rows_that_are_not_finite_are_refused_by_site_and_number(tmp_path):
     def change(values):
-        values[SITES[0].site][17] = np.nan
+        values[RESID][17] = np.nan
 
     store = written(tmp_path / "s.reprobe", change)
     for reader in (LDAReader(), LogisticReader()):
@@ -129,7 +108,7 @@ def test_rows_that_are_not_finite_are_refused_by_site_and_number(tmp_path):
 
 def test_a_site_without_a_difference_is_named(tmp_path):
     def change(values):
-        values[SITES[0].site][:] = 3.0
+        values[RESID][:] = 3.0
 
     store = written(tmp_path / "s.reprobe", change)
     for reader in (MeanDifference(), LogisticReader()):

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import torch
 from store.synthetic import tokens as tokens_of
+from store.synthetic import write
 from tiny import tiny_net, tiny_tokenizer
 
 from reprobe.control import EditEffect, WeightEdit
@@ -104,9 +105,7 @@ def make_store(
         index=index,
         tokens=tokens_of(index),
     )
-    with writer:
-        for shard in writer.missing():
-            writer.write_shard(shard.number, {s: v[shard.start : shard.stop] for s, v in values.items()})
+    write(writer, values)
     return ActivationStore.open(path)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from folders import scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from robustness.guard import harmless
 from robustness.mutations import Mutation
 from robustness.samples import EVERY, Sample
-from store.conftest import scratch
 
 from reprobe.errors import ReprobeError
 

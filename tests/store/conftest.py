@@ -1,24 +1,16 @@
-"""A scratch folder in memory, where fsync costs nothing, and the server that forks writers to be killed."""
+"""A scratch folder, and the server that forks writers to be killed."""
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import scratch
 from store import synthetic
-
-_MEMORY = Path("/dev/shm")
-
-
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder, in memory where that can be had."""
-    usable = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK)
-    return tempfile.TemporaryDirectory(prefix="reprobe-", dir=_MEMORY if usable else None)
 
 
 @pytest.fixture

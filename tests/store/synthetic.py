@@ -1,6 +1,6 @@
 """Small stores of made-up activations, and a process that writes them and is killed on the way.
 
-As a module: `create`, `fill` and `tree` for the tests. As a script: a server that forks a child for each line
+As a module: `create`, `fill` and what they write, for the tests. As a script: a server that forks a child for each line
 of JSON on its standard input, so that a hundred writers can be killed for the price of one import.
 """
 
@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from folders import tree
 
 from reprobe.errors import DiskFull
 from reprobe.model.identity import ModelIdentity
@@ -91,6 +93,11 @@ def bits(site: Site, start: int, stop: int, width: int, dtype: str) -> torch.Ten
     return torch.from_numpy(np.stack(rows)).to(kind)
 
 
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor, so that NaNs can be compared."""
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
 def shard_values(writer: StoreWriter, shard: Shard) -> dict[Site, torch.Tensor]:
     dtype = writer.manifest.dtype
     return {
@@ -98,16 +105,18 @@ def shard_values(writer: StoreWriter, shard: Shard) -> dict[Site, torch.Tensor]:
     }
 
 
+def write(writer: StoreWriter, values: Mapping[Site, torch.Tensor]) -> None:
+    """Write all missing shards, from the rows of whole sites, and give the lock back."""
+    with writer:
+        for shard in writer.missing():
+            writer.write_shard(shard.number, {s: v[shard.start : shard.stop] for s, v in values.items()})
+
+
 def fill(writer: StoreWriter, shards: int | None = None) -> None:
     """Write the missing shards (the first `shards` of them) and give the lock back."""
     with writer:
         for shard in writer.missing()[:shards]:
             writer.write_shard(shard.number, shard_values(writer, shard))
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """Every file below `root`, hidden ones too, by relative path."""
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if not p.is_dir()}
 
 
 def _dies_at(operation: int) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from folders import scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store import synthetic
-from store.conftest import scratch
+from store.synthetic import raw
 from torch.utils.data import DataLoader
 
 from reprobe.errors import CorruptArtifact, IncompleteStore, UnknownSite, UsageError
@@ -42,10 +43,6 @@ def partial(folder: Path) -> ActivationStore:
     """A store of which the first two of four shards are written."""
     synthetic.fill(synthetic.create(folder / "s.reprobe"), shards=2)
     return ActivationStore.open(folder / "s.reprobe")
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.int16)
 
 
 def wanted_of(data: st.DataObject) -> Any:
@@ -77,7 +74,7 @@ def test_rows_are_found_by_what_the_index_says(folder: Path, condition: pl.Expr,
     small = ActivationStore.open(folder / "s.reprobe")
     found = small.where(condition)
     assert (found.dtype, found.tolist()) == (np.int64, wanted)
-    assert torch.equal(bits(small.read(FINAL, found)), bits(small.read(FINAL)[wanted]))
+    assert torch.equal(raw(small.read(FINAL, found)), raw(small.read(FINAL)[wanted]))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,7 @@ def test_an_epoch_has_each_wanted_row_as_often_as_asked_with_its_values(
         assert epoch.tolist() == in_order.tolist()
     assert sorted(epoch) == sorted(in_order)
     for batch in found:
-        assert torch.equal(bits(batch.values), bits(store.read(FINAL, batch.rows)))
+        assert torch.equal(raw(batch.values), raw(store.read(FINAL, batch.rows)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -221,7 +218,7 @@ def test_heads_of_one_site_are_read_together_and_are_those_that_read_gives(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads = [f"attn.heads@1.{h}" for h in (4, 1, 2)]
-    want = {h: bits(store.read(h)) for h in heads}
+    want = {h: raw(store.read(h)) for h in heads}
     reads = 0
     decoder = type(store._decoder(HEADS))
     original = decoder.read
@@ -237,7 +234,7 @@ def test_heads_of_one_site_are_read_together_and_are_those_that_read_gives(
         for batch in store.iter(heads, batch_rows=50, shuffle=seed):
             assert [str(s) for s in batch.values] == heads
             for site, values in batch.values.items():
-                assert torch.equal(bits(values.contiguous()), want[str(site)][batch.rows])
+                assert torch.equal(raw(values.contiguous()), want[str(site)][batch.rows])
         assert reads <= 2 * store.manifest.grid.n_shards  # not once per head
 
 
@@ -245,7 +242,7 @@ def test_a_batch_stays_as_it_is_when_more_are_read(store: ActivationStore) -> No
     for seed in (None, 5):
         kept = list(store.iter(FINAL, batch_rows=20, shuffle=seed))
         for batch in kept:
-            assert torch.equal(bits(batch.values), bits(store.read(FINAL, batch.rows)))
+            assert torch.equal(raw(batch.values), raw(store.read(FINAL, batch.rows)))
 
 
 def test_walking_can_stop_half_way_and_damage_is_raised_where_it_lies(folder: Path) -> None:
@@ -318,7 +315,7 @@ def test_workers_divide_an_epoch_without_overlap_or_loss(
         assert (batch["prompt"], batch["pair"]) == (lines["prompt"].to_list(), lines["pair"].to_list())
         for site in ("final", "attn.heads@1.2"):
             assert batch[site].dtype == torch.bfloat16
-            assert torch.equal(bits(batch[site].contiguous()), bits(store.read(site, lines["row"])))
+            assert torch.equal(raw(batch[site].contiguous()), raw(store.read(site, lines["row"])))
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])  # imports torch again
@@ -379,7 +376,7 @@ def test_a_data_set_can_be_pickled_and_copied_without_what_it_opened(store: Acti
         assert row_list(read_all(other)) != want
         assert row_list(read_all(data)) == want
     again = pickle.loads(pickle.dumps(store))
-    assert torch.equal(bits(again.read(FINAL)), bits(store.read(FINAL)))
+    assert torch.equal(raw(again.read(FINAL)), raw(store.read(FINAL)))
 
 
 @pytest.mark.parametrize(

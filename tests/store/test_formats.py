@@ -11,12 +11,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from folders import scratch, tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 from store import synthetic
-from store.conftest import scratch
+from store.synthetic import raw
 
 from reprobe.errors import CorruptArtifact, IdentityMismatch, IncompleteStore, UsageError
 from reprobe.model.sites import Site
@@ -25,11 +26,6 @@ from reprobe.store.formats import format_of
 
 ROWS = synthetic.ROWS
 FINAL = Site("final")
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor, so that NaNs can be compared."""
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 class Twin:
@@ -114,7 +110,7 @@ class Contract:
         with self.create(folder / "b") as backwards:
             for shard in reversed(backwards.missing()):
                 backwards.write_shard(shard.number, synthetic.shard_values(backwards, shard))
-        assert synthetic.tree(folder / "a") == synthetic.tree(folder / "b")
+        assert tree(folder / "a") == tree(folder / "b")
 
     def test_a_large_shard_has_the_same_bytes_every_time(self, folder: Path) -> None:
         """Compressors that share a chunk among threads may not."""
@@ -123,7 +119,7 @@ class Contract:
         for name in ("a", "b"):
             with self.create(folder / name, rows=4096, sites=sites, shard_rows=None, chunk_rows=None) as writer:
                 writer.write_shard(0, {FINAL: values})
-        assert synthetic.tree(folder / "a") == synthetic.tree(folder / "b")
+        assert tree(folder / "a") == tree(folder / "b")
         assert torch.equal(ActivationStore.open(folder / "a").read(FINAL), values)
 
     def test_a_store_begun_in_another_format_is_not_resumed(self, folder: Path) -> None:
@@ -169,7 +165,7 @@ class Contract:
         synthetic.fill(self.create(folder / "s"))
         info = ActivationStore.open(folder / "s").info()
         assert (info.format, info.compression) == (self.form, self.compression)
-        files = synthetic.tree(folder / "s")
+        files = tree(folder / "s")
         assert info.bytes_on_disk == sum(map(len, files.values()))
         arrays = sum(len(d) for name, d in files.items() if name.startswith("activations") and "json" not in name)
         assert arrays <= info.bytes_of_arrays_when_complete

@@ -13,9 +13,11 @@ from typing import Any
 import obstore
 import pytest
 import torch
+from folders import tree
 from moto.server import ThreadedMotoServer
 from obstore.store import from_url
 from store import synthetic
+from store.synthetic import raw
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -86,10 +88,6 @@ def objects(url: str) -> dict[str, bytes]:
     return {name: bytes(obstore.get(client, name).bytes()) for name in sorted(names)}
 
 
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.int16)
-
-
 @FORMS
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_the_objects_are_the_files_of_a_local_store_and_read_the_same(
@@ -98,7 +96,7 @@ def test_the_objects_are_the_files_of_a_local_store_and_read_the_same(
     changes = {"format": form, "compression": compression}
     synthetic.fill(synthetic.create(folder / "s", **changes))
     synthetic.fill(synthetic.create(url, **changes))
-    assert objects(url) == synthetic.tree(folder / "s")
+    assert objects(url) == tree(folder / "s")
     local, remote = ActivationStore.open(folder / "s"), ActivationStore.open(url)
     assert verify(url).ok
     assert (remote.path, remote.name) == (url, "cities.reprobe")
@@ -117,7 +115,7 @@ def test_a_writer_that_was_abandoned_at_any_put_is_resumed_to_the_same_objects(
     url: str, folder: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synthetic.fill(synthetic.create(folder / "s", format=form))
-    whole = synthetic.tree(folder / "s")
+    whole = tree(folder / "s")
 
     class Died(Exception):
         pass
@@ -195,7 +193,7 @@ def test_writers_of_different_shards_join_and_write_the_bytes_of_one(url: str, f
         for writer in (second, first):
             for shard in writer.missing():
                 writer.write_shard(shard.number, synthetic.shard_values(writer, shard))
-    assert objects(url) == synthetic.tree(folder / "s")
+    assert objects(url) == tree(folder / "s")
 
 
 def test_a_writer_that_begins_while_another_begins_and_writes_removes_nothing_of_it(
@@ -213,7 +211,7 @@ def test_a_writer_that_begins_while_another_begins_and_writes_removes_nothing_of
     monkeypatch.setattr(writing, "_begin_unlocked", slow)
     synthetic.fill(synthetic.create(url, own=range(2)))
     synthetic.fill(synthetic.create(folder / "s"))
-    assert objects(url) == synthetic.tree(folder / "s")
+    assert objects(url) == tree(folder / "s")
 
 
 def test_a_writer_of_another_store_that_begins_at_the_same_moment_harms_nothing(
@@ -242,7 +240,7 @@ def test_what_a_killed_beginning_of_another_store_left_is_not_mixed_in(url: str,
         synthetic.create(url, own=range(2))
     synthetic.fill(synthetic.create(url, resume=True))
     synthetic.fill(synthetic.create(folder / "s"))
-    assert objects(url) == synthetic.tree(folder / "s")
+    assert objects(url) == tree(folder / "s")
 
 
 def test_a_store_that_is_there_is_not_mixed_with_another(url: str) -> None:
@@ -262,7 +260,7 @@ def test_overwriting_leaves_nothing_of_the_old_store(url: str, folder: Path) -> 
     synthetic.fill(synthetic.create(url, rows=40, format="hdf5"))
     synthetic.fill(synthetic.create(url, overwrite=True))
     synthetic.fill(synthetic.create(folder / "s"))
-    assert objects(url) == synthetic.tree(folder / "s")
+    assert objects(url) == tree(folder / "s")
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}, {"own": range(2)}], ids=str)

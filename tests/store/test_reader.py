@@ -10,11 +10,12 @@ import polars as pl
 import pytest
 import torch
 import zarr
+from folders import scratch, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from store import synthetic
-from store.conftest import scratch
+from store.synthetic import raw
 
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IncompleteStore, UnknownSite, UsageError
 from reprobe.model.sites import Site, expand
@@ -43,11 +44,6 @@ def partial() -> Iterator[ActivationStore]:
 def written(site: Site, rows: Any, dtype: str = "bfloat16") -> torch.Tensor:
     """The bits that were written, rows chosen by numpy."""
     return torch.from_numpy(synthetic.bits(site, 0, ROWS, 35, dtype).numpy()[rows].copy())
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor, so that NaNs can be compared."""
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 @settings(deadline=None, max_examples=20)
@@ -261,7 +257,7 @@ def test_info_tells_sizes_and_completeness(store: ActivationStore, partial: Acti
     whole, half = store.info(), partial.info()
     assert (whole.complete, whole.committed, whole.shards) == (True, 4, 4)
     assert (half.complete, half.committed, half.shards) == (False, 2, 4)
-    assert whole.bytes_on_disk == sum(map(len, synthetic.tree(store.path).values()))
+    assert whole.bytes_on_disk == sum(map(len, tree(store.path).values()))
     assert half.bytes_on_disk < whole.bytes_on_disk
     assert half.bytes_of_arrays_when_complete == whole.bytes_of_arrays_when_complete < whole.bytes_on_disk
 

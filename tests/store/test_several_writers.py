@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import tree
 from store import synthetic
 
 from reprobe.errors import ArtifactExists, IdentityMismatch, StoreLocked, UsageError
@@ -22,7 +23,7 @@ FORMS = pytest.mark.parametrize("form", synthetic.FORMATS)
 
 def _whole(folder: Path, form: str = "zarr", **changes: Any) -> dict[str, bytes]:
     synthetic.fill(synthetic.create(folder / "whole.reprobe", format=form, **changes))
-    return synthetic.tree(folder / "whole.reprobe")
+    return tree(folder / "whole.reprobe")
 
 
 def _order(path: Path, form: str, own: tuple[int, int], **more: Any) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def test_four_processes_that_start_at_once_write_the_bytes_of_one(server: Any, f
         path = folder / f"{trial}.reprobe"
         server.order_all([_order(path, form, (k, k + 1)) for k in range(4)])
         assert server.finish_all() == [0, 0, 0, 0]
-        assert synthetic.tree(path) == whole
+        assert tree(path) == whole
 
 
 @FORMS
@@ -61,7 +62,7 @@ def test_one_of_four_processes_is_killed_and_resumed_at_the_cost_of_one_shard(
         del orders[victim]["operation"]
         server.order_all([orders[victim]])
         assert server.finish() == 0
-        assert synthetic.tree(path) == whole
+        assert tree(path) == whole
         computed = [Path(log).read_text().split() for log in logs]
         assert [len(c) for k, c in enumerate(computed) if k != victim] == [
             b - a for k, (a, b) in enumerate(owned) if k != victim
@@ -82,7 +83,7 @@ def test_all_of_several_writers_may_be_killed_at_any_operation_again_and_again(
     server.order_all([_order(path, form, own) for own in ((0, 2), (2, 4))])
     assert server.finish_all() == [0, 0]
     synthetic.fill(synthetic.create(path, format=form, resume=True))  # alone, it clears what all have left
-    assert synthetic.tree(path) == whole
+    assert tree(path) == whole
 
 
 def test_a_writer_speaks_of_its_own_shards_only(folder: Path) -> None:
@@ -120,7 +121,7 @@ def test_writers_of_the_same_shard_are_refused_when_they_come(folder: Path) -> N
             assert len(second.missing()) == 2
     synthetic.fill(synthetic.create(folder / "s", own=range(1, 3)))  # both have left
     assert ActivationStore.open(folder / "s").committed == {0, 1, 2}
-    assert ".lock" not in synthetic.tree(folder / "s")
+    assert ".lock" not in tree(folder / "s")
 
 
 def test_two_processes_with_the_same_shards_do_not_both_write(server: Any, folder: Path) -> None:
@@ -153,10 +154,10 @@ def test_joining_a_store_of_another_configuration_names_the_difference(folder: P
 
 def test_one_of_several_writers_does_not_overwrite(folder: Path) -> None:
     synthetic.fill(synthetic.create(folder / "s"))
-    before = synthetic.tree(folder / "s")
+    before = tree(folder / "s")
     with pytest.raises(UsageError, match="remove what the others have just written"):
         synthetic.create(folder / "s", own=range(2), overwrite=True)
-    assert synthetic.tree(folder / "s") == before
+    assert tree(folder / "s") == before
 
 
 @pytest.mark.parametrize("own", [range(0, 4, 2), range(3, 6), range(-1, 2), [0, 1]], ids=str)
@@ -171,7 +172,7 @@ def test_joining_what_is_not_a_store_is_refused_and_touches_nothing(folder: Path
     (folder / "s" / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactExists):
         synthetic.create(folder / "s", own=range(2))
-    assert list(synthetic.tree(folder)) == ["s/notes.txt"]
+    assert list(tree(folder)) == ["s/notes.txt"]
 
 
 def test_leftovers_of_a_killed_writer_are_removed_by_its_successor_and_those_of_the_living_are_not(
@@ -258,7 +259,7 @@ def test_where_locks_of_open_files_do_not_exist_those_of_processes_serve(
         assert lock is not None
         assert lock._fd is not None
         assert [_in_process(lock._fd, byte) for byte in range(5)] == [False, True, False, False, True]
-    assert ".lock" not in synthetic.tree(folder / "s")
+    assert ".lock" not in tree(folder / "s")
 
 
 def test_the_last_to_leave_removes_the_lock_whoever_it_is(folder: Path) -> None:
@@ -329,4 +330,4 @@ def test_a_writer_lends_itself_to_other_shards_and_writes_the_same_bytes(folder:
     with joined.of(range(4)) as rest:
         assert [s.number for s in rest.missing()] == [0, 2, 3]
     synthetic.fill(joined.of(range(4)))
-    assert synthetic.tree(folder / "s") == whole
+    assert tree(folder / "s") == whole

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import scratch, tree
 from store import synthetic
-from store.conftest import scratch
 
 from reprobe.errors import ArtifactMissing, ReprobeError
 from reprobe.store import ActivationStore, verify
@@ -107,7 +107,7 @@ def test_a_store_as_it_was_written_has_no_problems(any_finished: Path) -> None:
     report = ActivationStore.open(any_finished).verify()
     assert report.ok
     assert report.problems == ()
-    assert report.files == len(synthetic.tree(any_finished))
+    assert report.files == len(tree(any_finished))
 
 
 def test_every_missing_file_is_noticed(any_finished: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from folders import tree
 from store import synthetic
 
 from reprobe import provenance
@@ -19,7 +20,7 @@ from reprobe.store import ActivationStore, StoredSite, verify, writer
 def test_two_runs_of_one_configuration_write_the_same_bytes(folder: Path) -> None:
     for name in ("a", "b"):
         synthetic.fill(synthetic.create(folder / name))
-    assert synthetic.tree(folder / "a") == synthetic.tree(folder / "b")
+    assert tree(folder / "a") == tree(folder / "b")
 
 
 def test_the_order_in_which_shards_are_written_leaves_no_trace(folder: Path) -> None:
@@ -28,7 +29,7 @@ def test_the_order_in_which_shards_are_written_leaves_no_trace(folder: Path) -> 
         for shard in reversed(backwards.shards):
             backwards.write_shard(shard.number, synthetic.shard_values(backwards, shard))
         assert backwards.complete
-    assert synthetic.tree(folder / "a") == synthetic.tree(folder / "b")
+    assert tree(folder / "a") == tree(folder / "b")
 
 
 def test_arrays_and_tensors_are_written_alike(folder: Path) -> None:
@@ -37,7 +38,7 @@ def test_arrays_and_tensors_are_written_alike(folder: Path) -> None:
         for shard in other.shards:
             values = synthetic.shard_values(other, shard)
             other.write_shard(shard.number, {s: v.T.contiguous().T.numpy() for s, v in values.items()})
-    assert synthetic.tree(folder / "a") == synthetic.tree(folder / "b")
+    assert tree(folder / "a") == tree(folder / "b")
 
 
 def test_a_resumed_store_lacks_what_was_not_written_and_ends_like_an_uninterrupted_one(folder: Path) -> None:
@@ -48,10 +49,10 @@ def test_a_resumed_store_lacks_what_was_not_written_and_ends_like_an_uninterrupt
         resumed.write_shard(2, synthetic.shard_values(resumed, resumed.shards[2]))
         assert [s.number for s in resumed.missing()] == [1, 3]
     synthetic.fill(synthetic.create(folder / "s", resume=True))
-    assert synthetic.tree(folder / "s") == synthetic.tree(folder / "whole")
+    assert tree(folder / "s") == tree(folder / "whole")
     with synthetic.create(folder / "s", resume=True) as done:
         assert done.complete
-    assert synthetic.tree(folder / "s") == synthetic.tree(folder / "whole")
+    assert tree(folder / "s") == tree(folder / "whole")
 
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])
@@ -62,10 +63,10 @@ def test_a_store_that_is_not_there_is_simply_begun(folder: Path, flag: str) -> N
 
 def test_an_existing_store_is_refused_and_the_message_names_both_ways_on(folder: Path) -> None:
     synthetic.fill(synthetic.create(folder / "s"))
-    before = synthetic.tree(folder / "s")
+    before = tree(folder / "s")
     with pytest.raises(ArtifactExists, match=r"--resume.*--overwrite"):
         synthetic.create(folder / "s")
-    assert synthetic.tree(folder / "s") == before
+    assert tree(folder / "s") == before
     with pytest.raises(UsageError, match="exclude each other"):
         synthetic.create(folder / "s", resume=True, overwrite=True)
 
@@ -76,7 +77,7 @@ def test_overwriting_replaces_all_of_a_store_also_a_damaged_one(folder: Path) ->
     manifest = folder / "s" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-40])
     synthetic.fill(synthetic.create(folder / "s", overwrite=True))
-    assert synthetic.tree(folder / "s") == synthetic.tree(folder / "new")
+    assert tree(folder / "s") == tree(folder / "new")
 
 
 def _identity(**changes: Any) -> ModelIdentity:
@@ -106,11 +107,11 @@ def test_a_store_begun_with_anything_else_is_not_resumed_and_the_field_is_named(
     folder: Path, changes: dict[str, Any], field: str
 ) -> None:
     synthetic.fill(synthetic.create(folder / "s"), shards=2)
-    before = synthetic.tree(folder / "s")
+    before = tree(folder / "s")
     with pytest.raises(IdentityMismatch) as caught:
         synthetic.create(folder / "s", resume=True, **changes)
     assert f"  {field}: " in str(caught.value)
-    assert synthetic.tree(folder / "s") == before
+    assert tree(folder / "s") == before
 
 
 def test_a_store_begun_with_other_versions_is_not_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,7 @@ def test_resuming_a_store_whose_manifest_is_damaged_says_how_to_go_on(folder: Pa
 
 def test_resuming_makes_good_what_was_damaged_outside_whole_shards(folder: Path) -> None:
     synthetic.fill(synthetic.create(folder / "s"))
-    whole = synthetic.tree(folder / "s")
+    whole = tree(folder / "s")
     (folder / "s" / "index.parquet").unlink()
     (folder / "s" / "activations.zarr" / "final" / "zarr.json").write_text("{}")
     (folder / "s" / "commits" / "00001.json").write_text("{}")
@@ -139,7 +140,7 @@ def test_resuming_makes_good_what_was_damaged_outside_whole_shards(folder: Path)
     with synthetic.create(folder / "s", resume=True) as resumed:
         assert [s.number for s in resumed.missing()] == [1, 2]
     synthetic.fill(synthetic.create(folder / "s", resume=True))
-    assert synthetic.tree(folder / "s") == whole
+    assert tree(folder / "s") == whole
 
 
 # ---- what is not ours
@@ -202,10 +203,10 @@ def _a_store_with_a_link(path: Path) -> None:
 )
 def test_what_is_not_wholly_a_store_is_refused_and_not_touched(folder: Path, make: Any, flags: dict[str, bool]) -> None:
     make(folder / "s")
-    before = synthetic.tree(folder)
+    before = tree(folder)
     with pytest.raises(ArtifactExists, match=r"choose another path|--overwrite"):
         synthetic.create(folder / "s", **flags)
-    assert synthetic.tree(folder) == before
+    assert tree(folder) == before
 
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])
@@ -226,7 +227,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(folder: Path, flag: st
         with pytest.raises(StoreLocked, match="another process"):
             synthetic.create(folder / "s", **{flag: True})
         first.write_shard(0, synthetic.shard_values(first, first.shards[0]))  # the refusal did no harm
-    assert ".lock" not in synthetic.tree(folder / "s")
+    assert ".lock" not in tree(folder / "s")
     synthetic.create(folder / "s", **{flag: True}).close()
 
 
@@ -265,10 +266,10 @@ def test_a_shard_of_wrong_sites_shapes_or_dtype_is_refused_before_anything_is_wr
     folder: Path, change: Any, message: str
 ) -> None:
     with synthetic.create(folder / "s") as open_writer:
-        before = synthetic.tree(folder / "s")
+        before = tree(folder / "s")
         with pytest.raises(UsageError, match=message):
             open_writer.write_shard(0, change(synthetic.shard_values(open_writer, open_writer.shards[0])))
-        assert synthetic.tree(folder / "s") == before
+        assert tree(folder / "s") == before
 
 
 def test_a_shard_is_written_once_and_only_if_there_is_one(folder: Path) -> None:

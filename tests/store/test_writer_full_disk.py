@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import tree
 from store import synthetic
 
 from reprobe.errors import ArtifactMissing, DiskFull
@@ -43,7 +44,7 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_its_shards_and_resumes_once
     assert result["missing"] == 4 - len(committed)
     assert not [name for name in result["before"] if name.endswith(".tmp")]
     synthetic.fill(synthetic.create(folder / "whole.reprobe", **changes))
-    assert {k: bytes.fromhex(v) for k, v in result["after"].items()} == synthetic.tree(folder / "whole.reprobe")
+    assert {k: bytes.fromhex(v) for k, v in result["after"].items()} == tree(folder / "whole.reprobe")
 
 
 @pytest.mark.parametrize(("form", "calls"), [("zarr", 3), ("hdf5", 0), ("hdf5", 2)])
@@ -63,7 +64,7 @@ def test_a_shard_for_which_there_is_no_room_leaves_the_shards_before_it_readable
         writer.write_shard(second.number, synthetic.shard_values(writer, second))  # there is room again
     synthetic.fill(synthetic.create(path, format=form, resume=True))
     synthetic.fill(synthetic.create(folder / "whole.reprobe", format=form))
-    assert synthetic.tree(path) == synthetic.tree(folder / "whole.reprobe")
+    assert tree(path) == tree(folder / "whole.reprobe")
 
 
 @pytest.mark.parametrize("calls", range(0, 11, 2))

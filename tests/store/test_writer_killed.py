@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import tree
 from store import synthetic
 
 from reprobe.errors import ArtifactMissing
@@ -18,7 +19,7 @@ OPERATIONS = {"zarr": 150, "hdf5": 90}
 
 def _uninterrupted(path: Path, **changes: Any) -> dict[str, bytes]:
     synthetic.fill(synthetic.create(path, **changes))
-    return synthetic.tree(path)
+    return tree(path)
 
 
 def _require_undamaged(path: Path) -> None:
@@ -43,7 +44,7 @@ def _kill_until_done(server: Any, path: Path, rng: random.Random, expected: dict
         assert status == KILLED
         _require_undamaged(path)
         kills += 1
-    assert synthetic.tree(path) == expected
+    assert tree(path) == expected
     assert verify(path).ok
     computed = log.read_text().split()
     assert len(computed) <= 4 + kills, "a kill cost more than the shard that was being written"
@@ -82,7 +83,7 @@ def test_a_writer_killed_from_outside_at_random_times_leaves_a_store_that_resume
         _require_undamaged(path)
         if attempt % 3 == 2:
             synthetic.fill(synthetic.create(path, resume=True))
-            assert synthetic.tree(path) == expected
+            assert tree(path) == expected
             path = folder / f"{attempt}.reprobe"
     assert kills  # a writer may finish before its signal comes, but not the first
 
@@ -97,4 +98,4 @@ def test_overwriting_that_is_killed_at_any_operation_can_be_done_again(server: A
         assert server.finish() == KILLED
         _require_undamaged(path)
         synthetic.fill(synthetic.create(path, overwrite=True))
-        assert synthetic.tree(path) == expected
+        assert tree(path) == expected
