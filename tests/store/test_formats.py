@@ -66,6 +66,7 @@ class Contract:
     ) -> None:
         site = StoredSite(Site("mlp.out", 1), width)
         wanted = np.array(data.draw(st.lists(st.integers(0, rows - 1), max_size=60)), dtype=np.int64)
+        start, stop = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
         with scratch() as name:
             path = Path(name) / "s.reprobe"
             writer = self.create(
@@ -76,6 +77,7 @@ class Contract:
             assert store.read(site.site).dtype == synthetic.DTYPES[dtype]
             assert torch.equal(raw(store.read(site.site)), twin.arrays[site.site])
             assert torch.equal(raw(store.read(site.site, wanted)), twin.read(site.site, wanted))
+            assert torch.equal(raw(store.read(site.site, slice(start, stop))), twin.arrays[site.site][start:stop])
             assert verify(path).ok
 
     @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.differing_executors])
@@ -110,6 +112,7 @@ class Contract:
         with self.create(folder / "b") as backwards:
             for shard in reversed(backwards.missing()):
                 backwards.write_shard(shard.number, synthetic.shard_values(backwards, shard))
+            assert backwards.complete
         assert tree(folder / "a") == tree(folder / "b")
 
     def test_a_large_shard_has_the_same_bytes_every_time(self, folder: Path) -> None:

@@ -53,15 +53,11 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.dictionaries(st.text().filter(lambda k: k != "digest"), plain, max_size=4))
 def test_any_plain_json_can_be_sealed_and_comes_back(body: dict[str, Any]) -> None:
-    try:
-        data = seal(body)
-    except UnicodeEncodeError:  # a lone surrogate is no text
-        return
-    assert unseal(data, "x") == body
+    assert unseal(seal(body), "x") == body
 
 
-@pytest.mark.parametrize("data", [MANIFEST.to_bytes()], ids=["manifest"])
-def test_every_changed_lost_or_added_byte_of_a_manifest_is_noticed(data: bytes) -> None:
+def test_every_changed_lost_or_added_byte_of_a_manifest_is_noticed() -> None:
+    data = MANIFEST.to_bytes()
     for i in range(len(data)):
         for mutant in (
             data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :],

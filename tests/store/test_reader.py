@@ -11,15 +11,13 @@ import pytest
 import torch
 import zarr
 from folders import scratch, tree
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from store import synthetic
 from store.synthetic import raw
 
 from reprobe.errors import ArtifactMissing, CorruptArtifact, IncompleteStore, UnknownSite, UsageError
 from reprobe.model.sites import Site, expand
-from reprobe.store import ActivationStore, StoredSite, size_on_disk
+from reprobe.store import ActivationStore, StoredSite
 from reprobe.store.zarr_backend import shard_file
 
 ROWS = synthetic.ROWS
@@ -44,42 +42,6 @@ def partial() -> Iterator[ActivationStore]:
 def written(site: Site, rows: Any, dtype: str = "bfloat16") -> torch.Tensor:
     """The bits that were written, rows chosen by numpy."""
     return torch.from_numpy(synthetic.bits(site, 0, ROWS, 35, dtype).numpy()[rows].copy())
-
-
-@settings(deadline=None, max_examples=20)
-@given(
-    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
-    rows=st.integers(1, 40),
-    width=st.integers(1, 9),
-    shard_rows=st.integers(1, 45),
-    chunk_rows=st.none() | st.integers(1, 45),
-    data=st.data(),
-)
-def test_any_rows_of_any_store_come_back_bit_for_bit(
-    dtype: str, rows: int, width: int, shard_rows: int, chunk_rows: int | None, data: st.DataObject
-) -> None:
-    site = Site("mlp.out", 1)
-    wanted = data.draw(st.lists(st.integers(0, rows - 1), max_size=60))
-    start, stop = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
-    with scratch() as name:
-        path = Path(name) / "s.reprobe"
-        writer = synthetic.create(
-            path,
-            rows=rows,
-            sites=(StoredSite(site, width),),
-            dtype=dtype,
-            shard_rows=shard_rows,
-            chunk_rows=chunk_rows,
-        )
-        synthetic.fill(writer)
-        store = ActivationStore.open(path)
-        everything = synthetic.bits(site, 0, rows, width, dtype)
-        assert store.read(site).dtype == synthetic.DTYPES[dtype]
-        assert torch.equal(raw(store.read(site)), everything)
-        assert torch.equal(raw(store.read(site, wanted)), everything[torch.tensor(wanted, dtype=torch.int64)])
-        assert torch.equal(raw(store.read(site, slice(start, stop))), everything[start:stop])
-        files = [path / shard_file(site, s.number) for s in writer.shards]
-        assert sum(f.stat().st_size for f in files) == size_on_disk([width], writer.manifest.grid, dtype)
 
 
 @pytest.mark.parametrize(
@@ -188,18 +150,6 @@ def test_reading_a_few_rows_reads_little_of_the_file(folder: Path) -> None:
     assert bytes_read() - before < 6 * 64 * 64 * 2  # two chunks and the shard's index; the file holds 64
 
 
-def test_damage_is_noticed_where_it_is_read_and_only_there(folder: Path) -> None:
-    synthetic.fill(synthetic.create(folder / "s.reprobe"))
-    path = folder / "s.reprobe" / shard_file(FINAL, 2)
-    data = bytearray(path.read_bytes())
-    data[10] ^= 1  # in the first of the shard's two chunks
-    path.write_bytes(data)
-    store = ActivationStore.open(folder / "s.reprobe")
-    assert torch.equal(raw(store.read(FINAL, slice(15, 23))), written(FINAL, slice(15, 23)))
-    with pytest.raises(CorruptArtifact, match="final"):
-        store.read(FINAL, [12])
-
-
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_a_shard_file_that_is_gone_or_short_is_not_read_as_zeros(folder: Path, damage: str) -> None:
     synthetic.fill(synthetic.create(folder / "s.reprobe"))
@@ -271,30 +221,6 @@ def test_opening_what_is_not_a_store_says_so(folder: Path, path: str) -> None:
 
 
 # ---- batches
-
-
-@pytest.mark.parametrize("batch_rows", [1, 4, 5, 6, 23, 100])
-@pytest.mark.parametrize("shuffle", [None, 0, 7])
-def test_batches_hold_every_row_once_with_its_values(
-    store: ActivationStore, batch_rows: int, shuffle: int | None
-) -> None:
-    batches = list(store.iter("final", batch_rows=batch_rows, shuffle=shuffle))
-    sizes = [len(b.rows) for b in batches]
-    assert sizes[:-1] == [batch_rows] * (len(sizes) - 1)
-    rows = np.concatenate([b.rows for b in batches])
-    assert sorted(rows) == list(range(ROWS))
-    if shuffle is None:
-        assert rows.tolist() == list(range(ROWS))
-    values = torch.cat([b.values for b in batches])
-    assert torch.equal(raw(values), written(FINAL, rows))
-
-
-def test_shuffled_batches_depend_on_the_seed_and_not_on_the_sites(store: ActivationStore) -> None:
-    def order(sites: Any, seed: int) -> list[int]:
-        return [int(r) for b in store.iter(sites, batch_rows=4, shuffle=seed) for r in b.rows]
-
-    assert order("final", 1) == order("final", 1) == order(["resid.post@*", "attn.heads@1.3"], 1)
-    assert len({tuple(order("final", seed)) for seed in range(5)}) == 5
 
 
 def test_batches_of_several_sites_share_their_rows(store: ActivationStore) -> None:

@@ -17,21 +17,6 @@ from reprobe.model.sites import Site
 from reprobe.store import ActivationStore, StoredSite, verify, writer
 
 
-def test_two_runs_of_one_configuration_write_the_same_bytes(folder: Path) -> None:
-    for name in ("a", "b"):
-        synthetic.fill(synthetic.create(folder / name))
-    assert tree(folder / "a") == tree(folder / "b")
-
-
-def test_the_order_in_which_shards_are_written_leaves_no_trace(folder: Path) -> None:
-    synthetic.fill(synthetic.create(folder / "a"))
-    with synthetic.create(folder / "b") as backwards:
-        for shard in reversed(backwards.shards):
-            backwards.write_shard(shard.number, synthetic.shard_values(backwards, shard))
-        assert backwards.complete
-    assert tree(folder / "a") == tree(folder / "b")
-
-
 def test_arrays_and_tensors_are_written_alike(folder: Path) -> None:
     synthetic.fill(synthetic.create(folder / "a", dtype="float16"))
     with synthetic.create(folder / "b", dtype="float16") as other:
