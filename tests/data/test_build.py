@@ -1,26 +1,20 @@
 """The tabular data sets: the committed files are what `data/build.py` makes, and labels do not leak."""
 
 import importlib.util
-import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
+from data.rows import DATA, Row, by, load
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-DATA = Path(__file__).resolve().parents[2] / "data"
 NAMES = ("cities", "negations", "translations", "comparisons")
 SHARED_KEYS = ["id", "text", "label", "group", "pair", "spans"]
-
-Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +25,6 @@ def builder() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def load(name: str) -> list[Row]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def by(rows: list[Row], column: str) -> Iterator[list[Row]]:
-    """The rows that share a value of `column`, value by value."""
-    parts: defaultdict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        parts[row[column]].append(row)
-    yield from parts.values()
 
 
 def balanced(rows: list[Row]) -> bool:
@@ -111,7 +93,7 @@ def test_spans_cut_the_subject_and_then_the_object_out_of_the_sentence(name: str
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_pair_is_one_true_and_one_false_statement_of_one_group(name: str) -> None:
-    for pair in by(load(name), "pair"):
+    for pair in by(load(name), "pair").values():
         assert sorted(row["label"] for row in pair) == [0, 1]
         assert len({row["group"] for row in pair}) == 1
         assert len({row["phrasing"] for row in pair}) == 1
@@ -130,7 +112,7 @@ def test_labels_are_balanced_overall_and_within_each_column(name: str, columns: 
     rows = load(name)
     assert balanced(rows)
     for column in columns:
-        assert all(balanced(part) for part in by(rows, column))
+        assert all(balanced(part) for part in by(rows, column).values())
 
 
 @pytest.mark.parametrize(("name", "phrasings"), [("cities", 6), ("negations", 6), ("translations", 5)])
@@ -203,7 +185,7 @@ def test_each_negation_denies_the_statement_of_the_same_row_of_cities() -> None:
 def test_every_language_has_at_least_sixty_words_with_one_true_and_one_false_meaning() -> None:
     rows = load("translations")
     assert len({row["language"] for row in rows}) >= 4
-    for language in by(rows, "language"):
+    for language in by(rows, "language").values():
         words = {row["word"] for row in language}
         assert len(words) >= 60
         assert len(language) == 2 * len(words)
@@ -230,7 +212,7 @@ def test_no_word_is_spelt_the_same_in_two_languages_or_as_its_meaning() -> None:
 
 def test_comparisons_hold_four_statements_for_each_of_many_pairs() -> None:
     rows = load("comparisons")
-    groups = list(by(rows, "group"))
+    groups = list(by(rows, "group").values())
     assert len(rows) >= 400
     assert all(len(group) == 4 for group in groups)
     assert sum(group[0]["kind"] == "things" for group in groups) >= 60

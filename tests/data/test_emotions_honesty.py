@@ -5,19 +5,13 @@ true; those were judged by hand. It holds what a later edit could break: counts,
 absence of emotion words.
 """
 
-from __future__ import annotations
-
 import itertools
-import json
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
-from typing import Any
+from functools import cache
 
 import pytest
-
-DATA = Path(__file__).resolve().parents[2] / "data"
-Row = dict[str, Any]
+from data.rows import Row, by, load
 
 # The first group are stems and match any ending ("smil" finds smiled, smiling); the second are whole words,
 # let through before a hyphen (great-aunt).
@@ -49,33 +43,24 @@ SECOND = re.compile(r"\b(you|your|yours|yourself|yourselves)\b", re.IGNORECASE)
 DECEIT = re.compile(r"\b(dis|in|un)?(honest|truth|true|false|sincer|trustw|reliab|lie|lies|lying|mislead)", re.I)
 
 
-def rows_of(name: str) -> list[Row]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def pairs_of(rows: list[Row]) -> dict[str, list[Row]]:
-    pairs: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        pairs[row["pair"]].append(row)
-    return pairs
-
-
+@cache
 def words(text: str) -> set[str]:
     return set(re.findall(r"[\w'-]+", text.lower()))
 
 
 def overlap(a: str, b: str) -> float:
-    return len(words(a) & words(b)) / len(words(a) | words(b))
+    shared = len(words(a) & words(b))
+    return shared / (len(words(a)) + len(words(b)) - shared)
 
 
 @pytest.fixture(scope="module")
 def emotions() -> list[Row]:
-    return rows_of("emotions")
+    return load("emotions")
 
 
 @pytest.fixture(scope="module")
 def honesty() -> list[Row]:
-    return rows_of("honesty")
+    return load("honesty")
 
 
 @pytest.mark.parametrize(
@@ -86,9 +71,7 @@ def honesty() -> list[Row]:
     ],
 )
 def test_every_row_has_the_same_keys_a_unique_id_and_a_clean_unique_text(name: str, keys: list[str]) -> None:
-    raw = (DATA / f"{name}.jsonl").read_text(encoding="utf-8")
-    rows = rows_of(name)
-    assert raw.endswith("}\n")
+    rows = load(name)
     assert all(list(row) == keys for row in rows)
     assert [row["id"] for row in rows] == [f"{name}-{i:04d}" for i in range(1, len(rows) + 1)]
     assert len({row["text"].casefold() for row in rows}) == len(rows)
@@ -106,7 +89,7 @@ def test_emotions_are_balanced_over_label_and_person(emotions: list[Row]) -> Non
 
 
 def test_each_emotion_pair_has_one_row_of_each_label_in_one_group_and_person(emotions: list[Row]) -> None:
-    pairs = pairs_of(emotions)
+    pairs = by(emotions, "pair")
     assert len(pairs) >= 100
     assert len({row["group"] for row in emotions}) >= 50
     for pair, sides in pairs.items():
@@ -116,7 +99,7 @@ def test_each_emotion_pair_has_one_row_of_each_label_in_one_group_and_person(emo
 
 
 def test_the_two_sides_of_an_emotion_pair_share_their_topic_words(emotions: list[Row]) -> None:
-    shared = [overlap(a["text"], b["text"]) for a, b in pairs_of(emotions).values()]
+    shared = [overlap(a["text"], b["text"]) for a, b in by(emotions, "pair").values()]
     assert min(shared) > 0.1
     assert sum(shared) / len(shared) > 0.4
 
@@ -161,7 +144,7 @@ def test_the_person_column_says_who_lives_the_scenario(emotions: list[Row]) -> N
 
 
 def test_honesty_has_a_complete_pair_for_every_statement(honesty: list[Row]) -> None:
-    pairs = pairs_of(honesty)
+    pairs = by(honesty, "pair")
     assert len(pairs) >= 200
     assert len(honesty) == 2 * len(pairs)
     assert len({row["statement"].casefold() for row in honesty}) == len(pairs)
@@ -172,7 +155,7 @@ def test_honesty_has_a_complete_pair_for_every_statement(honesty: list[Row]) -> 
 
 
 def test_the_sides_of_an_honesty_pair_differ_in_the_persona_alone(honesty: list[Row]) -> None:
-    for pair, sides in pairs_of(honesty).items():
+    for pair, sides in by(honesty, "pair").items():
         outside, personas = set(), set()
         for row in sides:
             start, end = row["spans"]["persona"]

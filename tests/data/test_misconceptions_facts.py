@@ -1,41 +1,21 @@
 """The misconceptions and facts data sets hold what data/README.md says they hold."""
 
-from __future__ import annotations
-
-import json
 import re
 import runpy
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
+from data.rows import DATA, Row, by, load
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 
-DATA = Path(__file__).parents[2] / "data"
-Row = dict[str, Any]
-
-
-def read(name: str) -> list[Row]:
-    content = (DATA / f"{name}.jsonl").read_text(encoding="utf-8")
-    assert content.endswith("\n")
-    return [json.loads(line) for line in content.splitlines()]
-
-
-MISCONCEPTIONS = read("misconceptions")
-FACTS = read("facts")
+MISCONCEPTIONS = load("misconceptions")
+FACTS = load("facts")
 BUILD = runpy.run_path(str(DATA / "build_facts.py"))
-
-
-def by(rows: list[Row], key: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row[key]].append(row)
-    return groups
 
 
 @pytest.mark.parametrize("rows", [MISCONCEPTIONS, FACTS], ids=["misconceptions", "facts"])
@@ -64,7 +44,7 @@ def test_every_span_cuts_out_the_column_of_its_name(rows: list[Row]) -> None:
 # misconceptions
 
 
-def test_misconceptions_has_over_a_hundred_questions_with_three_to_five_answers_of_each_label() -> None:
+def test_misconceptions_has_164_questions_with_three_to_five_answers_of_each_label() -> None:
     questions = by(MISCONCEPTIONS, "group")
     assert len(questions) == 164
     assert len(MISCONCEPTIONS) == 990
@@ -117,7 +97,7 @@ def test_the_words_of_an_answer_say_little_about_its_label_in_questions_not_seen
 # facts
 
 
-def test_facts_has_over_320_facts_in_at_least_twelve_relations() -> None:
+def test_facts_has_546_facts_in_twenty_relations_of_nineteen_or_more() -> None:
     relations = by(FACTS, "relation")
     assert len(FACTS) == 546
     assert len(relations) == 20
