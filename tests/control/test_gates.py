@@ -56,7 +56,7 @@ def test_each_prompt_of_a_batch_is_steered_or_left_by_its_own_measure(tiny_lm, m
     }[measure]
     gate = rp.When(d, above=threshold(values), measure=measure)
     item = push(lm, gate)
-    plain, always = lm.logits(PROMPTS), None
+    plain = lm.logits(PROMPTS)
     with rp.steer(lm, push(lm, None)):
         always = lm.logits(PROMPTS)
     with rp.steer(lm, item) as done:

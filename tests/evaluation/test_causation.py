@@ -7,7 +7,7 @@ from tiny import tiny_net, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.errors import IdentityMismatch, UsageError
-from reprobe.evaluation.causation import causes, vocabulary
+from reprobe.evaluation.causation import _others, causes, vocabulary
 from reprobe.methods.concepts import Concept
 from reprobe.methods.dissection import dissect
 
@@ -115,10 +115,15 @@ def test_a_detector_that_writes_nothing_causes_nothing():
     assert (caused.table["rank"] == 1.0).all()
 
 
-def test_controls_are_other_units_of_the_site_and_the_draw_is_seeded(lm, found):
-    one, two = (causes(lm, found, controls=3, seed=1).table for _ in range(2))
-    assert one.equals(two)
-    assert set(one["concept"]) | set(causes(lm, found, controls=3).left_out) >= {"the, inside"}
+def test_controls_are_other_units_that_do_not_detect_the_concept_and_the_draw_is_seeded(lm, found):
+    concept, detectors = found.concept("the, inside"), np.array([found.number(f"mlp.neurons@1.{NEURON}")])
+    one, two, other = (_others(found, concept, detectors, 3, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)
+    assert detectors[0] not in one
+    assert (found.iou[one[0], concept] <= found.settings.detector).all()
+    first, second = (causes(lm, found, ["the, inside"], controls=3, seed=1).table for _ in range(2))
+    assert first.equals(second)
 
 
 def test_what_cannot_be_measured_is_refused(lm, found, tiny_lm):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.errors import DataError, UsageError
@@ -88,7 +89,7 @@ def test_what_is_generated_and_known_is_compared_with_and_without(tiny_lm, item)
     assert row(found, "accuracy on facts")["n"] == 4
 
 
-def test_a_steer_of_strength_zero_has_no_side_effects(tiny_lm, item):
+def test_a_steer_of_strength_zero_has_no_side_effects(tiny_lm):
     lm = tiny_lm("gemma3_text")
     zero = rp.Add(rp.Direction.from_vector("resid.post@1", np.ones(lm.d_model)), 0.0)
     found = rp.side_effects(lm, [zero], texts=TEXTS, unrelated=FACTS, max_new_tokens=4)
@@ -96,8 +97,24 @@ def test_a_steer_of_strength_zero_has_no_side_effects(tiny_lm, item):
     assert found.generations["unsteered"].to_list() == found.generations["steered"].to_list()
 
 
+def choices():
+    """Three questions with a true and a false answer each."""
+    return rp.PromptSet.from_records(
+        [
+            {"id": f"{i}{a}", "text": "-", "label": y, "group": str(i), "question": f"what {i}?", "answer": a}
+            for i in range(3)
+            for a, y in (("an ant", 1), ("the end", 0))
+        ],
+        name="questions",
+    )
+
+
 def test_parts_can_be_left_out_and_multiple_choice_serves_as_knowledge(tiny_lm, item):
-    lm = tiny_lm("llama")
+    lm = tiny_model(max_position_embeddings=1000)  # the questions come after a primer of many tokens
+    known = row(rp.side_effects(lm, item, texts=TEXTS, unrelated=choices(), max_new_tokens=0), "accuracy on questions")
+    assert known["unsteered"] == rp.multiple_choice(lm, choices()).table["mc1"].mean()
+    with rp.steer(lm, item):
+        assert known["steered"] == rp.multiple_choice(lm, choices()).table["mc1"].mean()
     found = rp.side_effects(lm, item, texts=TEXTS, unrelated=None, max_new_tokens=0)
     assert found.table["measure"].to_list() == ["kl", "cross-entropy", "perplexity"]
     assert found.generations.height == 0
@@ -199,26 +216,11 @@ def test_a_steer_that_overflows_has_an_endless_price_and_no_interval():
 
 def test_a_choice_score_is_a_metric_per_question(tiny_lm, item):
     lm = tiny_lm("llama")
-    data = rp.PromptSet.from_records(
-        [
-            {
-                "id": f"{i}{a}",
-                "text": "-",
-                "label": label,
-                "group": str(i),
-                "question": f"what {i}?",
-                "answer": a,
-            }
-            for i in range(3)
-            for a, label in (("an ant", 1), ("the end", 0))
-        ]
-    )
-    table = rp.dose_response(
-        lm, lambda s: item, (1,), scorer=rp.ChoiceScore(data, "mc2", primer=""), neutral=TEXTS, story="the"
-    )
+    scorer = rp.ChoiceScore(choices(), "mc2", primer="")
+    table = rp.dose_response(lm, lambda s: item, (1,), scorer=scorer, neutral=TEXTS, story="the")
     with rp.steer(lm, item):
-        expected = rp.multiple_choice(lm, data, primer="").table["mc2"].mean()
+        expected = rp.multiple_choice(lm, choices(), primer="").table["mc2"].mean()
     assert table["mc2"][0] == pytest.approx(expected)
     assert isinstance(table["text"][0], str)
     with pytest.raises(UsageError, match="unknown metric"):
-        rp.ChoiceScore(data, "mc4")
+        rp.ChoiceScore(choices(), "mc4")

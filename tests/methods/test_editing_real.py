@@ -15,7 +15,7 @@ SUBJECTS = ("Eiffel Tower", "South Korea")
 
 @pytest.fixture(scope="module")
 def setting(real_lm, tmp_path_factory):
-    """The model, three facts, and second moments of a short text: about three times as many tokens as directions."""
+    """The model, two facts, and second moments of a short text: about three times as many tokens as directions."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         for module in (moments, editing):  # not REPROBE_CACHE: the weights stay where they are

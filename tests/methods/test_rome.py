@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.control.edits import Matrix
@@ -56,8 +56,8 @@ def layer_of(lm):
 def double(family, *, bos=True):
     """In float64, but for families whose stock code cannot: float32 inside attention (pads give NaN), fused experts."""
     if family in ("bloom", "gemma2", "qwen3_moe", "deepseek_v3"):
-        return rp.LanguageModel(tiny_net(family), tiny_tokenizer(bos=bos), name=f"tiny-{family}")
-    return rp.LanguageModel(tiny_net(family).double(), tiny_tokenizer(bos=bos), name=f"tiny-{family}")
+        return tiny_model(family, bos=bos)
+    return tiny_model(family, dtype=torch.float64, bos=bos)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -152,12 +152,12 @@ def plain_search(lm, fact, layer, prefixes, settings):
     adam, first = torch.optim.Adam([delta], lr=settings.rate or 1.0), None
     losses = []
     for step in range(settings.steps):
-        nll = 0
-        for i, (ids, place, n) in enumerate(rows):
+        nll, starts = 0, []
+        for ids, place, n in rows:
             logp, raw = run(ids, place)
-            start = raw if i == 0 else start  # noqa: F821
+            starts.append(raw)
             nll = nll - logp[n - 1 : -1].gather(1, ids[0, n:, None]).mean() / len(rows)
-        now = run(essence.input_ids, at)[0][at]
+        start, now = starts[0], run(essence.input_ids, at)[0][at]
         first = now.detach() if first is None else first
         kl = (now.exp() * (now - first)).sum()
         loss = nll + settings.kl * kl + settings.decay * (delta.square().sum() + 1e-30).sqrt() / start.square().sum()

@@ -25,6 +25,7 @@ def test_a_probe_that_learns_types_by_heart_has_no_selectivity_and_one_that_read
     np.testing.assert_array_equal(found.selectivity, found.accuracy - found.control)
     again = selectivity(MeanDifferenceRefit([identity, concept], folds), by_word, types.astype(str), folds)
     assert again.control_spread.shape == (2,)
+    np.testing.assert_array_equal(again.accuracy, found.accuracy)
 
 
 def test_types_that_never_recur_are_no_control():

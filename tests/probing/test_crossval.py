@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from reprobe.errors import UsageError
@@ -16,7 +16,7 @@ def test_no_group_is_split_and_every_side_has_both_classes(rows, n_folds, seed, 
     try:
         folds = group_folds(groups, labels, n_folds, seed)
     except UsageError:
-        return
+        reject()
     assert set(folds) == set(range(n_folds))
     for g in set(groups):
         assert len(set(folds[groups == g])) == 1

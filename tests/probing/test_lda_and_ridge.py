@@ -103,8 +103,7 @@ def test_the_cluster_mean_has_the_mean_of_all_rows_as_its_threshold():
 
 def test_a_random_direction_is_drawn_from_its_seed_and_reads_nothing():
     X, y = correlated()
-    a, b = RandomReader(4).fit(X, y), RandomReader(4).fit(X, 1 - y)
-    np.testing.assert_array_equal(a.direction_.vector, b.direction_.vector)
+    a = RandomReader(4).fit(X, y)
     assert a.direction_ != RandomReader(5).fit(X, y).direction_
     drawn = np.random.default_rng(4).standard_normal(9)
     np.testing.assert_allclose(a.direction_.vector, drawn / np.linalg.norm(drawn))

@@ -132,11 +132,8 @@ def test_equal_classes_have_no_direction_up_to_rounding(planted):
 
 def test_broken_pairs_are_refused(planted):
     data = planted(n=8)
-    with pytest.raises(UsageError, match="1 of 4 pairs have rows of one class only"):
-        PCAReader().fit(data.X, np.array([1, 1, 0, 1, 0, 1, 0, 1]), pairs=data.pairs)
-    for missing in (None, np.nan):
-        with pytest.raises(UsageError, match=r"1 of 8 rows name no pair \(the first is row 5\)"):
-            PCAReader().fit(data.X, data.y, pairs=[0, 0, 1, 1, 2, missing, 3, 3])
+    with pytest.raises(UsageError, match=r"1 of 8 rows name no pair \(the first is row 5\)"):
+        PCAReader().fit(data.X, data.y, pairs=[0, 0, 1, 1, 2, np.nan, 3, 3])
     with pytest.raises(UsageError, match="all are equal"):
         PCAReader(compat="repe").fit(data.X[:2], data.y[:2], pairs=data.pairs[:2])
     with pytest.raises(UsageError, match="'repe' and 'repeng'"):

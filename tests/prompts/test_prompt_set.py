@@ -204,7 +204,9 @@ def test_a_split_depends_on_the_seed_and_not_on_the_order_of_rows() -> None:
 def test_a_split_by_another_column_may_not_cut_groups() -> None:
     rows = [{"text": "t", "group": f"g{i // 2}", "topic": f"t{i // 4}", "odd": i % 2} for i in range(8)]
     prompts = PromptSet.from_records(rows)
-    assert set(prompts.split("topic", test=0.5).test.frame["topic"]).isdisjoint({None})
+    train, test = (set(part.frame["topic"]) for part in prompts.split("topic", test=0.5))
+    assert train.isdisjoint(test)
+    assert len(train | test) == 2
     with pytest.raises(DataError, match=r"would cut groups, e.g. g0, g1"):
         prompts.split("odd")
     with pytest.raises(UnknownData, match="no column 'topics'"):

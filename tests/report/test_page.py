@@ -158,12 +158,12 @@ def test_every_figure_says_which_model_and_which_data_it_is_of(full: Path, page:
     for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S):
         (source,) = re.findall(r'<span class="source">(.*)</span>', caption, re.S)
         said = [re.sub("<.*?>", "", fact) for fact in re.findall(r"<span>(.*?)</span>", source)]
-        full = re.findall(r'(\w+) <code class="digest" title="([0-9a-f]{64})">', source)
+        digests = re.findall(r'(\w+) <code class="digest" title="([0-9a-f]{64})">', source)
         assert said[0].startswith("model "), source
         if said[0] == "model not recorded":  # CSV and Parquet tables say only what is in their columns
             assert "held-out" in caption or "edit-scores" in caption
             continue
-        (_, weights), *data = full
+        (_, weights), *data = digests
         assert weights in models
         assert data, source
 
