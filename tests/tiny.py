@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from reprobe.model.language_model import LanguageModel
+
 VOCAB = 307  # prime, and a little more than the tokenizer uses
 LAYERS = 3
 CONTEXT = 64
@@ -222,3 +224,10 @@ def save_tiny(folder: Path, name: str = "llama", **overrides: Any) -> Path:
     tiny_net(name, **overrides).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def tiny_model(
+    name: str = "llama", *, dtype: torch.dtype = torch.float32, bos: bool = True, **config: Any
+) -> LanguageModel:
+    """A fresh tiny language model, which a test may change; `config` goes to `tiny_net`."""
+    return LanguageModel(tiny_net(name, **config).to(dtype), tiny_tokenizer(bos=bos), name=f"tiny-{name}")

@@ -1,9 +1,9 @@
 """The command line as a user meets it: every verb on a small model in a folder, wrong inputs first."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from typing import get_args
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny, tiny_net, tiny_tokenizer
 
 import reprobe as rp
+from reprobe.cli import main
 from reprobe.cli.options import ReaderName
 from reprobe.probing import READERS
 from reprobe.report import read_results
@@ -522,23 +523,29 @@ def test_resume_goes_on_and_overwrite_begins_anew(run, made):
     run("extract", "model", "prompts.jsonl", "--to", "again.reprobe", "--overwrite", "--at", "mean")
 
 
-def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(folder, tmp_path):
+def as_a_user(arguments, stderr):
+    """The command line as the whole of a process, whose errors go to a file."""
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["reprobe", *map(str, arguments)]
+    main()
+
+
+def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(server, folder, tmp_path):
     rows = [{"id": f"p{i}", "text": f"thing number {i} of the lot", "label": i % 2} for i in range(200)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     arguments = ["extract", folder / "model", tmp_path / "many.jsonl", "--to", tmp_path / "s.reprobe", "--at", "all",
                  "--shard-rows", 64, "--batch-tokens", 64]  # fmt: skip
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from reprobe.cli import main; main()"
-    )
-    command = [sys.executable, "-c", code, *map(str, arguments)]
     commits = tmp_path / "s.reprobe" / "commits"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-        while not (commits.exists() and any(commits.glob("0*.json"))):
-            assert child.poll() is None
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        said = child.communicate(timeout=60)[1]
-    assert child.returncode == 130, said
+    child = server.Process(target=as_a_user, args=(arguments, tmp_path / "stderr"))
+    child.start()
+    while not (commits.exists() and any(commits.glob("0*.json"))):
+        assert child.is_alive()
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGINT)
+    child.join(timeout=60)
+    said = (tmp_path / "stderr").read_text()
+    assert child.exitcode == 130, said
     assert "--resume" in said
     assert "Traceback" not in said
     store = rp.ActivationStore.open(tmp_path / "s.reprobe")

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny import DECODERS, tiny_net, tiny_tokenizer
+from tiny import DECODERS, tiny_model
 from transformers import AutoModelForCausalLM
 
 import reprobe as rp
@@ -27,16 +27,6 @@ NORM_BIAS = (
     *("phi", "stablelm", "stablelm.parallel", "starcoder2"),
 )
 EXPERTS = {"mixtral": (0, 1, 2), "qwen3_moe": (0, 2), "deepseek_v3": (1, 2)}
-
-
-@pytest.fixture
-def fresh():
-    """`fresh(name, **config)`: a model of its own, that a test may change."""
-
-    def make(name, **config):
-        return rp.LanguageModel(tiny_net(name, **config), tiny_tokenizer(), name=f"tiny-{name}")
-
-    return make
 
 
 def direction(lm, site, seed=0, scale=1.5):
@@ -100,8 +90,8 @@ def refusal(lm, *items, **options):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_an_add_at_every_output_site_is_a_bias_wherever_the_family_can_have_one(fresh, name, tmp_path):
-    lm = fresh(name)
+def test_an_add_at_every_output_site_is_a_bias_wherever_the_family_can_have_one(name, tmp_path):
+    lm = tiny_model(name)
     experts = EXPERTS.get(name, ())
     sites = {f"{part}@1": part for part in ("attn.heads", "attn.out", "resid.mid", "mlp.neurons", "mlp.out")}
     sites |= {"attn.heads@2.1": "attn.heads", "mlp.neurons@2.3": "mlp.neurons", "resid.post@0": "mlp.out"}
@@ -137,8 +127,8 @@ def test_an_add_at_every_output_site_is_a_bias_wherever_the_family_can_have_one(
 
 
 @pytest.mark.parametrize("name", [n for n in DECODERS if n not in (*POST_NORMS, "bloom")])
-def test_ablation_at_every_write_site_is_a_product_of_weights(fresh, name, tmp_path):
-    lm = fresh(name)
+def test_ablation_at_every_write_site_is_a_product_of_weights(name, tmp_path):
+    lm = tiny_model(name)
     items = ablated_everywhere(lm)
     require_exact(lm, items, tmp_path / "model", untie=True)
     # The formula of the paper, written out.
@@ -152,8 +142,8 @@ def test_ablation_at_every_write_site_is_a_product_of_weights(fresh, name, tmp_p
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3_moe"])
-def test_ablating_the_whole_stream_is_the_same_product_and_half_of_it_is_refused(fresh, name, tmp_path):
-    lm = fresh(name)
+def test_ablating_the_whole_stream_is_the_same_product_and_half_of_it_is_refused(name, tmp_path):
+    lm = tiny_model(name)
     d = direction(lm, "embed", 3)
     stream = "embed, resid.post@*" if lm.architecture.parallel(lm.net.config) else "embed, resid.mid@*, resid.post@*"
     everywhere = [rp.Ablate(d, site=site) for site in lm.sites(stream)]
@@ -169,8 +159,8 @@ def test_ablating_the_whole_stream_is_the_same_product_and_half_of_it_is_refused
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "falcon.new"])
-def test_several_operators_act_in_their_order(fresh, name, tmp_path):
-    lm = fresh(name)
+def test_several_operators_act_in_their_order(name, tmp_path):
+    lm = tiny_model(name)
     width, rng = lm.d_model, np.random.default_rng(2)
     d, e = direction(lm, "attn.out@1"), direction(lm, "attn.out@1", 1)
     heads = direction(lm, "attn.heads@1.2", 4)
@@ -193,8 +183,8 @@ def test_several_operators_act_in_their_order(fresh, name, tmp_path):
     require_exact(lm, items, tmp_path / "model", untie=True)
 
 
-def test_generation_with_a_cache_is_that_of_the_steered_model(fresh):
-    lm = fresh("llama")
+def test_generation_with_a_cache_is_that_of_the_steered_model():
+    lm = tiny_model("llama")
     items = [rp.Add(direction(lm, "resid.post@1"), 2.0), *ablated_everywhere(lm, 5)]
     with rp.steer(lm, *items):
         want = lm.generate(PROMPTS, max_new_tokens=9)
@@ -220,20 +210,20 @@ REASONS = {
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_what_no_weight_does_is_refused_with_the_reason(fresh, reason):
-    lm = fresh("llama", tie_word_embeddings=True)
+def test_what_no_weight_does_is_refused_with_the_reason(reason):
+    lm = tiny_model("llama", tie_word_embeddings=True)
     item = REASONS[reason](lm, direction(lm, "attn.out@1"), direction(lm, "resid.post@0", 1))
     assert reason in refusal(lm, item)
 
 
-def test_a_refusal_changes_nothing_though_an_earlier_item_could_be_baked(fresh):
-    lm = fresh("qwen3")
+def test_a_refusal_changes_nothing_though_an_earlier_item_could_be_baked():
+    lm = tiny_model("qwen3")
     fits, not_fitting = (rp.Add(direction(lm, site)) for site in ("attn.out@0", "mlp.out@2"))
     assert "mlp.down_proj.bias" in refusal(lm, fits, not_fitting)
 
 
-def test_tied_embeddings_become_two_and_one_again(fresh, tmp_path):
-    lm = fresh("llama", tie_word_embeddings=True)
+def test_tied_embeddings_become_two_and_one_again(tmp_path):
+    lm = tiny_model("llama", tie_word_embeddings=True)
     embedding, head = lm.net.get_input_embeddings(), lm.net.get_output_embeddings()
     assert head.weight is embedding.weight
     require_exact(lm, ablated_everywhere(lm), tmp_path / "model", untie=True)
@@ -243,8 +233,8 @@ def test_tied_embeddings_become_two_and_one_again(fresh, tmp_path):
         assert not lm.net.config.tie_word_embeddings
 
 
-def test_a_baked_model_is_another_model_until_it_is_taken_out_again_newest_first(fresh):
-    lm = fresh("llama")
+def test_a_baked_model_is_another_model_until_it_is_taken_out_again_newest_first():
+    lm = tiny_model("llama")
     identity = lm.identity
     d = rp.Direction.from_vector("attn.out@1", np.ones(lm.d_model), identity=identity)
     first = rp.bake(lm, rp.Add(d))
@@ -260,8 +250,8 @@ def test_a_baked_model_is_another_model_until_it_is_taken_out_again_newest_first
     assert lm.identity == identity
 
 
-def test_no_pass_adds_a_bias_that_nothing_was_baked_into(fresh, tmp_path):
-    lm = fresh("llama", attention_bias=False, mlp_bias=False)
+def test_no_pass_adds_a_bias_that_nothing_was_baked_into(tmp_path):
+    lm = tiny_model("llama", attention_bias=False, mlp_bias=False)
     names = {name for name, _ in lm.net.named_parameters()}
     with rp.bake(lm, rp.Add(direction(lm, "resid.post@0"))):
         require_exact(lm, [rp.Add(direction(lm, "mlp.neurons@1")), rp.Add(direction(lm, "attn.out@2"))], tmp_path / "m")
@@ -271,8 +261,8 @@ def test_no_pass_adds_a_bias_that_nothing_was_baked_into(fresh, tmp_path):
     assert not any(name.endswith(".bias") for name in lm.net.state_dict())
 
 
-def test_an_error_inside_the_context_takes_it_out(fresh):
-    lm = fresh("gpt2")
+def test_an_error_inside_the_context_takes_it_out():
+    lm = tiny_model("gpt2")
     before = state(lm.net)
 
     def fail():
@@ -284,8 +274,8 @@ def test_an_error_inside_the_context_takes_it_out(fresh):
     require_same_state(lm.net, before)
 
 
-def test_half_precision_is_baked_up_to_its_rounding(fresh):
-    lm = fresh("llama")
+def test_half_precision_is_baked_up_to_its_rounding():
+    lm = tiny_model("llama")
     lm.net.to(torch.bfloat16)
     items = ablated_everywhere(lm)
     with rp.steer(lm, *items):
@@ -296,16 +286,16 @@ def test_half_precision_is_baked_up_to_its_rounding(fresh):
     assert (got - want).abs().max() < 0.2 * (plain - want).abs().max()
 
 
-def test_encoders_and_quantised_weights_are_refused(fresh):
-    lm = fresh("llama")
+def test_encoders_and_quantised_weights_are_refused():
+    lm = tiny_model("llama")
     item = rp.Add(direction(lm, "attn.out@1"))
     lm.net.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(UnsupportedOperation, match="quantised"):
         rp.bake(lm, item)
-    encoder = fresh("bert")
+    encoder = tiny_model("bert")
     with pytest.raises(UnsupportedOperation, match="encoder"):
         rp.bake(encoder, rp.Add(direction(encoder, "attn.out@1")))
-    away = fresh("llama")
+    away = tiny_model("llama")
     away.net.model.layers[1].to("meta")
     with pytest.raises(UnsupportedOperation, match="in memory"):
         rp.bake(away, dataclasses.replace(item, strength=2.0), allow_mismatch=True)

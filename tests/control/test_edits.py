@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.control import EditEffect, edits_in
@@ -16,23 +16,12 @@ from reprobe.errors import (
     ArtifactExists,
     ArtifactMissing,
     CorruptArtifact,
-    DataError,
     IdentityMismatch,
     UnsupportedOperation,
     UsageError,
 )
 
 FACT = rp.Fact.of(subject="the cat", prompt="{} is on the", new="mat", true="roof")
-
-
-@pytest.fixture
-def fresh():
-    """`fresh(name)`: a tiny model that a test may change."""
-
-    def make(name="llama", seed=0):
-        return rp.LanguageModel(tiny_net(name, seed=seed), tiny_tokenizer(), name=f"tiny-{name}")
-
-    return make
 
 
 def random_edit(lm, layer=1, rank=2, seed=0, **more):
@@ -53,8 +42,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_an_edit_adds_the_product_of_its_factors_to_what_the_layer_maps(fresh, family):
-    lm = fresh(family)
+def test_an_edit_adds_the_product_of_its_factors_to_what_the_layer_maps(family):
+    lm = tiny_model(family)
     before = weights(lm)
     edit = random_edit(lm)
     layer = lm.architecture.projection(lm.net, 1)
@@ -69,8 +58,8 @@ def test_an_edit_adds_the_product_of_its_factors_to_what_the_layer_maps(fresh, f
     assert same(before, weights(lm))
 
 
-def test_an_edit_touches_its_own_matrix_alone_and_tied_embeddings_stay_tied(fresh):
-    lm = fresh("gemma3_text")
+def test_an_edit_touches_its_own_matrix_alone_and_tied_embeddings_stay_tied():
+    lm = tiny_model("gemma3_text")
     before, edit = weights(lm), random_edit(lm)
     with rp.edited(lm, edit):
         now = weights(lm)
@@ -86,7 +75,7 @@ TOGGLES = st.lists(st.integers(0, 4), max_size=14)
 @settings(deadline=None, max_examples=40)
 @given(toggles=TOGGLES)
 def test_whatever_the_order_of_reverting_the_weights_are_those_with_the_remaining_edits(keep, toggles):
-    lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny")
+    lm = tiny_model()
     before = weights(lm)
     edits = [random_edit(lm, layer=i % 2, rank=1 + i % 3, seed=i) for i in range(5)]
     ledger = rp.ledger_of(lm, keep_originals=keep)
@@ -109,8 +98,8 @@ def test_whatever_the_order_of_reverting_the_weights_are_those_with_the_remainin
         torch.testing.assert_close(weights(lm)[name], original, atol=4e-6, rtol=1e-6)
 
 
-def test_with_originals_the_weights_depend_on_what_is_applied_and_not_on_what_was(fresh):
-    lm, other = fresh(), fresh()
+def test_with_originals_the_weights_depend_on_what_is_applied_and_not_on_what_was():
+    lm, other = tiny_model(), tiny_model()
     a, b, c = (random_edit(lm, seed=i) for i in range(3))
     rp.apply_edits(lm, [a, b, c])
     rp.ledger_of(lm).revert([b])
@@ -118,8 +107,8 @@ def test_with_originals_the_weights_depend_on_what_is_applied_and_not_on_what_wa
     assert same(weights(lm), weights(other))
 
 
-def test_contexts_nest_and_any_exit_gives_the_weights_back(fresh):
-    lm = fresh()
+def test_contexts_nest_and_any_exit_gives_the_weights_back():
+    lm = tiny_model()
     before = weights(lm)
     a, b = random_edit(lm, seed=1), random_edit(lm, seed=2)
     with pytest.raises(RuntimeError, match="half-way"), rp.edited(lm, a), rp.edited(lm, [b]):
@@ -130,8 +119,8 @@ def test_contexts_nest_and_any_exit_gives_the_weights_back(fresh):
     assert same(before, weights(lm))
 
 
-def test_an_edit_of_another_model_is_refused_and_nothing_changes(fresh):
-    lm, other = fresh(), fresh(seed=1)
+def test_an_edit_of_another_model_is_refused_and_nothing_changes():
+    lm, other = tiny_model(), tiny_model(seed=1)
     before = weights(lm)
     mine, theirs = random_edit(lm), random_edit(other, seed=1)
     with pytest.raises(IdentityMismatch, match="weights"):
@@ -142,9 +131,9 @@ def test_an_edit_of_another_model_is_refused_and_nothing_changes(fresh):
         assert not same(before, weights(lm))
 
 
-def test_edits_of_the_plain_model_go_into_it_one_after_another(fresh):
+def test_edits_of_the_plain_model_go_into_it_one_after_another():
     """The digest of the weights sees the first edit; the base's identity does not."""
-    lm = fresh()
+    lm = tiny_model()
     a, b = random_edit(lm, seed=1), random_edit(lm, seed=2)
     with rp.edited(lm, a):
         assert lm.identity.differences(a.base).keys() == {"weights"}
@@ -153,8 +142,8 @@ def test_edits_of_the_plain_model_go_into_it_one_after_another(fresh):
             assert ledger.base == a.base
 
 
-def test_an_edit_made_after_others_needs_them(fresh):
-    lm = fresh()
+def test_an_edit_made_after_others_needs_them():
+    lm = tiny_model()
     first = random_edit(lm, seed=1)
     later = random_edit(lm, seed=2, after=(first.digest,))
     with pytest.raises(IdentityMismatch, match="after 1 edits"):
@@ -164,8 +153,8 @@ def test_an_edit_made_after_others_needs_them(fresh):
     assert rp.ledger_of(lm).digests == (later.digest,)
 
 
-def test_weights_that_something_else_changed_are_noticed(fresh):
-    lm = fresh()
+def test_weights_that_something_else_changed_are_noticed():
+    lm = tiny_model()
     edit = random_edit(lm)
     rp.apply_edits(lm, edit)
     with torch.no_grad():
@@ -174,8 +163,8 @@ def test_weights_that_something_else_changed_are_noticed(fresh):
         rp.ledger_of(lm).revert()
 
 
-def test_what_cannot_be_edited_is_refused(fresh):
-    lm = fresh("gpt2")
+def test_what_cannot_be_edited_is_refused():
+    lm = tiny_model("gpt2")
     edit = random_edit(lm)
     one = np.ones((1, 1))
     for parameter, error, says in (
@@ -196,15 +185,15 @@ def test_what_cannot_be_edited_is_refused(fresh):
     assert rp.ledger_of(lm).applied == ()
 
 
-def test_keeping_originals_is_settled_before_the_first_edit(fresh):
-    lm = fresh()
+def test_keeping_originals_is_settled_before_the_first_edit():
+    lm = tiny_model()
     rp.apply_edits(lm, random_edit(lm))
     with pytest.raises(UsageError, match="before the first"):
         rp.ledger_of(lm, keep_originals=False)
 
 
-def test_an_edit_saves_and_loads_whole(fresh, tmp_path):
-    lm = fresh()
+def test_an_edit_saves_and_loads_whole(tmp_path):
+    lm = tiny_model()
     edit = random_edit(
         lm, facts=(FACT,), effects=(EditEffect(0.001, 0.9),), after=("ab" * 32,), provenance={"method": "by hand"}
     )
@@ -224,8 +213,8 @@ def test_an_edit_saves_and_loads_whole(fresh, tmp_path):
     assert edit.norm == pytest.approx(np.linalg.norm(edit.left @ edit.right.T))
 
 
-def test_an_exported_model_is_an_ordinary_folder_and_gives_its_edits_back(fresh, tmp_path):
-    lm = fresh("gpt2")
+def test_an_exported_model_is_an_ordinary_folder_and_gives_its_edits_back(tmp_path):
+    lm = tiny_model("gpt2")
     before = weights(lm)
     a, b = random_edit(lm, seed=1), random_edit(lm, layer=2, seed=2)
     rp.apply_edits(lm, [a, b])
@@ -244,8 +233,8 @@ def test_an_exported_model_is_an_ordinary_folder_and_gives_its_edits_back(fresh,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
-def test_without_originals_an_exported_model_still_gives_its_edits_back_to_rounding(fresh, tmp_path):
-    lm = fresh()
+def test_without_originals_an_exported_model_still_gives_its_edits_back_to_rounding(tmp_path):
+    lm = tiny_model()
     before, edit = weights(lm), random_edit(lm)
     rp.apply_edits(lm, edit)
     rp.export_edited(lm, tmp_path / "m", originals=False)
@@ -257,15 +246,15 @@ def test_without_originals_an_exported_model_still_gives_its_edits_back_to_round
         rp.load_edited(tmp_path / "m", dtype="bfloat16")
 
 
-def test_folders_without_edits_say_so(fresh, tmp_path):
+def test_folders_without_edits_say_so(tmp_path):
     with pytest.raises(ArtifactMissing, match="remembers no edits"):
         rp.load_edited(tmp_path)
     with pytest.raises(ArtifactMissing, match="without edits"):
         edits_in(tmp_path)
 
 
-def test_half_precision_is_edited_in_double_and_reverted_exactly(fresh):
-    lm = fresh()
+def test_half_precision_is_edited_in_double_and_reverted_exactly():
+    lm = tiny_model()
     half = rp.LanguageModel(copy.deepcopy(lm.net).to(torch.bfloat16), lm.tokenizer, name="half")
     before, edit = weights(half), random_edit(half)
     with rp.edited(half, edit):
@@ -273,16 +262,3 @@ def test_half_precision_is_edited_in_double_and_reverted_exactly(fresh):
         want = (before[edit.parameter].double() + torch.from_numpy(edit.left @ edit.right.T)).bfloat16()
         assert torch.equal(now, want)
     assert same(before, weights(half))
-
-
-@pytest.mark.parametrize(
-    ("subject", "prompt", "new", "says"),
-    [
-        ("Rome", "Paris is in", "Italy", "does not stand"),
-        ("Paris", "Paris is in", " ", "new object is empty"),
-        ("", "Paris is in", "Italy", "subject is empty"),
-    ],
-)
-def test_a_fact_that_is_none_is_refused(subject, prompt, new, says):
-    with pytest.raises(DataError, match=says):
-        rp.Fact.of(subject=subject, prompt=prompt, new=new)

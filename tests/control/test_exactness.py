@@ -278,7 +278,7 @@ def test_steered_logits_of_a_real_model_are_those_of_a_plain_loop(real_lm, name)
         ("add per row", "attn.heads@7.2", "generated", "none", "alone"),
         ("clamp", "mlp.out@10", "positions:-1,-3", "token", "left"),
     ):
-        check(lm, operator, rp.Site.parse(site), scope, gate, [way])
+        check(lm, operator, rp.Site.parse(site), scope, gate, [way], who=1)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model, tiny_net
 from transformers import AutoModelForCausalLM
 
 import reprobe as rp
@@ -268,7 +268,7 @@ def test_vllm_lens_reads_the_file(tiny_lm, tmp_path):
 
 def test_the_files_do_what_they_say_on_a_plain_network(tmp_path):
     """Without any of these programs: the vector of block N added to the output of transformers' N-th layer."""
-    lm = rp.LanguageModel(tiny_net("gpt2"), tiny_tokenizer(), name="tiny")
+    lm = tiny_model("gpt2")
     lm.net.save_pretrained(tmp_path / "model")
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     found = load_file(rp.export(made(lm), tmp_path / "v.safetensors", format="steering-vectors"))

@@ -9,13 +9,12 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DECODERS, tiny_net, tiny_tokenizer
+from tiny import DECODERS, tiny_model
 
 import reprobe as rp
 from reprobe.control.values import _GOLDEN, _hashed, _mixed, normals
 from reprobe.errors import IdentityMismatch, UnknownSite, UnsupportedOperation, UsageError
 from reprobe.model.hooks import board_of, observe
-from reprobe.model.language_model import LanguageModel
 
 PROMPTS = ["the cat", "a dog is on the mat and", "in"]
 SPANS = [{"who": (4, 7)}, {"who": (2, 5)}, {"who": (0, 2)}]
@@ -89,11 +88,8 @@ def test_each_scope_changes_its_own_tokens_and_no_other(tiny_lm, scope):
         "span:who": batch.spans["who"],
     }[scope]
     assert torch.equal(moved[0], in_prompt)
-    for later in moved[1:]:
-        # A generated token may differ because the token itself now differs; for scopes without generated tokens the
-        # state is compared below, on the same tokens.
-        if scope in ("all", "generated", "last"):
-            assert bool(later.all())
+    if scope in ("all", "generated", "last"):  # the others leave generated tokens alone: see the next test
+        assert all(bool(later.all()) for later in moved[1:])
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -449,7 +445,7 @@ def test_an_exception_half_way_through_registration_leaves_what_was_there(tiny_l
     assert unchanged(lm, before)
 
 
-def test_ten_thousand_entries_and_exits_leave_no_trace_and_no_memory(tiny_lm):
+def test_thousands_of_entries_and_exits_leave_no_trace_and_no_memory(tiny_lm):
     lm = tiny_lm("gpt2")
     before, d = trace_of(lm), direction(lm)
     items = [rp.Add(d, 2.0, tokens="last"), rp.Ablate(d, when=rp.When(direction(lm, layer=0), above=0.0))]
@@ -463,7 +459,7 @@ def test_ten_thousand_entries_and_exits_leave_no_trace_and_no_memory(tiny_lm):
     cycles(100)
     gc.collect()
     objects = len(gc.get_objects())
-    cycles(10_000)
+    cycles(3000)
     gc.collect()
     assert len(gc.get_objects()) - objects < 100
     assert unchanged(lm, before)
@@ -511,7 +507,7 @@ def test_one_seed_gives_each_prompt_its_own_noise_and_a_list_gives_a_prompt_its_
 
 def test_a_compiled_network_is_steered_while_it_should_be_and_not_after():
     """Compiled code knows nothing of hooks: networks run without it as long as they are steered or read."""
-    lm = LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="compiled")
+    lm = tiny_model()
     runs = []
 
     def counting(graph, inputs):

@@ -1,19 +1,18 @@
 """Scores of edits against sums by hand, on our facts and on CounterFact's layouts; the guard of sequential editing."""
 
 import dataclasses
-import json
 
 import numpy as np
 import polars as pl
 import pytest
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.control.edits import Matrix
 from reprobe.errors import DataError, UsageError
 from reprobe.evaluation import editing, fluency
 from reprobe.methods.sequential import Guard, sequential
-from reprobe.prompts import Neighbour, facts_of
+from reprobe.prompts import Neighbour
 
 FACTS = [
     rp.Fact(
@@ -33,10 +32,6 @@ FACTS = [
 ]
 
 
-def fresh():
-    return rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
-
-
 def random_edit(lm, seed=0, size=1.0):
     matrix = Matrix.projection(lm, 1)
     rng = np.random.default_rng(seed)
@@ -52,7 +47,7 @@ def probability(lm, prompt, object_):
 
 
 def test_every_prompt_is_scored_by_the_mean_probability_of_the_objects_tokens():
-    lm = fresh()
+    lm = tiny_model()
     lines = editing.score_facts(lm, FACTS)
     assert lines["kind"].to_list() == [
         "efficacy",
@@ -123,7 +118,7 @@ def test_one_subject_has_no_interval_and_a_share_of_zero_scores_zero():
 
 
 def test_edits_one_at_a_time_are_scored_alone_and_leave_nothing():
-    lm = fresh()
+    lm = tiny_model()
     before = lm.identity
     texts = ["the cat is on the mat", "a dog is in the other hat"]
     edits = {f.id: random_edit(lm, seed=i) for i, f in enumerate(FACTS)}
@@ -143,7 +138,7 @@ def test_edits_one_at_a_time_are_scored_alone_and_leave_nothing():
 
 
 def test_edits_together_are_scored_together():
-    lm = fresh()
+    lm = tiny_model()
     edits = [random_edit(lm, seed=0), random_edit(lm, seed=1)]
     result = editing.evaluate_together(lm, FACTS, edits)
     with rp.edited(lm, edits):
@@ -153,7 +148,7 @@ def test_edits_together_are_scored_together():
 
 
 def test_what_is_written_about_is_no_neighbour():
-    lm = fresh()
+    lm = tiny_model()
     dog = rp.Fact.of(subject="dog", prompt="the dog is on the", new="roof", true="hat")
     left = editing.spared(FACTS, [FACTS[0], dog])
     assert [n.prompt for n in left[0].neighbours] == ["a horse is on the"]
@@ -167,11 +162,11 @@ def test_what_is_written_about_is_no_neighbour():
 
 def test_facts_without_both_objects_are_named():
     with pytest.raises(DataError, match=r"of 1 facts lack.*the a is"):
-        editing.score_facts(fresh(), [rp.Fact.of(subject="a", prompt="the a is", new="b")])
+        editing.score_facts(tiny_model(), [rp.Fact.of(subject="a", prompt="the a is", new="b")])
 
 
 def test_the_fluency_is_that_of_a_text_about_each_subject():
-    lm = fresh()
+    lm = tiny_model()
     edit = random_edit(lm)
     result = editing.evaluate_together(lm, FACTS, edit, write=5)
     written = editing.generate_about(lm, FACTS, max_new_tokens=5)
@@ -191,50 +186,15 @@ def test_consistency_is_one_for_the_reference_itself_and_zero_for_other_words():
 
 
 def test_texts_about_a_subject_begin_with_its_own_prompt():
-    texts = editing.generate_about(fresh(), FACTS, max_new_tokens=4)
+    texts = editing.generate_about(tiny_model(), FACTS, max_new_tokens=4)
     assert [t.startswith(f.prompt) for t, f in zip(texts, FACTS, strict=True)] == [True, True]
-
-
-def test_our_facts_and_both_layouts_of_counterfact_are_read_alike(tmp_path):
-    nested = {
-        "case_id": 7,
-        "requested_rewrite": {
-            "prompt": "{} is in",
-            "subject": "Paris",
-            "target_new": {"str": "Rome"},
-            "target_true": {"str": "France"},
-            "relation_id": "P1",
-        },
-        "paraphrase_prompts": ["One finds Paris in"],
-        "neighborhood_prompts": ["Lyon is in"],
-        "generation_prompts": ["Paris is known for"],
-    }
-    flat = {
-        "prompt": "Paris is in",
-        "subject": "Paris",
-        "target_new": "Rome",
-        "ground_truth": "France",
-        "rephrase_prompt": "One finds Paris in",
-        "locality_prompt": "Lyon is in",
-        "locality_ground_truth": "France",
-    }
-    (tmp_path / "nested.json").write_text(json.dumps([nested]))
-    (tmp_path / "flat.json").write_text(json.dumps([flat]))
-    (one,), (two,) = facts_of(tmp_path / "nested.json"), facts_of(tmp_path / "flat.json")
-    for name in ("prompt", "subject", "span", "new", "true", "paraphrases", "neighbours"):
-        assert getattr(one, name) == getattr(two, name)
-    assert one.generation_prompts == ("Paris is known for",)
-    ours = facts_of("facts", limit=3)[0]
-    assert (ours.subject, ours.true, ours.new) == ("Eiffel Tower", "Paris", "Seattle")
-    assert ours.neighbours[0] == Neighbour("The Moulin Rouge is located in the city of", "Paris")
-    assert rp.Fact.from_json(ours.to_json()) == ours
 
 
 TEXTS = ("the cat is on the mat and the dog", "it is in the end a theory of the rest")
 
 
 def test_edits_one_after_another_stay_until_the_guard_is_passed_and_the_last_ones_are_reverted():
-    lm = fresh()
+    lm = tiny_model()
     plain = lm.perplexity(TEXTS)
     sizes = iter([0.001, 0.001, 0.001, 9.0, 0.001, 0.001])
     make = lambda lm, fact: random_edit(lm, seed=len(rp.ledger_of(lm).applied), size=next(sizes))  # noqa: E731
@@ -251,7 +211,7 @@ def test_edits_one_after_another_stay_until_the_guard_is_passed_and_the_last_one
 
 
 def test_within_its_limit_the_guard_lets_all_pass():
-    lm = fresh()
+    lm = tiny_model()
     make = lambda lm, fact: [random_edit(lm, seed=len(rp.ledger_of(lm).applied), size=0.001)]  # noqa: E731
     run = sequential(lm, FACTS, make, Guard(TEXTS, every=10))
     assert run.stopped is None

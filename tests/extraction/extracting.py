@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.model.language_model import LanguageModel
@@ -16,7 +16,7 @@ from reprobe.model.language_model import LanguageModel
 @cache
 def model() -> LanguageModel:
     torch.set_num_threads(1)
-    return LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny")
+    return tiny_model()
 
 
 def prompts(n: int) -> rp.PromptSet:

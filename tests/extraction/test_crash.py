@@ -1,9 +1,7 @@
 """Extraction survives `kill -9` at any point, and its memory does not grow with the number of prompts."""
 
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -15,18 +13,6 @@ from folders import tree
 import reprobe as rp
 
 N, SHARD_ROWS = 60, 40
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Children forked from a process that has imported everything, so that a kill falls into the work itself."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["extracting"])
-    with pytest.MonkeyPatch.context() as patch:  # the fork server of Python 3.11 does not take over sys.path
-        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        patch.setenv("REPROBE_WARM", "1")
-        yield context
 
 
 def committed(store: Path) -> int:

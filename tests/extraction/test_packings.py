@@ -8,7 +8,7 @@ import torch
 from folders import scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DECODERS, FAMILIES, tiny_net, tiny_tokenizer
+from tiny import DECODERS, FAMILIES, tiny_model, tiny_net, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.extraction import prepare
@@ -61,16 +61,18 @@ def test_the_packing_never_changes_a_row_of_a_real_model(real_lm, tmp_path, name
     lm = real_lm(name)
     data = rp.PromptSet.load("cities")
     # Short texts that share beginnings, and two beyond the 512 tokens that Gemma's sliding blocks see back.
-    long = " ".join(data.texts[: 56 if name.startswith("gemma") else 10])
+    long = " ".join(data.texts[: 51 if name.startswith("gemma") else 10])
     texts = [*data.texts[:8], long, long[:-40] + " the end."]
+    window = getattr(lm.net.config, "sliding_window", 0)
+    assert all(len(ids) > window for ids in lm.tokenizer(texts[-2:]).input_ids)
     sites = "resid.post@*,attn.heads@3,mlp.neurons@5,final"
     assert worst(lm, texts, at="all", sites=sites, budget=512, folder=tmp_path) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen2", "opt", "mixtral"])
 def test_in_bfloat16_the_packings_differ_by_rounding_alone(tmp_path, name):
-    lm = LanguageModel(tiny_net(name).bfloat16(), tiny_tokenizer(), name=name)
-    full = LanguageModel(tiny_net(name), tiny_tokenizer(), name=name)
+    lm = tiny_model(name, dtype=torch.bfloat16)
+    full = tiny_model(name)
     texts = ["the cat is on the mat", "the cat is on the end", "the cat", "a cat is on the mat and in the end"]
     off = worst(lm, texts, at="all", sites="resid.post@*", budget=99, folder=tmp_path / "half")
     assert off < 2 * 2**-7 * len(lm.parts.of_layer), "a few roundings of 8 bits, one or two per block"
@@ -119,7 +121,7 @@ def test_rotary_frequencies_chosen_by_the_longest_position_never_meet_shorter_pr
         "original_max_position_embeddings": 12,
         "factor": 4.0,
     }
-    lm = LanguageModel(tiny_net("phi3", rope_parameters=rope), tiny_tokenizer(), name="long")
+    lm = tiny_model("phi3", rope_parameters=rope)
     texts = ["the cat is on", "the cat is on the mat and in the end of it", "the cat is", "a mat"]
     lengths = [len(lm.tokenizer(t)["input_ids"]) for t in texts]
     assert min(lengths) <= 12 < max(lengths)
@@ -148,14 +150,3 @@ def test_scores_of_continuations_do_not_depend_on_how_they_run(tiny_lm):
                 ]
             for one, other in zip(together, apart, strict=True):
                 assert np.allclose(one, other, rtol=1e-5, atol=1e-5), (name, tokens)
-
-
-def test_a_score_is_the_sum_of_the_stock_models_log_probabilities(tiny_lm):
-    lm = tiny_lm("gemma3_text")
-    text, end = "the cat is on", " the end of it"
-    ids = torch.tensor([lm.tokenizer(text + end)["input_ids"]])
-    n = len(lm.tokenizer(text)["input_ids"])
-    with torch.no_grad():
-        logp = lm.net(input_ids=ids).logits[0].double().log_softmax(-1)
-    want = float(sum(logp[j - 1, ids[0, j]] for j in range(n, ids.shape[1])))
-    assert abs(lm.logprobs(text, [end, " the", end])[0][2] - want) < 1e-5

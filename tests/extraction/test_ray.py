@@ -22,15 +22,14 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from cli.calling import called
 from extracting import prompts
 from folders import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_net, tiny_tokenizer
-from typer.testing import CliRunner
+from tiny import save_tiny
 
 import reprobe as rp
-from reprobe.cli.app import app
 from reprobe.errors import (
     ArtifactExists,
     ClusterFailed,
@@ -53,8 +52,7 @@ OPTIONS = {"at": "all", "sites": "resid.post@*,attn.heads@1", "batch_tokens": 64
 def folder(tmp_path_factory):
     """A model in a folder, as all nodes of a cluster would see it."""
     path = tmp_path_factory.mktemp("ray")
-    tiny_net("llama").save_pretrained(path / "model")
-    tiny_tokenizer().save_pretrained(path / "model")
+    save_tiny(path / "model")
     return path
 
 
@@ -353,10 +351,8 @@ def test_a_worker_takes_no_particular_gpu(folder, tmp_path):
 )
 def test_options_that_make_no_sense_together_are_refused(folder, tmp_path, more):
     prompts(2).to_jsonl(tmp_path / "p.jsonl")
-    line = ["extract", str(folder / "model"), str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "s"), *more]
-    result = CliRunner().invoke(app, line)
-    assert result.exit_code == 2
-    assert "--ray" in result.output
+    line = ("extract", folder / "model", tmp_path / "p.jsonl", "--to", tmp_path / "s", *more)
+    assert "--ray" in called(*line, code=2).output
     assert not (tmp_path / "s").exists()
 
 

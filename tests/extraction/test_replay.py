@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from planting import TEXTS, plant, planted, prompts, site, values_of
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.errors import IdentityMismatch, IncompleteStore, UnknownSite, UsageError
@@ -49,7 +49,7 @@ def test_a_store_passes_on_the_model_that_it_is_of(tiny_lm, tmp_path, family, at
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "bert"])
 def test_a_store_in_half_precision_passes_on_the_model_in_half_precision(tmp_path, family, dtype):
-    lm = LanguageModel(tiny_net(family).to(dtype), tiny_tokenizer(), name="half")
+    lm = tiny_model(family, dtype=dtype)
     result = rp.replay(rp.extract(lm, prompts(), at="all", to=tmp_path / "s"), lm)
     assert result.ok
     assert result.tolerance == tolerance_of(str(dtype)[6:], stored=str(dtype)[6:])
@@ -168,7 +168,7 @@ def test_a_layer_off_by_one_is_found_and_named(tiny_lm, tmp_path, family, at):
 
 
 def test_a_layer_off_by_one_is_named_in_half_precision_too(tmp_path):
-    lm = LanguageModel(tiny_net("llama").bfloat16(), tiny_tokenizer(), name="half")
+    lm = tiny_model("llama", dtype=torch.bfloat16)
     result = rp.replay(planted(tmp_path, lm, shifted, sites="resid.post@*"), lm)
     assert [s.diagnosis for s in result.failed] == [
         "its rows are what this model has at 'resid.post@1'",
@@ -480,8 +480,8 @@ def test_no_tolerance_is_invented_for_a_dtype_that_was_not_measured():
 
 @pytest.mark.models
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_truth_direction_of_a_real_model_keeps_every_decision(tmp_path, dtype):
-    lm = rp.LanguageModel.load("smollm2-135m", dtype=dtype)
+def test_a_truth_direction_of_a_real_model_keeps_every_decision(real_lm, tmp_path, dtype):
+    lm = real_lm("smollm2-135m", dtype)
     store = rp.extract(
         lm, rp.PromptSet.load("cities").head(40), sites="resid.post@10:15,attn.heads@12", to=tmp_path / "s"
     )

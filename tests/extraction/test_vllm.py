@@ -10,7 +10,7 @@ import pytest
 import torch
 from planting import TEXTS, prompts, site
 from safetensors.torch import save_file
-from tiny import LAYERS, VOCAB, tiny_net, tiny_tokenizer
+from tiny import LAYERS, VOCAB, tiny_model
 
 import reprobe as rp
 from reprobe.errors import (
@@ -23,7 +23,6 @@ from reprobe.errors import (
     UsageError,
 )
 from reprobe.extraction import VllmFiles
-from reprobe.model.language_model import LanguageModel
 from reprobe.store import StoreWriter
 
 IDS = (0, 2, 1, 3)  # vLLM keeps the order that it was configured with
@@ -114,7 +113,7 @@ def test_requests_come_in_natural_order_and_without_data_each_is_its_own_group(t
 
 
 def test_bfloat16_is_kept_bit_for_bit_or_widened(tmp_path):
-    lm = LanguageModel(tiny_net("llama").bfloat16(), tiny_tokenizer(), name="half")
+    lm = tiny_model("llama", dtype=torch.bfloat16)
     for i, text in enumerate(TEXTS):
         request(tmp_path / "hs" / f"p{i}.safetensors", lm, text)
     half = rp.import_vllm(tmp_path / "hs", lm, layers=IDS, to=tmp_path / "half")
@@ -169,7 +168,7 @@ def test_layers_that_cannot_be_are_refused(tiny_lm, folder, tmp_path, layers, sa
 def test_files_of_another_model_or_precision_are_refused(tiny_lm, folder, tmp_path):
     with pytest.raises(UsageError, match="27 components, tiny-gpt2 has d_model 35"):
         rp.import_vllm(folder, tiny_lm("gpt2"), layers=IDS, to=tmp_path / "s")
-    half = LanguageModel(tiny_net("llama").bfloat16(), tiny_tokenizer(), name="half")
+    half = tiny_model("llama", dtype=torch.bfloat16)
     with pytest.raises(UsageError, match="load it with dtype='float32'"):
         rp.import_vllm(folder, half, layers=IDS, to=tmp_path / "s")
     with pytest.raises(UnsupportedOperation, match="encoder"):

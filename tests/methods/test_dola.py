@@ -397,7 +397,8 @@ def test_it_leaves_steering_and_monitors_at_the_final_norm_alone():
     with rp.steer(lm, rp.Add(direction, 0.5)) as done, lm.monitor(direction) as monitor:
         lm.generate(PROMPTS, decoding=DoLa([1, 4]), max_new_tokens=3, min_new_tokens=3)
     assert [int(r.generated.sum()) for r in monitor.readings] == [2, 2, 2]
-    assert done is not None
+    # Each token of the prompts once, and two generated ones each: early layers pass the norm without being steered.
+    assert done[0].tokens == int(lm.encode(PROMPTS).real.sum()) + 2 * len(PROMPTS)
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------
@@ -492,7 +493,7 @@ def test_models_and_ways_to_generate_that_do_not_fit_are_refused(tiny_lm):
         DoLa().trace(tiny_lm("bert"), "the", [" ant"])
     with pytest.raises(UsageError, match=r"layer 7 is no premature layer.*0 to 6"):
         model("llama").generate("the", decoding=DoLa([2, 7]))
-    single = rp.LanguageModel(tiny.tiny_net("llama", num_hidden_layers=1), tiny.tiny_tokenizer(), name="one")
+    single = tiny.tiny_model("llama", num_hidden_layers=1)
     with pytest.raises(UsageError, match="single block"):
         single.generate("the", decoding=DoLa(0))
     for options in ({"prompt_lookup_num_tokens": 2}, {"guidance_scale": 1.5}, {"assistant_model": single.net}):

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import DECODERS, LAYERS, tiny_net, tiny_tokenizer
+from tiny import DECODERS, LAYERS, tiny_model, tiny_net
 
 import reprobe as rp
 from reprobe import Adapter
@@ -36,16 +34,6 @@ STREAMS = Streams(
     templated(PROMPTS), templated(PROMPTS, "be glad. {} here"), templated(PROMPTS, "be very sad: {} here")
 )
 QUICK = Settings(steps=6, batch=2, rank=3, lora_alpha=5, rate=1e-2)
-
-
-@pytest.fixture
-def fresh():
-    """`fresh(name)`: a tiny model that a test may change."""
-
-    def make(name, dtype=torch.float32):
-        return rp.LanguageModel(tiny_net(name).to(dtype), tiny_tokenizer(), name=f"tiny-{name}")
-
-    return make
 
 
 def stock(name, folder, dtype=torch.float32):
@@ -80,8 +68,8 @@ def loss_by_hand(adapted, lm, alpha, layers):
     return float(torch.cat(distances).mean())
 
 
-def test_the_loss_is_the_mean_distance_of_response_tokens_from_their_targets(fresh, tmp_path):
-    lm = fresh("llama", torch.float64)
+def test_the_loss_is_the_mean_distance_of_response_tokens_from_their_targets(tmp_path):
+    lm = tiny_model("llama", dtype=torch.float64)
     # The last block's output is left out: transformers shows it only after the final norm.
     how = Settings(steps=2, batch=3, alpha=0.7, sites="resid.post@0:2", dropout=0.0, rank=3, rate=1e-2)
     losses = train(lm, STREAMS, RESPONSES, to=tmp_path / "two", settings=how).losses
@@ -94,8 +82,8 @@ def test_the_loss_is_the_mean_distance_of_response_tokens_from_their_targets(fre
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "falcon.new", "bloom"])
-def test_stock_peft_loads_the_adapter_and_the_merged_weights_agree(fresh, tmp_path, name):
-    lm, ids = fresh(name), torch.tensor([[5, 9, 33, 77, 100]])
+def test_stock_peft_loads_the_adapter_and_the_merged_weights_agree(tmp_path, name):
+    lm, ids = tiny_model(name), torch.tensor([[5, 9, 33, 77, 100]])
     found = train(lm, STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK)
     assert found.losses[-1] < found.losses[0]
     with torch.no_grad():
@@ -117,8 +105,8 @@ def test_every_family_has_layers_for_queries_and_values(tiny_lm, name):
             assert block.get_submodule(path).weight.ndim == 2
 
 
-def test_training_leaves_the_model_and_the_random_state_as_they_were(fresh, tmp_path):
-    lm = fresh("llama")
+def test_training_leaves_the_model_and_the_random_state_as_they_were(tmp_path):
+    lm = tiny_model("llama")
     names, weights = [n for n, _ in lm.net.named_modules()], {k: v.clone() for k, v in lm.net.state_dict().items()}
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -130,8 +118,8 @@ def test_training_leaves_the_model_and_the_random_state_as_they_were(fresh, tmp_
     assert not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in lm.net.modules())
 
 
-def test_what_is_trained_depends_on_the_seed_alone(fresh, tmp_path):
-    lm = fresh("llama")
+def test_what_is_trained_depends_on_the_seed_alone(tmp_path):
+    lm = tiny_model("llama")
     made = []
     for i, seed in enumerate((3, 3, 4)):
         torch.manual_seed(i)
@@ -141,8 +129,8 @@ def test_what_is_trained_depends_on_the_seed_alone(fresh, tmp_path):
     assert not same(made[0], made[2])
 
 
-def test_a_step_in_several_passes_is_the_step_in_one(fresh, tmp_path):
-    lm = fresh("llama", torch.float64)
+def test_a_step_in_several_passes_is_the_step_in_one(tmp_path):
+    lm = tiny_model("llama", dtype=torch.float64)
     made = [
         train(
             lm,
@@ -159,10 +147,10 @@ def test_a_step_in_several_passes_is_the_step_in_one(fresh, tmp_path):
             assert np.allclose(own.up, other.factors[path].up, rtol=1e-6, atol=1e-12)
 
 
-def test_targets_that_are_not_kept_are_computed_again_to_the_same(fresh, tmp_path, monkeypatch):
-    kept = train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "kept", settings=QUICK)
+def test_targets_that_are_not_kept_are_computed_again_to_the_same(tmp_path, monkeypatch):
+    kept = train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "kept", settings=QUICK)
     monkeypatch.setattr(lorra, "_KEEP", 0)
-    assert same(kept, train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "again", settings=QUICK))
+    assert same(kept, train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "again", settings=QUICK))
 
 
 # -- interruptions --------------------------------------------------------------------------------------------------
@@ -182,19 +170,19 @@ def break_at(step):
 
 
 @pytest.mark.parametrize("step", [1, 4, 5])
-def test_an_interrupted_training_goes_on_to_the_same_adapter_bit_for_bit(fresh, tmp_path, step):
-    whole = train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "whole", settings=QUICK)
+def test_an_interrupted_training_goes_on_to_the_same_adapter_bit_for_bit(tmp_path, step):
+    whole = train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "whole", settings=QUICK)
     to, left = tmp_path / "a", tmp_path / "a.checkpoint.safetensors"
     with pytest.raises(Interrupted):
-        train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, checkpoint=2, progress=break_at(step))
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, checkpoint=2, progress=break_at(step))
     assert not to.exists()
     assert left.exists() == (step > 1)
     if step > 1:
         with pytest.raises(ArtifactExists, match="go on with resume=True"):
-            train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK)
+            train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK)
     steps = []
     made = train(
-        fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, resume=True,
+        tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, resume=True,
         progress=lambda _, done, total: steps.append(done),
     )  # fmt: skip
     assert steps[0] == step // 2 * 2 + 1
@@ -202,43 +190,45 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter_bit_for_bit(fresh, 
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (to / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not left.exists()
-    assert same(train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, resume=True), whole)
+    assert same(train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, resume=True), whole)
 
 
-def test_a_killed_training_leaves_a_checkpoint_to_go_on_with(fresh, tmp_path):
-    script = (
-        "import os, signal, torch, reprobe as rp\n"
-        "from methods.test_lorra import QUICK, RESPONSES, STREAMS, tiny_net, tiny_tokenizer, train\n"
-        "torch.set_num_threads(1)\n"
-        "lm = rp.LanguageModel(tiny_net('llama'), tiny_tokenizer(), name='tiny-llama')\n"
-        "kill = lambda _, done, total: done == 5 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"train(lm, STREAMS, RESPONSES, to={str(tmp_path / 'a')!r}, settings=QUICK, checkpoint=2, progress=kill)\n"
-    )
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, check=False)
-    assert done.returncode == -signal.SIGKILL
+def die_training(to):
+    def kill(description, done, total):
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    lm = tiny_model()
+    train(lm, STREAMS, RESPONSES, to=to, settings=QUICK, checkpoint=2, progress=kill)
+
+
+def test_a_killed_training_leaves_a_checkpoint_to_go_on_with(server, tmp_path):
+    child = server.Process(target=die_training, args=(tmp_path / "a",))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert [p.name for p in tmp_path.iterdir()] == ["a.checkpoint.safetensors"]
-    made = train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK, resume=True)
-    assert same(made, train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "whole", settings=QUICK))
+    made = train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK, resume=True)
+    assert same(made, train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "whole", settings=QUICK))
 
 
-def test_only_the_same_training_goes_on(fresh, tmp_path):
+def test_only_the_same_training_goes_on(tmp_path):
     to = tmp_path / "a"
     with pytest.raises(Interrupted):
-        train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, checkpoint=2, progress=break_at(3))
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, checkpoint=2, progress=break_at(3))
     other = Settings(**vars(QUICK) | {"alpha": 2.0})
     with pytest.raises(IdentityMismatch, match=r"settings, alpha: 5\.0 there, 2\.0 here"):
-        train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=other, resume=True)
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=other, resume=True)
     with pytest.raises(IdentityMismatch, match="texts, sha256"):
-        train(fresh("llama"), STREAMS, (*RESPONSES[:2], " or"), to=to, settings=QUICK, resume=True)
-    another = rp.LanguageModel(tiny_net("llama", seed=1), tiny_tokenizer(), name="another")
+        train(tiny_model("llama"), STREAMS, (*RESPONSES[:2], " or"), to=to, settings=QUICK, resume=True)
+    another = tiny_model("llama", seed=1)
     with pytest.raises(IdentityMismatch, match="model, weights"):
         train(another, STREAMS, RESPONSES, to=to, settings=QUICK, resume=True)
-    train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, resume=True)
+    train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK, resume=True)
     with pytest.raises(IdentityMismatch, match="alpha"):
-        train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=other, resume=True)
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=other, resume=True)
     with pytest.raises(ArtifactExists, match="name a folder that does not"):
-        train(fresh("llama"), STREAMS, RESPONSES, to=to, settings=QUICK)
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK)
 
 
 # -- targets and adapted layers -------------------------------------------------------------------------------------
@@ -251,26 +241,26 @@ def test_default_targets_are_the_published_outputs_of_blocks():
     assert {s.part for s in lorra.default_targets(7)} == {"resid.post"}
 
 
-def test_every_adapted_block_learns_the_last_one_too(fresh, tmp_path):
+def test_every_adapted_block_learns_the_last_one_too(tmp_path):
     how = Settings(**vars(QUICK) | {"sites": "resid.post@0,resid.post@1"})
-    found = train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=how)
+    found = train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=how)
     assert sorted(found.factors) == [f"model.layers.{b}.self_attn.{m}_proj" for b in (0, 1) for m in ("q", "v")]
     assert all(np.abs(own.up).max() > 0 for own in found.factors.values())
     assert {edit.provenance["layer"] for edit in found.edits()} == {0, 1}
 
 
-def test_other_layers_and_blocks_can_be_adapted(fresh, tmp_path):
+def test_other_layers_and_blocks_can_be_adapted(tmp_path):
     how = Settings(**vars(QUICK) | {"sites": "resid.post@2", "blocks": (1,), "modules": ("o_proj", "mlp.down_proj")})
-    found = train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=how)
+    found = train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=how)
     assert sorted(found.factors) == ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
     with torch.no_grad():
-        ids, lm = torch.tensor([[5, 9, 33]]), fresh("llama")
+        ids, lm = torch.tensor([[5, 9, 33]]), tiny_model("llama")
         with rp.edited(lm, found.edits()):
             assert (lm.net(ids).logits - stock("llama", tmp_path / "a")(ids).logits).abs().max() < 1e-5
 
 
-def test_along_directions_the_first_loss_is_their_length(fresh, tmp_path):
-    lm, rng = fresh("llama", torch.float64), np.random.default_rng(0)
+def test_along_directions_the_first_loss_is_their_length(tmp_path):
+    lm, rng = tiny_model("llama", dtype=torch.float64), np.random.default_rng(0)
     ds = [rp.Direction.from_vector(f"resid.post@{i}", rng.normal(size=lm.d_model), scale=i + 1.0) for i in (0, 2)]
     how = Settings(**vars(QUICK) | {"beta": 3.0})
     found = train(lm, PROMPTS, RESPONSES, to=tmp_path / "a", directions=ds, settings=how)
@@ -283,28 +273,28 @@ def test_along_directions_the_first_loss_is_their_length(fresh, tmp_path):
     )
 
 
-def test_responses_count_up_to_their_limit(fresh, tmp_path):
+def test_responses_count_up_to_their_limit(tmp_path):
     short = Settings(**vars(QUICK) | {"max_tokens": 2, "batch": 3, "steps": 1, "dropout": 0.0})
-    lm = fresh("llama", torch.float64)
+    lm = tiny_model("llama", dtype=torch.float64)
     found = train(lm, STREAMS, RESPONSES, to=tmp_path / "a", settings=short)
     cut = [lm.tokenizer.decode(lm.tokenizer(r, add_special_tokens=False)["input_ids"][:2]) for r in RESPONSES]
     again = train(lm, STREAMS, cut, to=tmp_path / "b", settings=Settings(**vars(short) | {"max_tokens": 64}))
     assert found.losses[0] == pytest.approx(again.losses[0], rel=1e-12)
 
 
-def test_chat_prompts_are_rendered_with_the_template(fresh, tmp_path):
-    lm = fresh("llama")
+def test_chat_prompts_are_rendered_with_the_template(tmp_path):
+    lm = tiny_model("llama")
     chat = Streams(*(templated(PROMPTS, t, chat=True) for t in ("{}", "glad {}", "sad {}")))
     found = train(lm, chat, RESPONSES, to=tmp_path / "a", settings=QUICK)
     written = Streams(*([lm.tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
                          for p in rows] for rows in chat.rows))  # fmt: skip
     lm.tokenizer.add_bos_token = False
-    plain = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(bos=False), name="without BOS")
+    plain = tiny_model("llama", bos=False)
     assert train(plain, written, RESPONSES, to=tmp_path / "b", settings=QUICK).losses == found.losses
 
 
-def test_half_precision_networks_get_adapters_in_float32(fresh, tmp_path):
-    found = train(fresh("llama", torch.bfloat16), STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK)
+def test_half_precision_networks_get_adapters_in_float32(tmp_path):
+    found = train(tiny_model("llama", dtype=torch.bfloat16), STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK)
     assert {own.up.dtype for own in found.factors.values()} == {np.dtype(np.float32)}
     assert found.losses[-1] < found.losses[0]
 
@@ -315,12 +305,12 @@ def test_half_precision_networks_get_adapters_in_float32(fresh, tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "a"
-    lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    lm = tiny_model()
     return train(lm, STREAMS, RESPONSES, to=folder, settings=QUICK), folder
 
 
-def test_an_adapter_is_another_identity_while_it_is_on(fresh, trained):
-    lm, (adapter, _) = fresh("llama"), trained
+def test_an_adapter_is_another_identity_while_it_is_on(trained):
+    lm, (adapter, _) = tiny_model("llama"), trained
     direction = rp.Direction.from_vector("resid.post@1", np.ones(lm.d_model), identity=lm.identity)
     plain = lm.identity
     with rp.edited(lm, adapter.edits()):
@@ -334,8 +324,8 @@ def test_an_adapter_is_another_identity_while_it_is_on(fresh, trained):
     repe.scan(lm, "the cat", {direction.site: direction})
 
 
-def test_half_of_it_is_half_of_the_change(fresh, trained):
-    lm, (adapter, _) = fresh("llama"), trained
+def test_half_of_it_is_half_of_the_change(trained):
+    lm, (adapter, _) = tiny_model("llama"), trained
     name = next(iter(adapter.factors)) + ".weight"
     weight = dict(lm.net.named_parameters())[name]
     plain = weight.detach().clone()
@@ -348,30 +338,30 @@ def test_half_of_it_is_half_of_the_change(fresh, trained):
     assert not changes[2].any()
 
 
-def test_an_adapter_of_another_model_is_refused(fresh, trained):
-    other = rp.LanguageModel(tiny_net("llama", seed=1), tiny_tokenizer(), name="another")
+def test_an_adapter_of_another_model_is_refused(trained):
+    other = tiny_model("llama", seed=1)
     with pytest.raises(IdentityMismatch, match="weights"):
         rp.apply_edits(other, trained[0].edits())
 
 
-def test_an_adapter_trained_on_an_edited_model_is_for_the_edited_model(fresh, trained, tmp_path):
-    lm = fresh("llama")
+def test_an_adapter_trained_on_an_edited_model_is_for_the_edited_model(trained, tmp_path):
+    lm = tiny_model("llama")
     rp.apply_edits(lm, trained[0].edits())
     second = train(lm, STREAMS, RESPONSES, to=tmp_path / "second", settings=QUICK)
     with rp.edited(lm, second.edits()):
         lm.logits("the cat")
     with pytest.raises(IdentityMismatch, match="made after"):
-        rp.apply_edits(fresh("llama"), second.edits())
+        rp.apply_edits(tiny_model("llama"), second.edits())
 
 
-def test_a_folder_is_loaded_as_it_was_saved_without_peft(fresh, trained, monkeypatch):
+def test_a_folder_is_loaded_as_it_was_saved_without_peft(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # importing it fails
     adapter, folder = trained
     found = Adapter.load(folder)
     assert same(found, adapter)
     assert (found.base, found.scale, dict(found.provenance)) == (adapter.base, 5 / 3, dict(adapter.provenance))
     assert [e.digest for e in edits_in(folder)] == [e.digest for e in adapter.edits()]
-    with rp.edited(fresh("llama"), edits_in(folder)) as ledger:
+    with rp.edited(tiny_model("llama"), edits_in(folder)) as ledger:
         assert len(ledger.applied) == len(adapter.factors)
 
 
@@ -403,10 +393,10 @@ def test_an_adapter_is_no_model_to_load(trained):
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_without_peft_the_extra_is_named(fresh, tmp_path, monkeypatch):
+def test_without_peft_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"reprobe-lm\[train\]"):
-        train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "a")
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -426,14 +416,14 @@ def test_without_peft_the_extra_is_named(fresh, tmp_path, monkeypatch):
         ({"modules": ("queries",)}, "no linear layer of block 0 is called 'queries'; they are: self_attn.q_proj"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(fresh, tmp_path, values, says):
+def test_settings_that_cannot_be_are_refused(tmp_path, values, says):
     with pytest.raises(UsageError, match=says):
-        train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=Settings(**values))
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=Settings(**values))
 
 
-def test_a_block_beyond_the_model_is_refused(fresh, tmp_path):
+def test_a_block_beyond_the_model_is_refused(tmp_path):
     with pytest.raises(UnknownSite, match=f"blocks 0–{LAYERS - 1}"):
-        train(fresh("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=Settings(sites="resid.post@7"))
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=tmp_path / "a", settings=Settings(sites="resid.post@7"))
 
 
 @pytest.mark.parametrize(
@@ -448,21 +438,21 @@ def test_a_block_beyond_the_model_is_refused(fresh, tmp_path):
         (Streams(["a " * 70], ["b"], ["c"]), [" is"], "no token of its own"),
     ],
 )
-def test_texts_that_cannot_be_trained_on_are_refused(fresh, tmp_path, prompts, responses, says):
+def test_texts_that_cannot_be_trained_on_are_refused(tmp_path, prompts, responses, says):
     with pytest.raises(UsageError, match=says):
-        train(fresh("llama"), prompts, responses, to=tmp_path / "a", settings=QUICK)
+        train(tiny_model("llama"), prompts, responses, to=tmp_path / "a", settings=QUICK)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_response_with_nothing_before_it_is_refused(tmp_path):
-    lm = rp.LanguageModel(tiny_net("gpt2"), tiny_tokenizer(bos=False), name="without BOS")
+    lm = tiny_model("gpt2", bos=False)
     with pytest.raises(UsageError, match="has nothing before it"):
         train(lm, Streams([""], ["a"], ["b"]), [" is"], to=tmp_path / "a")
 
 
-def test_directions_must_fit(fresh, tmp_path):
-    lm = fresh("llama")
-    d = rp.Direction.from_vector("resid.post@2", np.ones(lm.d_model), identity=fresh("gpt2").identity)
+def test_directions_must_fit(tmp_path):
+    lm = tiny_model("llama")
+    d = rp.Direction.from_vector("resid.post@2", np.ones(lm.d_model), identity=tiny_model("gpt2").identity)
     with pytest.raises(IdentityMismatch):
         train(lm, PROMPTS, RESPONSES, to=tmp_path / "a", directions=d, settings=QUICK)
     how = Settings(**vars(QUICK) | {"sites": "resid.post@1"})
@@ -471,18 +461,18 @@ def test_directions_must_fit(fresh, tmp_path):
     train(lm, PROMPTS, RESPONSES, to=tmp_path / "a", directions=d, settings=QUICK, allow_mismatch=True)
 
 
-def test_steered_monitored_and_encoding_models_are_refused(fresh, tmp_path):
-    lm = fresh("llama")
+def test_steered_monitored_and_encoding_models_are_refused(tmp_path):
+    lm = tiny_model("llama")
     d = rp.Direction.from_vector("resid.post@1", np.ones(lm.d_model))
     for context in (rp.steer(lm, rp.Add(d, 1.0)), lm.monitor(d)):
         with context, pytest.raises(UnsupportedOperation, match="leave that context"):
             train(lm, STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK)
     with pytest.raises(UnsupportedOperation, match="is an encoder"):
-        train(fresh("bert"), STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK)
+        train(tiny_model("bert"), STREAMS, RESPONSES, to=tmp_path / "a", settings=QUICK)
 
 
-def test_a_loss_that_is_no_number_ends_the_training(fresh, tmp_path):
-    lm = fresh("llama")
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
+    lm = tiny_model("llama")
     with torch.no_grad():
         lm.net.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(TrainingFailed, match="the loss of step 0 is nan"):

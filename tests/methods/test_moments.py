@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.control.edits import Matrix
@@ -58,7 +58,7 @@ def test_they_are_computed_once_and_found_again_by_content(tiny_lm, own_cache, m
 
 
 def test_another_text_weights_layer_or_number_of_tokens_is_another_moment(tiny_lm):
-    lm, other = tiny_lm("llama"), rp.LanguageModel(tiny_net("llama", seed=1), tiny_tokenizer(), name="tiny-llama")
+    lm, other = tiny_lm("llama"), tiny_model("llama", seed=1)
     found = [
         second_moments(lm, [0], Corpus.load(TEXTS))[0],
         second_moments(lm, [1], Corpus.load(TEXTS))[1],
@@ -79,7 +79,7 @@ def test_a_damaged_cache_file_is_made_again(tiny_lm, own_cache):
 
 
 def test_of_an_edited_model_they_are_the_bases(tiny_lm):
-    lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    lm = tiny_model()
     _, want = by_hand(lm, 1)
     matrix = Matrix.projection(lm, 0)
     edit = rp.WeightEdit(matrix.name, np.ones((27, 1)), np.ones((tiny.D_FF, 1)), lm.identity)
@@ -101,7 +101,7 @@ def test_a_sample_is_as_long_as_asked_and_repeats_with_its_seed(tiny_lm, tmp_pat
 
 
 def test_a_sample_is_written_once_for_all_blocks_and_is_that_of_the_base(tiny_lm, own_cache, monkeypatch):
-    lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    lm = tiny_model()
     matrix = Matrix.projection(lm, 0)
     edit = rp.WeightEdit(matrix.name, np.ones((27, 1)), np.ones((tiny.D_FF, 1)), lm.identity)
     with rp.edited(lm, edit):

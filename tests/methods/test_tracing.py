@@ -199,10 +199,6 @@ def test_what_cannot_be_traced_is_refused(tiny_lm):
     lm = tiny_lm("llama")
     with pytest.raises(DataError, match="no true object"):
         tracing.trace(lm, rp.Fact.of(subject="cat", prompt="the {} is", new="mat"))
-    with pytest.raises(DataError, match="does not stand in its prompt"):
-        rp.Fact.of(subject="dog", prompt="the cat is", true="mat")
-    with pytest.raises(DataError, match="empty"):
-        rp.Fact.of(subject="cat", prompt="the {} is", true=" ")
     with pytest.raises(UsageError, match="no facts were"):
         tracing.trace(lm, [])
     with pytest.raises(UsageError, match="'refuse'"):
@@ -327,7 +323,7 @@ def test_a_real_fact_is_traced_as_the_naive_loop_does(real_lm):
     lm = real_lm("smollm2-135m")
     fact, settings = facts_of("facts", limit=1)[0], Settings(samples=2, layers=(12,))
     grid = tracing.trace(lm, fact, settings=settings)
-    clean, corrupted, restored = naive(lm, fact, settings, grid.std)
+    clean, corrupted, restored = naive(lm, fact, settings, grid.std, whole_logits=False)
     assert grid.traces[0].clean == pytest.approx(clean, abs=1e-5)
     assert grid.traces[0].corrupted == pytest.approx(corrupted, abs=1e-5)
     np.testing.assert_allclose(grid.traces[0].restored, restored, atol=1e-5)
@@ -340,5 +336,5 @@ def test_a_whole_real_trace_is_that_of_the_naive_loop(real_lm):
     lm = real_lm("smollm2-135m")
     fact = facts_of("facts", limit=1)[0]
     grid = tracing.trace(lm, fact)
-    _, _, restored = naive(lm, fact, grid.settings, grid.std)
+    _, _, restored = naive(lm, fact, grid.settings, grid.std, whole_logits=False)
     np.testing.assert_allclose(grid.traces[0].restored, restored, atol=1e-5)

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reprobe.errors import DiskFull, ModelLoadFailed
 from reprobe.model import bundled
 from reprobe.model import gguf as converter
+from reprobe.model.language_model import LanguageModel
 
 USERS_CACHE = os.environ.get("REPROBE_CACHE")
 SPECIAL = ["<|end|>", "<|start|>", "<|turn|>"]
@@ -617,25 +618,16 @@ def test_one_piece_of_a_split_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def real(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
-    if USERS_CACHE is None:  # the user's cache, so that weights are fetched once
+def real(real_lm: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], LanguageModel]:
+    """`real_lm`, in the user's cache, so that weights are fetched once."""
+    if USERS_CACHE is None:
         monkeypatch.delenv("REPROBE_CACHE")
     else:
         monkeypatch.setenv("REPROBE_CACHE", USERS_CACHE)
-    return bundled.fetch(request.param)
+    return real_lm
 
 
 NAMES = sorted(bundled.NAMES)
-
-
-@pytest.mark.models
-@pytest.mark.parametrize("real", NAMES, indirect=True)
-def test_a_bundled_model_knows_where_the_eiffel_tower_is(real: Path) -> None:
-    net, t = AutoModelForCausalLM.from_pretrained(real), AutoTokenizer.from_pretrained(real)
-    inputs = t("The Eiffel Tower is located in the city of", return_tensors="pt")
-    with torch.no_grad():
-        assert t.decode(net(**inputs).logits[0, -1].argmax()) == " Paris"
-    assert net.get_output_embeddings().weight is net.get_input_embeddings().weight
 
 
 #: Ids that llama.cpp gives for the same files, special tokens parsed.
@@ -880,37 +872,35 @@ LLAMA_CPP = {
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("real", NAMES, indirect=True)
-def test_a_bundled_tokenizer_gives_the_ids_of_llama_cpp(real: Path, request: pytest.FixtureRequest) -> None:
-    t = AutoTokenizer.from_pretrained(real)
-    name = request.node.callspec.params["real"]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundled_tokenizer_gives_the_ids_of_llama_cpp(real: Callable[[str], LanguageModel], name: str) -> None:
+    t = real(name).tokenizer
     for text, ids in LLAMA_CPP[name].items():
         assert t(text).input_ids == ids
         assert t.decode(t(text, add_special_tokens=False).input_ids) == text
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("real", ["smollm2-135m"], indirect=True)
-def test_the_chat_template_of_smollm2_ends_in_the_assistants_turn(real: Path) -> None:
-    t = AutoTokenizer.from_pretrained(real)
+def test_the_chat_template_of_smollm2_ends_in_the_assistants_turn(real: Callable[[str], LanguageModel]) -> None:
+    t = real("smollm2-135m").tokenizer
     text = t.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert t.eos_token == "<|im_end|>"
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("real", NAMES, indirect=True)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_of_a_bundled_model_is_the_files_own(
-    real: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    real: Callable[[str], LanguageModel], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = request.node.callspec.params["real"]
     monkeypatch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))  # reads three times as fast
     reader = gguf.GGUFReader(bundled.weights(name))
-    net = AutoModelForCausalLM.from_pretrained(real)
+    net = real(name).net
     arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == net.config.model_type.removesuffix("_text"))
     names = gguf.get_tensor_name_map(arch, net.config.num_hidden_layers)
     have = {names.get_name(n, try_suffixes=(".weight",)): p.detach().numpy() for n, p in net.named_parameters()}
     assert len(have) == len(reader.tensors)
+    assert net.get_output_embeddings().weight is net.get_input_embeddings().weight
     change = (
         plus_one
         if name.startswith("gemma")

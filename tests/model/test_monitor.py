@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import DECODERS, ENCODERS, FAMILIES, tiny_net, tiny_tokenizer
+from tiny import DECODERS, ENCODERS, FAMILIES, tiny_model, tiny_net, tiny_tokenizer
 
 import reprobe as rp
 from reprobe.errors import IdentityMismatch, UnknownSite, UnsupportedOperation, UsageError
@@ -244,7 +244,7 @@ def test_a_pass_that_ends_early_leaves_nan_where_it_did_not_come(tiny_lm):
 
 
 def test_a_half_precision_network_is_scored_in_single_precision():
-    lm = rp.LanguageModel(tiny_net("llama").bfloat16(), tiny_tokenizer(), name="tiny")
+    lm = tiny_model("llama", dtype=torch.bfloat16)
     found = directions(lm, "resid.post@*")
     with rp.observe(lm, "resid.post@*") as seen, lm.monitor(found) as monitor:
         lm.logits(PROMPTS[1])
@@ -254,7 +254,7 @@ def test_a_half_precision_network_is_scored_in_single_precision():
 
 
 def test_a_forward_pass_with_gradients_is_read_and_its_gradients_stay(tiny_lm):
-    lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny")
+    lm = tiny_model()
     found = directions(lm, "resid.post@*")
     ids = lm.encode(PROMPTS[1]).input_ids
     gradients = []

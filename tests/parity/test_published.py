@@ -6,6 +6,7 @@ values differ from the default. Where a formula needs a network, it is the plain
 go further than this table: all families, paddings, caches and edge cases.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from methods import test_iti as iti_by_hand
 from methods import test_memit as memit_by_hand
 from methods import test_rome as rome_by_hand
 from methods.tracing_naive import naive
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.control.edits import Matrix
@@ -189,7 +190,7 @@ def dola(compat: str | None) -> Found:
 
 
 def exact() -> rp.LanguageModel:
-    return rp.LanguageModel(tiny_net("llama").double(), tiny_tokenizer(), name="tiny-llama")
+    return tiny_model("llama", dtype=torch.float64)
 
 
 def ridged(c: np.ndarray) -> np.ndarray:
@@ -199,7 +200,7 @@ def ridged(c: np.ndarray) -> np.ndarray:
 
 def causal_tracing() -> Found:
     """Meng et al. 2022: indirect effects of every state, each by a whole forward pass."""
-    lm = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    lm = tiny_model()
     fact, settings = rp.Fact.of(subject="the cat", prompt="it is {} on the", true="mat"), tracing.Settings(samples=2)
     grid = tracing.trace(lm, fact, settings=settings, unknown="keep")
     _, corrupted, restored = naive(lm, fact, settings, grid.std)
@@ -289,20 +290,25 @@ PARITY: dict[str, Callable[[], Found]] = {
 }
 
 
+@functools.cache
+def found(method: str) -> Found:
+    return PARITY[method]()
+
+
 @pytest.mark.parametrize("method", PARITY)
 def test_the_library_finds_what_the_published_formula_gives(method: str) -> None:
-    found = PARITY[method]()
-    ours, theirs = (np.atleast_2d(np.asarray(v, dtype=np.float64)) for v in (found.ours, found.theirs))
+    both = found(method)
+    ours, theirs = (np.atleast_2d(np.asarray(v, dtype=np.float64)) for v in (both.ours, both.theirs))
     assert ours.shape == theirs.shape
     alive = np.linalg.norm(theirs, axis=1) > 1e-12
     for a, b in zip(ours[alive], theirs[alive], strict=True):
         assert unit(a) @ unit(b) >= COSINE
         assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(b), rel=1e-3)
-    assert np.asarray(found.decisions[0]).tolist() == np.asarray(found.decisions[1]).tolist()
+    assert np.asarray(both.decisions[0]).tolist() == np.asarray(both.decisions[1]).tolist()
 
 
 @pytest.mark.parametrize("method", [name for name in PARITY if "compat" in name])
 def test_a_compat_value_is_another_result_than_the_default(method: str) -> None:
-    plain, original = (np.atleast_2d(PARITY[name]().ours) for name in (method.partition(",")[0], method))
+    plain, original = (np.atleast_2d(found(name).ours) for name in (method.partition(",")[0], method))
     assert plain.shape == original.shape
     assert not np.allclose(plain, original, rtol=1e-3, atol=1e-6 * np.abs(plain).max())

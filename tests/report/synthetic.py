@@ -7,7 +7,7 @@ import polars as pl
 import torch
 from store.synthetic import tokens as tokens_of
 from store.synthetic import write
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 from reprobe.control import EditEffect, WeightEdit
 from reprobe.evaluation import Contrast
@@ -18,7 +18,6 @@ from reprobe.methods.repe import Scan
 from reprobe.methods.tracing import KINDS, Trace, TraceGrid
 from reprobe.methods.tracing import Settings as TraceSettings
 from reprobe.model.identity import ModelIdentity
-from reprobe.model.language_model import LanguageModel
 from reprobe.model.sites import Site
 from reprobe.probing import LDAReader, MeanDifference, compare, write_table
 from reprobe.probing.direction import Direction
@@ -264,7 +263,7 @@ def make_edit(layer: int = 5, *, facts: int = 2, method: str = "rome") -> Weight
 
 def make_dissection() -> Dissection:
     """One of a tiny model's neurons, on sentences of eleven words."""
-    lm = LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    lm = tiny_model()
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(("the", "cat", "of", "red", "and", "is", "on", "blue"), 12)) for _ in range(40)]
     concepts = [Concept.words("colours", ["red", "blue"], kind="thing"), Concept.words("a <b>", ["the"], kind="form")]

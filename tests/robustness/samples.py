@@ -21,7 +21,7 @@ from robustness import mutations as m
 from robustness.mutations import Mutation
 from safetensors.torch import save_file
 from store import synthetic
-from tiny import tiny_net, tiny_tokenizer
+from tiny import tiny_model
 
 import reprobe as rp
 from reprobe.cli import recipe, recipe_steps
@@ -71,7 +71,7 @@ class Sample:
 
 @cache
 def lm() -> rp.LanguageModel:
-    return rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    return tiny_model()
 
 
 def direction(seed: int = 0, site: str = "resid.post@1") -> rp.Direction:
@@ -208,7 +208,7 @@ def read_moment(path: Path) -> object:
 
 
 def write_edited(folder: Path) -> Path:
-    fresh = rp.LanguageModel(tiny_net("llama"), tiny_tokenizer(), name="tiny-llama")
+    fresh = tiny_model()
     ledger_of(fresh).apply([_edit()])
     return export_edited(fresh, folder / "edited")
 
