@@ -37,6 +37,13 @@ Text = Annotated[
 Tokens = Annotated[int, typer.Option(help="Tokens that the second moments are taken of, at most.", min=1)]
 Limit = Annotated[int | None, first_of("facts")]
 Layers = Annotated[str | None, typer.Option(help="Blocks, e.g. 6,7,8 or 6-10; default: those known for the model.")]
+NullSpace = Annotated[
+    bool, typer.Option("--null-space", help="MEMIT in AlphaEdit's null space: write only where ordinary text does not.")
+]
+Weight = Annotated[
+    float | None,
+    typer.Option(help="MEMIT's λ: how much ordinary text counts against the facts; default: the MLP's width."),
+]
 
 
 @edit_app.command("rome")
@@ -91,9 +98,8 @@ def edit_memit(
     to: Annotated[Path, typer.Option(help="A new folder for the edits, one file a block.")],
     layers: Layers = None,
     limit: Limit = None,
-    null_space: Annotated[
-        bool, typer.Option("--null-space", help="AlphaEdit: write only where ordinary text does not.")
-    ] = False,
+    null_space: NullSpace = False,
+    weight: Weight = None,
     text: Text = None,
     tokens: Tokens = 40_000,
     dtype: Dtype = None,
@@ -108,12 +114,12 @@ def edit_memit(
     from reprobe.prompts import facts_of
 
     new_folder(to)
+    how = _memit(null_space, weight)
     facts = facts_of(data, limit=limit)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    settings = memit.Settings(null_space=memit.NullSpace() if null_space else None)
     with terminal() as progress:
         edits = memit.edit(
-            lm, facts, layers=parse_layers(layers), moments=_text(text, tokens), settings=settings, progress=progress
+            lm, facts, layers=parse_layers(layers), moments=_text(text, tokens), settings=how, progress=progress
         )
     save_edits(edits, to)
     effects = edits[0].effects
@@ -321,7 +327,8 @@ def edit_eval(
     limit: Limit = None,
     layers: Layers = None,
     original: Annotated[bool, typer.Option("--original", help="ROME as published.")] = False,
-    null_space: Annotated[bool, typer.Option("--null-space", help="MEMIT in AlphaEdit's null space.")] = False,
+    null_space: NullSpace = False,
+    weight: Weight = None,
     perplexity: Annotated[
         str | None, typer.Option(help="Ordinary text whose perplexity is measured too: .txt, a data set, hf:NAME.")
     ] = None,
@@ -353,6 +360,11 @@ def edit_eval(
     from reprobe.prompts import facts_of
 
     new_table(to_table, overwrite)
+    how = _memit(null_space, weight)
+    if method != "memit" and how != memit.Settings():
+        raise UsageError(f"--null-space and --weight are MEMIT's, not those of --method {method}")
+    if method != "rome" and original:
+        raise UsageError(f"--original is a form of ROME, not of --method {method}")
     facts = facts_of(data, limit=limit)
     ordinary = () if perplexity is None else Corpus.load(perplexity).texts
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
@@ -360,7 +372,6 @@ def edit_eval(
     with terminal() as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what has no effect is in the table
         if method == "memit":
-            how = memit.Settings(null_space=memit.NullSpace() if null_space else None)
             moments = _text(text, tokens)
             edits = memit.edit(lm, facts, layers=chosen, moments=moments, settings=how, progress=progress)
             result = scores.evaluate_together(lm, facts, edits, texts=ordinary, write=write)
@@ -423,6 +434,12 @@ def _open(model: str, *, dtype: str | None, device: str | None, revision: str | 
     if (Path(model) / FOLDER).is_dir():
         return load_edited(model, dtype=dtype, device=device)
     return load_model(model, dtype=dtype, device=device, revision=revision)
+
+
+def _memit(null_space: bool, weight: float | None) -> Any:
+    from reprobe.methods import memit
+
+    return memit.Settings(weight=weight, null_space=memit.NullSpace() if null_space else None)
 
 
 def _text(text: str | None, tokens: int, seed: int = 0) -> Any:

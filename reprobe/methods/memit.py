@@ -68,6 +68,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch < 1 or (self.weight is not None and self.weight <= 0):
             raise UsageError(f"batch={self.batch}, weight={self.weight}: both are positive")
+        if self.weight is not None and self.null_space is not None:
+            raise UsageError(f"weight={self.weight} does nothing in the null space, which is kept whole: give one")
 
 
 def edit(

@@ -77,6 +77,10 @@ def test_many_facts_are_written_at_once(run, folder):
     assert told["facts"] == 3
     assert len(list((folder / "edits").glob("*.safetensors"))) == 2
     run("apply", "model", "edits", "--to", "many")
+    common = ("memit", "model", "facts.json", "--layers", "0-1", "--text", "text.txt", "--json")
+    sparing = json.loads(run(*common, "--weight", 1e9, "--to", "sparing").stdout)
+    assert sparing["probability after"] == pytest.approx(sparing["probability before"], rel=1e-3)
+    assert told["probability after"] != pytest.approx(told["probability before"], rel=1e-2)
     assert "no such" in run("list", "nowhere", code=2).output
 
 
@@ -123,6 +127,9 @@ def test_moments_are_shown(run):
         (["apply", "model", "text.txt", "--to", "x"], "safetensors"),
         (["revert", "model", "--to", "x"], "remembers no edits"),
         (["eval", "model", "facts.json", "--layers", "0,1", "--text", "text.txt"], "one block"),
+        (["eval", "model", "facts.json", "--weight", 3, "--text", "text.txt"], "MEMIT's"),
+        (["eval", "model", "facts.json", "--method", "memit", "--original", "--text", "text.txt"], "form of ROME"),
+        (["memit", "model", "facts.json", "--null-space", "--weight", 3, "--to", "x"], "null space"),
         (["moments", "model"], "say layer"),
         (["sequential", "model", "facts.json", "--at-most", 1, "--to", "x"], "above 1"),
     ],
