@@ -98,7 +98,7 @@ def probe(
         write_table(grid.table, to_table, overwrite=overwrite)
     rows = grid.table.sort(["accuracy", "layer", "head"], descending=[True, False, False], nulls_last=True)
     show_table(rows.head(top).to_dicts(), as_json)
-    if not as_json:
+    if not as_json and len(grid.inner):  # two folds leave no rows to choose a site with
         chosen = grid.selected
         say(
             f"held-out accuracy of the best site, chosen on the other folds: {chosen.accuracy:.3f} "

@@ -15,7 +15,7 @@ of the library with the recipe's own keys.
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from reprobe.probing import readers, write_table
 from reprobe.progress import Progress, silent
 from reprobe.provenance import canonical_json, digest, digest_file, rebuilding, texts, versions, write_durably
 from reprobe.report import results
+from reprobe.report.study import chosen
 
 RECORD, COPY = "recipe.json", "recipe.toml"
 #: Tokens of a pack: left to measurement, it could differ from run to run, and with it the last bits of a row.
@@ -49,15 +50,14 @@ class Done:
     report: Path
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Kitchen:
-    """What the steps share: the model, the folder, the data sets read so far, and what was found."""
+    """What the steps share: the recipe, the model, and the folder of results."""
 
     recipe: Recipe
     lm: rp.LanguageModel
     out: Path
     progress: Progress
-    summary: list[str] = field(default_factory=list)
 
     def direction(self, given: Mapping[str, Any]) -> rp.Direction:
         grid = rp.ProbeGrid.load(results.probe_path(self.out, given["probe"]))
@@ -267,11 +267,12 @@ def _findings(kitchen: _Kitchen) -> list[str]:
     for step in kitchen.recipe.steps:
         if step.kind == "probe":
             grid = rp.ProbeGrid.load(results.probe_path(kitchen.out, step.name))
-            best, honest = grid.best(part=step.given.get("part")), grid.selected
+            best, line = grid.best(part=step.given.get("part")), grid.table.row(0, named=True)
+            # Two folds leave no rows to choose a site with.
+            honest = f"; with the site chosen on other folds {chosen(grid)}" if len(grid.inner) else ""
             said.append(
-                f"{step.name}: best site {best.site}, held-out accuracy {best.metrics['accuracy']:.3f}; with the site "
-                f"chosen on other folds {honest.accuracy:.3f} [{honest.accuracy_low:.3f}, {honest.accuracy_high:.3f}] "
-                f"(chance {honest.chance:.2f}, {honest.n} prompts, {honest.n_groups} groups)."
+                f"{step.name}: best site {best.site}, held-out accuracy {best.metrics['accuracy']:.3f}{honest} "
+                f"(chance {line['chance']:.2f}, {line['n']} rows, {line['n_groups']} groups)."
             )
         if step.kind == "steer":
             table = results.read_steering(kitchen.out / "steering" / f"{step.name}.json").table.sort("strength")
@@ -356,7 +357,8 @@ def _scan(kitchen: _Kitchen, step: Step) -> None:
 def _steer(kitchen: _Kitchen, step: Step) -> None:
     given = step.given
     contrast = rp.Contrast(*(tuple(given[side]) for side in ("prompts", "positive", "negative")))
-    neutral = tuple(given.get("neutral") or (text.prompt + text.continuation for text in NEUTRAL))
+    # Passages, so that also a steering of generated tokens has some to act on.
+    neutral = tuple(map(rp.Passage.of, given["neutral"])) if "neutral" in given else NEUTRAL
     story = given.get("story", given["prompts"][0])
     table = rp.dose_response(
         kitchen.lm,
@@ -372,7 +374,7 @@ def _steer(kitchen: _Kitchen, step: Step) -> None:
     done = results.SteeringResult(
         table=table,
         contrast=contrast,
-        neutral=neutral,
+        neutral=tuple(text.prompt + text.continuation for text in neutral),
         story=story,
         site=rp.Site.parse(str(direction.site)),
         direction=direction.digest,

@@ -73,6 +73,8 @@ def steer(
     """
     if (prompt is not None) + (prompts is not None) + chat != 1:
         raise UsageError("give one of these: a PROMPT, --prompts FILE, or --chat")
+    if chat and as_json:
+        raise UsageError("--chat is for people: without --json")
     from reprobe.cli import steering as run
 
     steerer = run.load(direction, ablate=ablate, site=site, tokens=tokens)
