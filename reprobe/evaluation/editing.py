@@ -95,10 +95,11 @@ class Evaluation:
 def score_facts(lm: LanguageModel, facts: Sequence[Fact]) -> pl.DataFrame:
     """Every prompt of every fact on the model as it is now: p_new, p_true, and whether it is as it shall be.
 
-    Raises `DataError`, naming the facts, where an object is missing.
+    Raises `DataError`, naming the facts, where an object is missing; `UsageError` without facts.
     """
-    lacking = [f.id or f.prompt for f in facts if f.new is None or f.true is None]
-    if lacking or not facts:
+    if not facts:
+        raise UsageError("no facts were given to be scored")
+    if lacking := [f.id or f.prompt for f in facts if f.new is None or f.true is None]:
         raise DataError(f"{len(lacking)} of {len(facts)} facts lack a true or a new object: {', '.join(lacking[:5])}")
     lines: list[tuple[Fact, Kind, str, str, str]] = []
     for fact in facts:

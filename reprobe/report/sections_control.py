@@ -63,9 +63,8 @@ def steering(results: Results) -> Section:
             f"{name}: above {effect.replace('_', ' ')}, mean over the prompts, with ± 1 standard deviation of the "
             "change against the unsteered model; below KL(unsteered ‖ steered) on neutral text."
         )
-        of = source(measured.identity, measured.data, by=measured.interventions)
-        figure = dose_curves(measured.table, title=name)
-        shown = panel(figure, f"doses-{i}", f"Effect and KL divergence against strength, {name}", caption, of)
+        figure, label = dose_curves(measured.table, title=name), f"Effect and KL divergence against strength, {name}"
+        shown = panel(figure, f"doses-{i}", label, caption, _of_table(measured))
         blocks.append(Beside(shown, _doses(measured.table.sort("strength"), effect)))
     return Section("steering", "Steering: effect against strength", blocks)
 

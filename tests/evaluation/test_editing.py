@@ -166,6 +166,8 @@ def test_what_is_written_about_is_no_neighbour():
 
 
 def test_facts_without_both_objects_are_named():
+    with pytest.raises(UsageError, match="no facts were given"):
+        editing.score_facts(fresh(), [])
     with pytest.raises(DataError, match=r"of 1 facts lack.*the a is"):
         editing.score_facts(fresh(), [rp.Fact.of(subject="a", prompt="the a is", new="b")])
 

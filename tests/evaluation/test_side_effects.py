@@ -107,6 +107,28 @@ def test_parts_can_be_left_out_and_multiple_choice_serves_as_knowledge(tiny_lm, 
         rp.side_effects(lm, item, texts=())
 
 
+def test_a_text_of_one_token_has_a_divergence_and_nothing_to_be_surprised_by(tiny_lm, item):
+    lm = tiny_lm("llama")
+    assert len(lm.tokenizer("the").input_ids) == 1
+    found = rp.side_effects(lm, item, texts=(*TEXTS, "the"), unrelated=None, max_new_tokens=0)
+    without = rp.side_effects(lm, item, texts=TEXTS, unrelated=None, max_new_tokens=0)
+    assert row(found, "kl")["n"] == 4
+    assert row(found, "kl")["steered"] != row(without, "kl")["steered"]
+    assert row(found, "cross-entropy")["steered"] == pytest.approx(row(without, "cross-entropy")["steered"])
+    with pytest.raises(UsageError, match="two tokens or more"):
+        rp.side_effects(lm, item, texts=("the",), unrelated=None)
+
+
+def test_facts_without_a_second_object_are_refused_and_rows_without_a_group_count_by_themselves(tiny_lm, item):
+    lm = tiny_lm("llama")
+    half = FACTS.frame.with_columns(target_new=pl.when(pl.col("id") != "f0").then("target_new"))
+    with pytest.raises(DataError, match="1 of 4 facts lack"):
+        rp.side_effects(lm, item, texts=TEXTS, unrelated=rp.PromptSet(half, "half"))
+    alone = FACTS.frame.with_columns(group=pl.lit(None, pl.String))
+    found = rp.side_effects(lm, item, texts=TEXTS, unrelated=rp.PromptSet(alone, "alone"), max_new_tokens=0)
+    assert row(found, "accuracy on alone")["low"] is not None
+
+
 @pytest.mark.parametrize("tokens", ["all", "prompt", "generated", "last"])
 def test_passages_give_every_scope_something_to_act_on(tiny_lm, tokens):
     lm = tiny_lm("llama")
