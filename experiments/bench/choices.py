@@ -19,7 +19,7 @@ from race import Side, race
 from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
-from reprobe.evaluation import PRIMER
+from reprobe.evaluation import PRIMER, first_questions
 
 OURS = "reprobe, forest packs"
 #: As the benchmark's own scripts do it, and with the work that it does for nothing left out.
@@ -52,9 +52,7 @@ class OneByOne:
 def questions(n: int | None) -> rp.PromptSet:
     folder = os.environ.get("REPROBE_DATA")
     data = rp.PromptSet.load(Path(folder) / "truthfulqa" / "mc_task.json" if folder else "misconceptions")
-    if n is None:
-        return data
-    return data.where(group=data.frame["group"].unique(maintain_order=True).head(n).to_list())
+    return data if n is None else first_questions(data, n)
 
 
 def measure(model: str, data: rp.PromptSet, answers: int, repeats: int) -> Work:

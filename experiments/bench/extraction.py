@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import torch
 from peers import Way, does_not_run, one_by_one, ways
 from race import Side, Timing, race
 from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
+from reprobe.evaluation import first_questions
 from reprobe.extraction import prepare
 from reprobe.model.packs import lay_out
 
@@ -295,9 +295,7 @@ def truthfulqa_pairs(setting: Setting) -> rp.PromptSet:
     if not path.is_file():
         raise LeftOut("the folder that REPROBE_DATA names has no truthfulqa/mc_task.json")
     data = rp.PromptSet.load(path)
-    if setting.questions is None:
-        return data
-    return data.filter(pl.col("group").is_in(data.frame["group"].unique(maintain_order=True)[: setting.questions]))
+    return data if setting.questions is None else first_questions(data, setting.questions)
 
 
 def n_tokens(lm: rp.LanguageModel, texts: Sequence[str]) -> int:

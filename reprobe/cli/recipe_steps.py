@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import reprobe as rp
+from reprobe.cli.inputs import directions_of
 from reprobe.cli.recipe import Recipe, Step
 from reprobe.cli.steering import done_by, per_question
 from reprobe.errors import ArtifactExists, CorruptArtifact, IdentityMismatch, UsageError
-from reprobe.evaluation import NEUTRAL, PRIMER
-from reprobe.evaluation.choices import compare as compare_choices
+from reprobe.evaluation import NEUTRAL, PRIMER, compare_choices, first_questions
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS
 from reprobe.probing import readers, write_table
 from reprobe.progress import Progress, silent
@@ -345,10 +345,7 @@ def _scan(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.methods import repe
 
     grid = rp.ProbeGrid.load(results.probe_path(kitchen.out, step.given["probe"]))
-    part = step.given.get("part", "resid.post")
-    directions = {site: d for site, d in grid.directions.items() if site.part == part and site.unit is None}
-    if not directions:
-        raise UsageError(f"[{step}]: the grid {step.given['probe']!r} has no directions of {part}")
+    directions = directions_of(grid, step.given.get("part", "resid.post"), f"[{step}]: the grid {step.given['probe']!r}")
     found = repe.scan(kitchen.lm, step.given["text"], directions)
     result = results.ScanResult(found, step.given["text"], step.given["probe"], kitchen.lm.identity)
     results.write_scan(kitchen.out, step.name, result)
@@ -398,8 +395,7 @@ def _side_effects(kitchen: _Kitchen, step: Step) -> None:
 def _multiple_choice(kitchen: _Kitchen, step: Step) -> None:
     given, data = step.given, rp.PromptSet.load(kitchen.recipe.file(step.given["data"]))
     if "limit" in given:
-        first = data.frame["group"].unique(maintain_order=True).head(given["limit"])
-        data = data.where(group=first.to_list())
+        data = first_questions(data, given["limit"])
     steering = kitchen.steering({"tokens": "generated", **given}, given["strength"])  # as the verb does
     plain = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
     with rp.steer(kitchen.lm, steering):

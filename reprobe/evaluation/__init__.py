@@ -1,7 +1,7 @@
 """Evaluation: the effect and the side effects of interventions."""
 
 from reprobe.evaluation.causation import Causation, causes
-from reprobe.evaluation.choices import METRICS, PRIMER, Choices, ChoiceScore, compare, multiple_choice
+from reprobe.evaluation.choices import METRICS, PRIMER, Choices, ChoiceScore, compare_choices, first_questions, multiple_choice
 from reprobe.evaluation.effect import Contrast, Readout, divergence, dose_response, log_odds
 from reprobe.evaluation.generation import distinct, entropy, fluency
 from reprobe.evaluation.passages import NEUTRAL, Passage
@@ -21,11 +21,12 @@ __all__ = [
     "SideEffects",
     "Tuned",
     "causes",
-    "compare",
+    "compare_choices",
     "distinct",
     "divergence",
     "dose_response",
     "entropy",
+    "first_questions",
     "fluency",
     "log_odds",
     "multiple_choice",

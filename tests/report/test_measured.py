@@ -9,7 +9,7 @@ from polars.testing import assert_frame_equal
 from report import synthetic
 
 from reprobe.errors import CorruptArtifact, UsageError
-from reprobe.evaluation import Choices, compare
+from reprobe.evaluation import Choices, compare_choices
 from reprobe.evaluation.editing import summarise
 from reprobe.probing import write_table
 from reprobe.report.measured import CHOICES, COMPARED, DOSES, EDITING, SIDE_EFFECTS, TRANSFER, TUNING, read_measured
@@ -40,7 +40,7 @@ def test_multiple_choice_is_compared_as_the_runs_themselves_are(tmp_path: Path):
     steered = table.with_columns(pl.col(f"{m}_steered").alias(m) for m in ("mc1", "mc2", "mc3"))
     runs = [Choices(t, pl.DataFrame(), "", "", "") for t in (table, steered)]
     found = read_measured(write_table(table, tmp_path / "x.parquet"))
-    assert_frame_equal(found.choices, compare(*runs))
+    assert_frame_equal(found.choices, compare_choices(*runs))
     plain = table.select(pl.exclude("^.*_steered$"))
     assert_frame_equal(read_measured(write_table(plain, tmp_path / "y.csv")).choices, runs[0].summary())
 
