@@ -19,6 +19,7 @@ from pathlib import Path
 
 import polars as pl
 from matplotlib import style
+from tables import markdown
 
 import reprobe as rp
 from reprobe.methods.dissected import Snippet
@@ -72,19 +73,6 @@ def own() -> list[str]:
     texts = list(dict.fromkeys(t for name in bundled() for t in rp.PromptSet.load(name).frame["text"].drop_nulls()))
     random.Random(SEED).shuffle(texts)
     return texts
-
-
-def markdown(table: pl.DataFrame, digits: int = 3) -> list[str]:
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.{digits}f}"
-        return "" if value is None else str(value).replace("|", "\\|")
-
-    return [
-        "| " + " | ".join(table.columns) + " |",
-        "|" + "---|" * table.width,
-        *("| " + " | ".join(cell(v) for v in row) + " |" for row in table.iter_rows()),
-    ]
 
 
 def around(snippet: Snippet, tokens: int = 10) -> str:
@@ -161,7 +149,7 @@ def written(
         "",
         "## Blocks",
         "",
-        *markdown(found.layers.select("layer", "units", "detectors", "expected", "concepts"), 1),
+        *markdown(found.layers.select("layer", "units", "detectors", "expected", "concepts"), ".1f"),
     ]
     return "\n".join(lines) + "\n"
 

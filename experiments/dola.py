@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from tables import markdown
 
 import reprobe as rp
 from reprobe.evaluation import PRIMER, compare_choices, distinct, first_questions, fluency
@@ -212,14 +213,6 @@ def written(lm: rp.LanguageModel, questions: Sequence[str], tokens: int) -> tupl
         )
     lines = [[name, q, own] for name, some in texts.items() for q, own in zip(questions, some, strict=True)]
     return lines, pl.DataFrame(rows)
-
-
-def markdown(table: pl.DataFrame) -> list[str]:
-    def cell(value: Any) -> str:
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    head = [f"| {' | '.join(table.columns)} |", "|---" * len(table.columns) + "|"]
-    return head + [f"| {' | '.join(map(cell, row))} |" for row in table.iter_rows()]
 
 
 def shown(table: pl.DataFrame) -> list[str]:

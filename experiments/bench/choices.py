@@ -10,7 +10,6 @@ machine: two cores that others use too give ratios of nothing.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +76,6 @@ def measure(model: str, data: rp.PromptSet, answers: int, repeats: int) -> Work:
             Side(LEAN, lambda: single.scores(lean=True), timed, total),
         ],
         repeats,
-        tidy=lambda: None,
-        say=say,
     )
     groups = found.table.height
     about = (
@@ -89,10 +86,6 @@ def measure(model: str, data: rp.PromptSet, answers: int, repeats: int) -> Work:
         work.claims.append(Claim(f"times as fast as {side}", times[side].best / times[OURS].best, "≥", TARGET))
     work.notes.append(f"Scores of {len(drawn)} answers differ from one forward each by at most {furthest:.1g} nats.")
     return work
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

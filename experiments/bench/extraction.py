@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peers import Way, does_not_run, one_by_one, ways
-from race import Side, Timing, race
+from race import Side, Timing, race, say
 from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
@@ -63,7 +63,7 @@ class Setting:
     scratch: Path
 
     def race(self, *sides: Side) -> dict[str, Timing]:
-        return race(sides, self.repeats, tidy=self.empty, say=say)
+        return race(sides, self.repeats, tidy=self.empty)
 
     def empty(self) -> None:
         for path in self.scratch.iterdir():
@@ -106,7 +106,7 @@ def best_budget(lm: rp.LanguageModel, texts: Sequence[str], setting: Setting) ->
         sides[budget] = Side(
             f"bare forward, budget {budget}", lambda batches=batches: bare_forward(lm, batches), tokens
         )
-    found = race(list(sides.values()), 2, tidy=setting.empty, say=say)
+    found = race(list(sides.values()), 2, tidy=setting.empty)
     speed = {budget: found[side.name].tokens_per_second for budget, side in sides.items()}
     return max(speed, key=speed.__getitem__), {str(budget): round(s, 1) for budget, s in speed.items()}
 
@@ -349,10 +349,6 @@ def same_values(lm: rp.LanguageModel, data: rp.PromptSet, setting: Setting, work
         "the last block's output."
     )
     return kept
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:
