@@ -82,8 +82,8 @@ def around(snippet: Snippet, tokens: int = 10) -> str:
 
 
 def quoted(text: str) -> str:
-    """A snippet inside a table of Markdown."""
-    flat = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    """A snippet inside a table of Markdown, which sees to bars itself."""
+    flat = " ".join(text.split()).replace("`", "'")
     return flat.replace("⟦", "**").replace("⟧", "**").replace("****", "")
 
 
