@@ -9,13 +9,13 @@ from reprobe.evaluation.side_effects import SideEffects, side_effects
 from reprobe.evaluation.strength import Tuned, tune
 
 __all__ = [
-    "METRICS",
-    "NEUTRAL",
-    "PRIMER",
     "Causation",
     "ChoiceScore",
     "Choices",
     "Contrast",
+    "METRICS",
+    "NEUTRAL",
+    "PRIMER",
     "Passage",
     "Readout",
     "SideEffects",
