@@ -17,7 +17,7 @@ from reprobe.cli.options import (
     Mismatch,
     Model,
     Overwrite,
-    Push,
+    Strength,
     Remove,
     Revision,
     Scope,
@@ -49,7 +49,7 @@ def evaluate_truthfulqa(
     direction: Annotated[
         Path | None, typer.Option(help="Steer with this direction or steering (.safetensors), and compare.")
     ] = None,
-    strength: Push = None,
+    strength: Strength = None,
     ablate: Remove = False,
     site: ActAt = None,
     tokens: Annotated[str | None, typer.Option(help="all, prompt, generated or last; default: generated.")] = None,
@@ -119,7 +119,7 @@ def evaluate_truthfulqa(
 def evaluate_side_effects(
     model: Model,
     direction: Act,
-    strength: Push = None,
+    strength: Strength = None,
     ablate: Remove = False,
     site: ActAt = None,
     tokens: Scope = None,

@@ -18,7 +18,7 @@ from reprobe.cli.options import (
     Mismatch,
     Model,
     Overwrite,
-    Push,
+    Strength,
     Remove,
     Revision,
     Scope,
@@ -55,7 +55,7 @@ def steer(
     chat: Annotated[
         bool, typer.Option("--chat", help="Answer what is typed; /strength X, /off and /on change the steering.")
     ] = False,
-    strength: Push = None,
+    strength: Strength = None,
     ablate: Remove = False,
     site: ActAt = None,
     tokens: Scope = None,

@@ -13,7 +13,6 @@ import polars as pl
 
 from reprobe.control import EditEffect, WeightEdit
 from reprobe.control.edits import KIND
-from reprobe.evaluation.editing import Measure
 from reprobe.prompts.fact import Fact
 from reprobe.provenance import digest
 from reprobe.report.blocks import (
@@ -310,13 +309,13 @@ def _scores(name: str, measured: Measured) -> list[Block]:
     rows = [
         (
             line["measure"],
-            str(Measure(line["before"], line["before_low"], line["before_high"])).replace(" [nan, nan]", ""),
-            str(Measure(line["after"], line["after_low"], line["after_high"])).replace(" [nan, nan]", ""),
+            bounded(line["before"], line["before_low"], line["before_high"]),
+            bounded(line["after"], line["after_low"], line["after_high"]),
         )
         for line in found.table.iter_rows(named=True)
     ]
     shifts = [
-        Shift(kind, found.before.shares[kind].value, after.value, after.low, after.high)
+        Shift(kind, found.before.shares[kind].mean, after.mean, after.low, after.high)
         for kind, after in found.after.shares.items()
         if kind in found.before.shares
     ]
