@@ -197,7 +197,7 @@ def test_dose_response_takes_any_scorer_and_gives_intervals(tiny_lm):
     assert single.select("effect_low", "change_high", "kl_low").row(0) == (None, None, None)
     with pytest.raises(UsageError, match="fickle gave 1 numbers without steering and 2 at strength 1"):
         rp.dose_response(lm, lambda s: rp.Add(d, s), (1,), scorer=Fickle(), neutral=TEXTS)
-    with pytest.raises(UsageError, match="one finite number per prompt"):
+    with pytest.raises(UsageError, match="without steering the scorer .* one finite number per prompt"):
         rp.dose_response(lm, lambda s: rp.Add(d, s), (1,), scorer=lambda lm: np.array([1.0, np.nan]), neutral=TEXTS)
 
 
