@@ -380,8 +380,8 @@ def curves(rows, x, log=False):
     for i, kind in enumerate(KINDS):
         here = [(at, r["measures"][kind]) for at, r in rows if kind in r["measures"]]
         xs = [at for at, _ in here]
-        look = series(i)
-        axes.fill_between(xs, *np.transpose([bounds(m, "after") for _, m in here]), color=look["color"], alpha=0.14, linewidth=0)
+        look, band = series(i), np.transpose([bounds(m, "after") for _, m in here])
+        axes.fill_between(xs, *band, color=look["color"], alpha=0.14, linewidth=0)
         axes.plot(xs, [m["after"] for _, m in here], label=kind, markersize=4, linewidth=1.5, **look)
         figure.marks += [Mark(axes, at, m["after"], f"{x} {at}: {kind} {percent(m, 'after')}") for at, m in here]
         if kind == "neighbourhood":

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from reprobe.cli.inputs import load_model
-from reprobe.cli.options import Act, ActAt, AsJson, Device, Dtype, Mismatch, Model, Strength, Remove, Revision
+from reprobe.cli.options import Act, ActAt, AsJson, Device, Dtype, Mismatch, Model, Remove, Revision, Strength
 from reprobe.cli.outputs import new_folder
 from reprobe.cli.show import show
 from reprobe.cli.verb import verb

@@ -61,7 +61,7 @@ def named_store(text: str) -> tuple[str, str]:
 
 
 def directions_of(grid: Any, part: str, name: str) -> dict[Any, Any]:
-    """The directions of a grid at the whole sites of a part; `UsageError`, with the parts that it holds, without any."""
+    """The directions of a grid at the whole sites of a part. Raises `UsageError` with the parts it holds."""
     found = {site: d for site, d in grid.directions.items() if site.part == part and site.unit is None}
     if not found:
         parts = ", ".join(sorted({site.part for site in grid.directions}))

@@ -345,7 +345,8 @@ def _scan(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.methods import repe
 
     grid = rp.ProbeGrid.load(results.probe_path(kitchen.out, step.given["probe"]))
-    directions = directions_of(grid, step.given.get("part", "resid.post"), f"[{step}]: the grid {step.given['probe']!r}")
+    of = f"[{step}]: the grid {step.given['probe']!r}"
+    directions = directions_of(grid, step.given.get("part", "resid.post"), of)
     found = repe.scan(kitchen.lm, step.given["text"], directions)
     result = results.ScanResult(found, step.given["text"], step.given["probe"], kitchen.lm.identity)
     results.write_scan(kitchen.out, step.name, result)

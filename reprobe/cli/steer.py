@@ -18,10 +18,10 @@ from reprobe.cli.options import (
     Mismatch,
     Model,
     Overwrite,
-    Strength,
     Remove,
     Revision,
     Scope,
+    Strength,
     Texts,
     ToTable,
 )

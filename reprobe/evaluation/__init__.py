@@ -1,7 +1,15 @@
 """Evaluation: the effect and the side effects of interventions."""
 
 from reprobe.evaluation.causation import Causation, causes
-from reprobe.evaluation.choices import METRICS, PRIMER, Choices, ChoiceScore, compare_choices, first_questions, multiple_choice
+from reprobe.evaluation.choices import (
+    METRICS,
+    PRIMER,
+    Choices,
+    ChoiceScore,
+    compare_choices,
+    first_questions,
+    multiple_choice,
+)
 from reprobe.evaluation.effect import Contrast, Readout, divergence, dose_response, log_odds
 from reprobe.evaluation.generation import distinct, entropy, fluency
 from reprobe.evaluation.passages import NEUTRAL, Passage

@@ -250,5 +250,4 @@ def _question(rows: pl.DataFrame, name: str) -> _Question:
             f"{name}: {question!r} has {len(best)} best answers; a column best must mark exactly one of its true ones"
         )
     texts = {c: tuple(rows[c].to_list()) for c in ("id", "answer")}
-    group = rows["group"][0]
-    return _Question(question, question if group is None else str(group), texts["id"], texts["answer"], true, int(best[0]), one, two)
+    return _Question(question, str(rows["group"][0]), texts["id"], texts["answer"], true, int(best[0]), one, two)

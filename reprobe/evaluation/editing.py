@@ -285,4 +285,6 @@ def _harmonic(per_fact: pl.DataFrame, kinds: Sequence[Kind], seed: int) -> Mean:
             out: np.ndarray = np.where((stacked > 0).all(axis=0), len(kinds) / (1 / stacked).sum(axis=0), 0.0)
         return np.where(np.isnan(stacked).any(axis=0), np.nan, out)
 
-    return Mean(float(score(np.ones((len(success), 1)))[0]), *interval_of(score, per_fact["group"].to_list(), seed=seed))
+    return Mean(
+        float(score(np.ones((len(success), 1)))[0]), *interval_of(score, per_fact["group"].to_list(), seed=seed)
+    )

@@ -63,8 +63,8 @@ def side_effects(
     `max_new_tokens` (0: none) greedy tokens. `unrelated` holds questions to be still answered: rows with `target` and
     `target_new` count as right where the first is the likelier continuation, rows of true and false answers by MC1;
     None leaves them out. Intervals are over texts, prompts and groups, of the paired change; `seed` is the
-    bootstrap's. Raises `DataError` for an `unrelated` of neither kind or with objects missing, `UsageError` for texts of
-    one token each, of which none is predicted.
+    bootstrap's. Raises `DataError` for an `unrelated` of neither kind or with objects missing, `UsageError` for texts
+    of one token each, of which none is predicted.
     """
     items = several(interventions)
     questions = PromptSet.load(unrelated) if isinstance(unrelated, str) else unrelated
@@ -117,16 +117,15 @@ def _answers(data: PromptSet) -> _Answers:
         objects = data.frame.select("target", "target_new")
         if lacking := objects.filter(pl.any_horizontal(pl.all().is_null())).height:
             raise DataError(
-                f"{data.name}: {lacking} of {objects.height} facts lack a true or a new object (target, target_new), so "
+                f"{data.name}: {lacking} of {objects.height} facts lack a true or a new object (target, target_new): "
                 "there is nothing to choose between"
             )
         texts = data.texts
         pairs = [[continuation(t, o) for o in both] for t, both in zip(texts, objects.iter_rows(), strict=True)]
-        groups = [f"row {i}" if g is None else g for i, g in enumerate(data.frame["group"])]
 
         def facts(lm: LanguageModel) -> tuple[np.ndarray, list[str]]:
             scores = np.stack(lm.logprobs(texts, pairs))
-            return (scores[:, 0] > scores[:, 1]).astype(np.float64), groups
+            return (scores[:, 0] > scores[:, 1]).astype(np.float64), data.frame["group"].to_list()
 
         return facts
     if {"question", "answer"} <= columns:

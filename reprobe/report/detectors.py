@@ -10,7 +10,20 @@ import polars as pl
 from reprobe.errors import UsageError
 from reprobe.evaluation.causation import Causation
 from reprobe.methods.dissected import Dissection
-from reprobe.report.style import INK, MUTED, PAPER, SERIES, WIDTH, Mark, Plot, clipped, dress, heading, legend, whole_ticks
+from reprobe.report.style import (
+    INK,
+    MUTED,
+    PAPER,
+    SERIES,
+    WIDTH,
+    Mark,
+    Plot,
+    clipped,
+    dress,
+    heading,
+    legend,
+    whole_ticks,
+)
 
 #: Kinds of concepts that have a colour of their own; the rarest share the last.
 _KINDS = len(SERIES) - 1

@@ -24,7 +24,7 @@ T, F = True, False
 
 def test_the_first_questions_keep_all_of_their_answers_wherever_they_stand():
     rows = [
-        {"text": f"Q: {q}? A: {a}", "question": q, "answer": a, "label": int(a == "yes")}
+        {"text": f"Q: {q}? A: {a}", "question": q, "answer": a, "label": int(a == "yes"), "group": q}
         for a in ("yes", "no")
         for q in ("p", "q", "r")
     ]

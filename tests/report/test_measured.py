@@ -18,7 +18,7 @@ TABLES: dict[str, Any] = {
     TRANSFER: synthetic.transfers,
     SIDE_EFFECTS: synthetic.side_effects,
     CHOICES: synthetic.choices,
-    COMPARED: lambda: compare(*(Choices(synthetic.choices(), pl.DataFrame(), "", "", "") for _ in range(2))),
+    COMPARED: lambda: compare_choices(*(Choices(synthetic.choices(), pl.DataFrame(), "", "", "") for _ in range(2))),
     EDITING: synthetic.edit_scores,
     DOSES: synthetic.doses,
     TUNING: lambda: pl.DataFrame({"strength": [1.0, 2.0], "kl": [0.1, 0.3]}),
