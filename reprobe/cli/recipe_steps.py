@@ -433,9 +433,9 @@ def _trace(kitchen: _Kitchen, step: Step) -> None:
 
 def _edit(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.methods import rome
-    from reprobe.methods.moments import Corpus, Sample
+    from reprobe.methods.moments import TOKENS, Corpus, Sample
 
-    given, tokens = step.given, step.given.get("text_tokens", 40_000)
+    given, tokens = step.given, step.given.get("text_tokens", TOKENS)
     text = Sample(tokens) if "text" not in given else Corpus.load(kitchen.recipe.file(given["text"]), tokens=tokens)
     edit = rome.edit(kitchen.lm, moment=text, progress=kitchen.progress, **_all_but(given, "text", "text_tokens"))
     edit.save(kitchen.file("edits", f"{step.name}.safetensors"), overwrite=True)
