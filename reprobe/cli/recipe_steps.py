@@ -198,6 +198,8 @@ def _foresee(recipe: Recipe, lm: rp.LanguageModel) -> None:
                 rp.Scope.parse(given["tokens"])
             if "part" in given and given["part"] not in (*LAYER_PARTS, *MODEL_PARTS):
                 raise UsageError(f"unknown part {given['part']!r}; parts: {', '.join((*MODEL_PARTS, *LAYER_PARTS))}")
+            for text in given.get("neutral", ()):
+                rp.Passage.of(text)
         except UsageError as e:
             raise UsageError(f"{recipe.path}: [{step}]: {e}") from e
 

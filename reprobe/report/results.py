@@ -91,8 +91,8 @@ class SteeringResult:
     """Effect against strength, and all that is needed to read it.
 
     `table` is that of `evaluation.dose_response`, of which `DOSE_COLUMNS` are written to a file, with the `contrast`,
-    `neutral` texts and `story` it was called with. `site` and `direction` (its digest) are those of the direction;
-    `intervention` says in words what was done with it, in the model `identity`.
+    `neutral` texts (passages joined) and `story` it was called with. `site` and `direction` (its digest) are those of
+    the direction; `intervention` says in words what was done with it, in the model `identity`.
     """
 
     table: pl.DataFrame

@@ -230,6 +230,7 @@ def test_what_another_recipe_or_other_data_made_is_not_gone_on_with(run, folder,
         (STUDY.replace('sites = "resid.post@*"', 'sites = "resid.post@9"'), "[extract.words]: 'resid.post@9'"),
         (STUDY.replace('part = "resid.post"', 'part = "resid"'), "[steer.more]: unknown part 'resid'"),
         (STUDY.replace('part = "resid.post"', 'tokens = "some"'), "[steer.more]: unknown scope 'some'"),
+        (STUDY.replace('["of the end"]', '["end"]'), "[steer.more]: 'end' has one word only"),
         (STUDY.replace("known.json", "unknown.json"), "there is no data set"),
     ],
 )
