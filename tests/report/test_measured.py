@@ -12,6 +12,7 @@ from reprobe.errors import CorruptArtifact, UsageError
 from reprobe.evaluation import Choices, compare_choices
 from reprobe.evaluation.editing import summarise
 from reprobe.probing import write_table
+from reprobe.report import write_report
 from reprobe.report.measured import CHOICES, COMPARED, DOSES, EDITING, SIDE_EFFECTS, TRANSFER, TUNING, read_measured
 
 TABLES: dict[str, Any] = {
@@ -50,6 +51,13 @@ def test_scores_of_edits_are_those_of_their_prompts(tmp_path: Path):
     found = read_measured(write_table(table, tmp_path / "x.csv")).editing
     assert found.after.shares == summarise(table.filter(state="after")).shares
     assert found.before.score == summarise(table.filter(state="before")).score
+
+
+def test_scores_of_one_subject_have_no_interval_and_say_so_by_saying_nothing(tmp_path: Path):
+    write_table(synthetic.edit_scores(2), tmp_path / "x.json")
+    page = write_report(tmp_path).read_text()
+    assert "Scores: x" in page
+    assert "nan" not in page[page.index('<section id="edits"') :].split("</section>")[0]
 
 
 def test_what_a_json_file_says_besides_is_kept(tmp_path: Path):
