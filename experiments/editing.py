@@ -304,7 +304,7 @@ def run_sequential(lm, a):
             "stopped": run.stopped,
             "scores": {
                 part: {
-                    kind: [m.value, m.low, m.high]
+                    kind: [m.mean, m.low, m.high]
                     for kind, m in scores.summarise(scores.score_facts(lm, scores.spared(some, kept))).shares.items()
                 }
                 for part, some in parts.items()
@@ -384,9 +384,13 @@ def run(a):
 
 
 def percent(measure, state):
-    if np.isnan(measure[f"{state}_low"]):  # one subject has no interval
-        return f"{measure[state]:.3f}"
-    return f"{measure[state]:.3f} [{measure[f'{state}_low']:.3f}, {measure[f'{state}_high']:.3f}]"
+    low, high = bounds(measure, state)
+    return f"{measure[state]:.3f}" if np.isnan(low) else f"{measure[state]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def bounds(measure, state):
+    """NaN where there is none, for one subject: older records have it as NaN, newer as null."""
+    return np.array([measure[f"{state}_{side}"] for side in ("low", "high")], float)
 
 
 def line(name, result):
@@ -411,8 +415,7 @@ def curves(rows, x, log=False):
     for i, kind in enumerate(KINDS):
         here = [(at, r["measures"][kind]) for at, r in rows if kind in r["measures"]]
         xs = [at for at, _ in here]
-        look = series(i)
-        band = [[m[b] for _, m in here] for b in ("after_low", "after_high")]
+        look, band = series(i), np.transpose([bounds(m, "after") for _, m in here])
         axes.fill_between(xs, *band, color=look["color"], alpha=0.14, linewidth=0)
         axes.plot(xs, [m["after"] for _, m in here], label=kind, markersize=4, linewidth=1.5, **look)
         figure.marks += [Mark(axes, at, m["after"], f"{x} {at}: {kind} {percent(m, 'after')}") for at, m in here]

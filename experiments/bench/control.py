@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from peers import does_not_run, float_of_numpy_1
-from race import Side, Timing, race
+from race import Side, Timing, race, say
 from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
@@ -167,7 +167,7 @@ def baked(model: str, tokens: int, repeats: int) -> Work:
     if texts[BAKED] != texts[OURS]:
         work.notes.append("The baked network writes another text than the steered one.")
     sides = [Side(side, lambda run=run: run(prompts, **options), tokens) for side, run in runs.items()]
-    timings = race(sides, repeats, tidy=gc.collect, say=say)
+    timings = race(sides, repeats, tidy=gc.collect)
     work.timings = list(timings.values())
     work.claims.append(Claim("tokens/s against unsteered", timings[UNSTEERED].best / timings[BAKED].best, "≥", 0.995))
     return work
@@ -248,7 +248,7 @@ def contrast(model: str, tokens: int, repeats: int) -> Work:
         Side(LEAN, lambda: three_forwards(own, layers, tokens, lean=True), tokens),
         Side(UNSTEERED, lambda: lm.generate(PERSONAS.base, max_new_tokens=tokens), tokens),
     ]
-    timings = race(sides, repeats, tidy=gc.collect, say=say)
+    timings = race(sides, repeats, tidy=gc.collect)
     work.timings = list(timings.values())
     for side in (FORWARDS, LEAN):
         work.claims.append(Claim(f"times as fast as {side}", timings[side].best / timings[STREAMS].best, "≥", 5.0))
@@ -285,14 +285,13 @@ def added(model: str, name: str, tokens: int, repeats: int) -> Work:
             continue
         if side == OURS:
             steered = texts
-            same = steered == lm.generate(prompts, **options)
-            work.notes.append("Steering does not change the text: choose a larger share." if same else "")
+            if steered == lm.generate(prompts, **options):
+                work.notes.append("Steering does not change the text: choose a larger share.")
         elif texts != steered:
             work.notes.append(f"{side} writes another text than reprobe does.")
-    work.notes = [note for note in work.notes if note]
     count = tokens * len(prompts)
     sides = [Side(side, lambda run=run: run(prompts, **options), count) for side, run in runs.items()]
-    timings = race(sides, repeats, tidy=gc.collect, say=say)
+    timings = race(sides, repeats, tidy=gc.collect)
     work.timings = list(timings.values())
     base, ours = timings[UNSTEERED], timings[OURS]
     work.claims.append(Claim("tokens/s against unsteered", base.best / ours.best, "≥", 0.98))
@@ -324,10 +323,6 @@ WORKS: dict[str, Callable[[str, int, int], Work]] = {
 def overhead(timing: Timing, base: Timing) -> float:
     """Extra time as a share of the unsteered time; at least a tenth of a per mille, which is as good as none."""
     return max(timing.best / base.best - 1, 1e-4)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -186,6 +186,8 @@ def _sentences(lm: LanguageModel, neutral: Sequence[Passage]) -> tuple[Encoded, 
     batch = lm.encode([p.prompt + p.continuation for p in neutral], padding="right", truncate="right")
     column, places = np.arange(batch.real.shape[1]), batch.real.cpu().numpy()
     row, at = np.nonzero(places & (column >= _FIRST) & ((column - _FIRST) % _EVERY == 0))
+    if not len(row):
+        raise UsageError(f"no neutral sentence has more than {_FIRST} tokens: there is no place to stimulate at")
     return batch, row, at
 
 

@@ -60,8 +60,6 @@ from reprobe.probing.tables import require_new_table, write_table
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
-    "LEACE",
-    "READERS",
     "AttentionReader",
     "CCSReader",
     "Calibrated",
@@ -73,6 +71,7 @@ __all__ = [
     "JointMoments",
     "KSparseReader",
     "LDAReader",
+    "LEACE",
     "LogisticReader",
     "MeanDifference",
     "MeanDifferenceRefit",
@@ -85,6 +84,7 @@ __all__ = [
     "Permutations",
     "Platt",
     "ProbeGrid",
+    "READERS",
     "RandomReader",
     "Reader",
     "RidgeReader",

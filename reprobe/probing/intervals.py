@@ -29,7 +29,7 @@ from scipy.stats import norm, t
 from reprobe.errors import UsageError
 from reprobe.probing.metrics import FPR, Weighted, bin_of, bin_residuals, fold_auroc, weighted_auroc, weighted_recall
 
-__all__ = ["LEVEL", "RESAMPLES", "ClusterBootstrap", "fold_auroc", "share_interval"]
+__all__ = ["ClusterBootstrap", "LEVEL", "RESAMPLES", "fold_auroc", "share_interval"]
 
 RESAMPLES = 1000
 LEVEL = 0.95
