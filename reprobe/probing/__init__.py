@@ -16,7 +16,7 @@ sharing    · folders and the hub: `push`, `pull`         card      · what thei
 sequences  · one score per prompt: `probe_sequences`     classes   · more than two: `probe_classes`
 """
 
-from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.calibration import Platt
 from reprobe.probing.classes import ClassGrid, probe_classes
 from reprobe.probing.comparison import Calibrated, Comparison, compare
 from reprobe.probing.controlled import with_controls
@@ -97,7 +97,6 @@ __all__ = [
     "load",
     "online_code",
     "permutation_test",
-    "platt",
     "probe",
     "probe_classes",
     "probe_sequences",
