@@ -145,7 +145,7 @@ def _probe_site(
     fold: Integer[np.ndarray, " n"],
 ) -> tuple[Float[np.ndarray, "n classes"], Mapping[Label, Direction]]:
     def fit(kept: np.ndarray) -> MultiClassReader:
-        fitted: MultiClassReader = clone(reader).fit_rows(X[kept], rows.codes[kept], rows.classes)
+        fitted: MultiClassReader = clone(reader).fit_rows(X[kept], rows.codes[kept], rows.classes, rows.groups[kept])
         return fitted
 
     scores = np.empty((len(X), len(rows.classes)), dtype=np.float32)

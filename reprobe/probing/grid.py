@@ -15,7 +15,6 @@ import polars as pl
 import torch
 from jaxtyping import Bool, Float, Integer
 from joblib import Parallel, delayed
-from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from reprobe.errors import UnknownSite, UsageError
@@ -25,6 +24,7 @@ from reprobe.probing.direction import Direction, Label
 from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
 from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected, site_columns, store_provenance
 from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of, without_direction
+from reprobe.probing.refit import fit_on
 from reprobe.probing.rows import ClassRows, ProbeRows, require_pairs, select_rows
 from reprobe.probing.streaming import can_stream, stream
 from reprobe.progress import Progress, silent
@@ -77,7 +77,8 @@ def probe(
     choice of a site, `ProbeGrid.selected`; a `BatchReader` does them for many sites at once.
 
     Where the rows of a site do not fit into `memory` (bytes), readers made of moments and the logistic reader are
-    fitted in batches instead, to the same result: see `streaming`.
+    fitted in batches instead, to the same result (but of several penalties a logistic reader chooses on the rows that
+    fit): see `streaming`.
 
     Raises `UnknownSite` for a site that is not stored; `UnknownData` for a missing column; `UsageError` for
     labels that are not two, too few groups, NaN in the activations, a site at which the reader finds no
@@ -200,19 +201,11 @@ def _fit_and_judge(
     fold: Integer[np.ndarray, " n"],
     bootstrap: ClusterBootstrap,
 ) -> _Found:
-    found = []
-    for training in kept:
-        # Pairs keep their numbers in the store; a fold's own are counted from 0.
-        pairs = (
-            None
-            if rows.pairs is None or not reader.uses_pairs
-            else np.unique(rows.pairs[training], return_inverse=True)[1]
-        )
-        chosen = TrainingRows(X[training], rows.positive[training], pairs, groups=rows.groups[training])
-        try:
-            found.append(clone(reader).fit_rows(chosen).direction_)
-        except UsageError as error:
-            raise without_direction(type(reader).__name__, site, error) from error
+    everything = TrainingRows(X, rows.positive, rows.pairs, groups=rows.groups)
+    try:
+        found = [fit_on(reader, everything, training).direction_ for training in kept]
+    except UsageError as error:
+        raise without_direction(type(reader).__name__, site, error) from error
     scores = X @ np.stack([d.vector for d in found]).T - np.array([d.offset for d in found])
     return _judge(scores, found[-1], rows, fold, bootstrap)
 
