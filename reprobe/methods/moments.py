@@ -126,14 +126,9 @@ class Corpus:
     def rows(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
         """Token ids of the windows."""
         window = min(self.window, lm.context or self.window)
-        texts = [text for text in self.texts if text.strip()]
-        done = 0
-        for row in tokenise(lm.tokenizer, texts):
+        for row in tokenise(lm.tokenizer, [text for text in self.texts if text.strip()]):
             for start in range(0, len(row.ids), window):
                 yield row.ids[start : start + window]
-                done += len(row.ids[start : start + window])
-                if self.tokens is not None and done >= self.tokens:
-                    return
 
     def digest(self, lm: LanguageModel) -> str:
         pieces = (row.tobytes() + b"|" for row in _cut(self.rows(lm, silent), self.tokens))
