@@ -20,7 +20,8 @@ from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
-from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
+from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.metrics import fold_auroc
 from reprobe.probing.reader import Reader, TrainingRows
 from reprobe.probing.refit import fit_on
 from reprobe.probing.rows import ProbeRows, common_groups, require_pairs, select_rows
