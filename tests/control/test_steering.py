@@ -355,6 +355,8 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm):
         rp.Add(d, unit="norm-ish")
     with pytest.raises(UsageError, match="no number"):
         rp.Add(d, float("nan"))
+    with pytest.raises(UsageError, match=r"at attn\.heads@1\.2 or the one at resid\.post@1\? Name one"):
+        rp.Scale("attn.heads@1.2", 0.0, site="resid.post@1")
     with pytest.raises(UnknownSite, match="blocks 0–2"), rp.steer(lm, rp.Add(d, site="resid.post@9")):
         pass
     with pytest.raises(UsageError, match="wide"), rp.steer(lm, rp.Add(d, site="attn.heads@1")):
