@@ -7,7 +7,7 @@
     uv run python experiments/editing.py search     [--facts 20]      our search against Adam's as published
     uv run python experiments/editing.py tokens     [--facts 20]      ROME from fewer and more tokens of ordinary text
     uv run python experiments/editing.py memit      [--sizes 1,10,100,500]
-    uv run python experiments/editing.py weights    [--weights 1,2] [--spans 4-8,2-8]   500 facts at once by λ and blocks
+    uv run python experiments/editing.py weights    [--weights 1,2] [--spans 4-8,2-8]   500 facts at once by blocks, λ
     uv run python experiments/editing.py sequential [--facts 200]     r-ROME against the published form; all reverted
     uv run python experiments/editing.py baseline   [--facts 20]      constrained fine-tuning
     uv run python experiments/editing.py show                         tables and figures of what was run

@@ -62,7 +62,7 @@ class Sample:
         file = cache_folder() / "samples" / f"{digest([base.weights, base.dtype, self.digest(lm)])}.json"
 
         def make(scratch: Path) -> None:
-            _require_unsteered(lm)
+            require_unsteered(lm)
             with unedited(lm):
                 (scratch / file.name).write_text(json.dumps(list(self._written(lm, progress))))
 
@@ -231,7 +231,7 @@ def second_moments(
     found = {} if fresh else {layer: m for layer, file in files.items() if (m := _read(file)) is not None}
     missing = [layer for layer in sites if layer not in found]
     if missing:
-        _require_unsteered(lm)
+        require_unsteered(lm)
         with unedited(lm):
             rows = list(_cut(source.rows(lm, progress), source.tokens))
             n, sums = _accumulate(lm, [sites[layer] for layer in missing], rows, progress)
@@ -270,7 +270,7 @@ def _accumulate(
     return len(tokens), {site: total.cpu().numpy() for site, total in sums.items()}
 
 
-def _require_unsteered(lm: LanguageModel) -> None:
+def require_unsteered(lm: LanguageModel) -> None:
     """Raise `UsageError` rather than keep what a steered model does as if it were the model's."""
     if board_of(lm).changed:
         raise UsageError("the model is being steered, and what is kept would be of that: do this outside the context")
