@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from reprobe.errors import DataError
-from reprobe.prompts.columns import from_records, rename
+from reprobe.prompts.columns import CANONICAL, from_records, rename
 from reprobe.prompts.content import Content, numbered, typed
 
 #: "The Spanish word 'gato' means 'cat'.": the word that a translation is about.
@@ -19,10 +19,11 @@ _TRANSLATED = r"word '(.+?)' means"
 class Statements:
     """True and false statements, one a row. Other columns are kept.
 
-    The group is decided by what the file has, in this order: `n1` and `n2` (comparisons): the two numbers, in
-    either order; `city`: the city; every statement of the form "word '…' means": that word; else only
-    repeated statements share a group. So a city's statement and its negation from another file are in one
-    group. In the first three cases a group of exactly one true and one false statement is also a pair.
+    A file with a column `group` or `pair` says itself what belongs together. Of others the group is decided by
+    what they have, in this order: `n1` and `n2` (comparisons): the two numbers, in either order; `city`: the
+    city; every statement of the form "word '…' means": that word; else only repeated statements share a group.
+    So a city's statement and its negation from another file are in one group. In the first three cases a group
+    of exactly one true and one false statement is also a pair.
     """
 
     name = "statements"
@@ -33,10 +34,13 @@ class Statements:
 
     def frame(self, content: Content) -> pl.DataFrame:
         table: pl.DataFrame = content.value
-        table = table.with_columns(typed(c) for c in table.get_columns() if c.name != "statement")
+        kept = {"statement", *CANONICAL} - {"label"}
+        table = table.with_columns(typed(c) for c in table.get_columns() if c.name not in kept)
         frame = rename(table, {"text": "statement"}, content.stem)
         if "id" not in frame.columns:
             frame = frame.with_columns(numbered(content, frame.height))
+        if {"group", "pair"} & set(frame.columns):
+            return frame
         group = self._group(frame)
         if group is None:
             return frame.with_columns(pl.col("id").first().over("text").alias("group"))

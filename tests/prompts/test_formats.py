@@ -165,6 +165,16 @@ def test_statements_about_nothing_in_particular_share_a_group_only_if_they_are_e
     assert not PromptSet.load(write_csv(tmp_path / "facts.csv", rows[:2])).has_groups
 
 
+def test_a_file_of_statements_that_names_its_groups_or_pairs_keeps_them(tmp_path: Path) -> None:
+    said = [("Ice is cold.", 1, "ice", "1"), ("Ice is hot.", 0, "ice", "1"), ("Steel floats.", 0, "steel", "2")]
+    rows = [{"statement": s, "label": y, "city": s[0], "group": g, "pair": p} for s, y, g, p in said]
+    prompts = PromptSet.load(write_csv(tmp_path / "mine.csv", rows))
+    assert prompts.frame["group"].to_list() == ["ice", "ice", "steel"]
+    assert prompts.frame["pair"].to_list() == ["1", "1", "2"]
+    without = [{k: v for k, v in row.items() if k != "group"} for row in rows]
+    assert PromptSet.load(write_csv(tmp_path / "paired.csv", without)).frame["group"].to_list() == ["1", "1", "2"]
+
+
 FACT_COLUMNS = ["subject", "relation", "target", "target_new", "paraphrases", "neighbours"]
 
 KNOWN = [
