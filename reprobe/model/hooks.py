@@ -141,7 +141,9 @@ class Board:
     def _install(self) -> None:
         """Make the installed hooks exactly those that the present interventions and observers need."""
         self._clear()
-        self._tokens = self._direct = None
+        self._tokens = None
+        if not (self._interventions or self._followers):
+            self._direct = None  # passes are not noted any more
         self._pre.clear()
         try:
             self._register()
