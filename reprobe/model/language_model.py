@@ -14,7 +14,7 @@ from enum import IntEnum
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from reprobe.errors import (
     ModelLoadFailed,
     PromptTooLong,
     SelfCheckFailed,
-    UnsupportedModel,
     UnsupportedOperation,
     UsageError,
 )
@@ -125,12 +124,19 @@ class LanguageModel:
         `name` is a bundled name (`smollm2-135m`, `gemma3-270m`), a `.gguf` file (dequantised once into the cache),
         a local folder, or a hub id (`revision` is a branch, tag or commit there). `dtype` ("float32", "bfloat16",
         "float16"; default: as the checkpoint says, float32 for bundled and GGUF weights). `device` defaults to CUDA
-        where there is one. `device_map`, `attn_implementation` and `quantization_config` go to transformers as they
-        are. Under torchrun the default is the process's own GPU (LOCAL_RANK). Raises `FetchFailed`,
-        `ModelLoadFailed`, `UnsupportedModel`, and `UsageError` for a dtype or device that there is not.
+        where there is one, under torchrun to the process's own GPU (LOCAL_RANK). `device_map`,
+        `attn_implementation` and `quantization_config` go to transformers as they are; with the first or the last,
+        transformers places the network, and `device` is refused. Raises `FetchFailed`, `ModelLoadFailed`,
+        `UnsupportedModel`, and `UsageError` for a dtype or device that there is not.
         """
         options: dict[str, Any] = {"dtype": _dtype(dtype) if dtype is not None else "auto"}
         place = None if device is None else _device(device)
+        placed = device_map is not None or quantization_config is not None
+        if placed and place is not None:
+            raise UsageError(
+                f"device={str(device)!r} does not go with device_map or quantization_config, with which transformers "
+                f"places the network: leave it out, or say device_map={{'': {str(device)!r}}}"
+            )
         source, label = _resolve(str(name), progress)
         local = Path(source).is_dir()
         if revision is not None and local:
@@ -152,11 +158,11 @@ class LanguageModel:
                 auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
                 net = auto.from_pretrained(source, **where, **options)
                 tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        except (UnsupportedModel, UsageError):
+        except UsageError:
             raise
         except Exception as e:  # transformers raises many kinds for the same few causes
             raise ModelLoadFailed(_why_not(str(name), local, e)) from e
-        if device_map is None and quantization_config is None:
+        if not placed:
             net = net.to(_own_device() if place is None else place)
         commit = getattr(net.config, "_commit_hash", None)
         return cls(net, tokenizer, name=label, revision=commit or revision)
@@ -255,6 +261,8 @@ class LanguageModel:
         return tokenise(self.tokenizer, batch, spans=spans, context=limit, truncate=truncate)
 
     def _pad(self, rows: Sequence[TokenisedText], padding: Padding) -> Encoded:
+        if padding not in get_args(Padding):
+            raise UsageError(f"padding={padding!r}: one of {', '.join(get_args(Padding))}")
         width = max(len(r.ids) for r in rows)
         return self._lay(rows, [width - len(r.ids) if padding == "left" else 0 for r in rows], width)
 
@@ -379,10 +387,12 @@ class LanguageModel:
     ) -> Tensor | list[Tensor]:
         """Next-token logits after the last token of each prompt, (prompts, vocab); or with `at="all"` after every
         token, one (tokens, vocab) tensor per prompt. Padding never changes them."""
+        if at not in ("last", "all"):
+            raise UsageError(f"at={at!r}: one of last, all")
         batch = self.encode(prompts, spans=spans, padding=padding)
         hidden = self._run(batch)
         if at == "all":
-            return [self.unembed(hidden[i][batch.real[i]]) for i in range(len(hidden))]
+            return [self.unembed(h[real]) for h, real in zip(hidden, batch.real.to(hidden.device), strict=True)]
         columns = torch.arange(batch.real.shape[1], device=batch.real.device)
         last = (columns * batch.real).amax(1)
         return self.unembed(hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)])
@@ -627,9 +637,10 @@ class LanguageModel:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            tokens = self.net.generate(
+            out = self.net.generate(
                 input_ids=batch.input_ids, attention_mask=batch.real.long(), pad_token_id=self.pad_id, **settings | own
             )
+        tokens = out if isinstance(out, Tensor) else out.sequences  # of return_dict_in_generate
         new = tokens[:, batch.input_ids.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
