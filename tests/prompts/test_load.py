@@ -82,6 +82,12 @@ def test_a_set_written_and_read_is_the_same_set(tmp_path: Path, rows: list[dict[
     assert ("group" in json.loads(lines[0])) == prompts.has_groups
 
 
+def test_a_lone_side_of_a_pair_that_is_its_own_group_stays_so_in_a_file(tmp_path: Path) -> None:
+    prompts = PromptSet.from_records([{"id": "x", "text": "One.", "group": "x", "pair": "p"}])
+    prompts.to_jsonl(tmp_path / "a.jsonl")
+    assert PromptSet.load(tmp_path / "a.jsonl").digest == prompts.digest
+
+
 @pytest.mark.parametrize("name", bundled())
 def test_every_bundled_data_set_loads_and_splits(name: str) -> None:
     prompts = PromptSet.load(name)
@@ -112,6 +118,14 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
         PromptSet.load("citeis")
     with pytest.raises(UnknownData, match=r"no data set 'nowhere/cities.jsonl'"):
         PromptSet.load("nowhere/cities.jsonl")
+
+
+def test_a_file_in_this_folder_is_found_also_by_an_ending_in_capitals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "A.CSV").write_text("text\nIron sinks.\n")
+    monkeypatch.chdir(tmp_path)
+    assert PromptSet.load("A.CSV").texts == ["Iron sinks."]
 
 
 def test_a_file_of_another_kind_says_what_is_read(tmp_path: Path) -> None:

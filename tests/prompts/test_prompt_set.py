@@ -161,6 +161,10 @@ def test_where_and_filter_choose_prompts_and_name_what_does_not_exist() -> None:
     assert prompts.where(group=["iron", "tin"], label=0).ids == ["b"]
     assert prompts.filter(pl.col("label") == 0).ids == ["b"]
     assert prompts.head(2).ids == ["a", "b"]
+    some = PromptSet.from_records([{"id": i, "text": i, "label": y} for i, y in (("a", 1), ("b", None), ("c", 0))])
+    assert some.where(label=None).ids == ["b"]
+    assert some.where(label=[None, 0]).ids == ["b", "c"]
+    assert some.where(label=[1, 0]).ids == ["a", "c"]
     with pytest.raises(UnknownData, match=r"no column 'lable'. Did you mean 'label'\?"):
         prompts.where(lable=1)
     with pytest.raises(UnknownData, match=r"no column 'lable'. Did you mean 'label'\?"):
