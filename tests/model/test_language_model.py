@@ -239,7 +239,7 @@ def test_bad_prompts_are_refused(tiny_lm):
     for call, kind, says in (
         (lambda: lm.logits([]), UsageError, "no prompts"),
         (lambda: lm.logits("z" * CONTEXT), PromptTooLong, "--truncate"),
-        (lambda: lm.generate("z" * (CONTEXT - 4), max_new_tokens=8), PromptTooLong, "context"),
+        (lambda: lm.generate("z" * (CONTEXT - 4), max_new_tokens=8), PromptTooLong, f"room for {CONTEXT - 8}"),
         (lambda: lm.generate("a", max_new_tokens=CONTEXT), PromptTooLong, "no room"),
         (lambda: lm.generate("a", input_ids=1), UsageError, "pass text"),
         (lambda: lm.logprobs(["a", "b"], [["c"]]), UsageError, "lists of continuations"),
@@ -250,6 +250,7 @@ def test_bad_prompts_are_refused(tiny_lm):
         (lambda: lm.logits(["a"], spans=[{"s": (0, 5)}]), DataError, "outside"),
         (lambda: lm.logits("a", at="first"), UsageError, "one of last, all"),
         (lambda: lm.encode("a", padding="both"), UsageError, "one of left, right"),
+        (lambda: lm.encode("a", truncate="middle"), UsageError, "'left' or the 'right'"),
     ):
         with pytest.raises(kind, match=says):
             call()
