@@ -506,7 +506,7 @@ def computed(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator
 def capture(
     lm: "LanguageModel",
     inputs: Mapping[str, Any],
-    sites: Sequence[Site],
+    sites: Iterable[Site | str] | Site | str,
     select: Callable[[Tensor], Tensor] | None = None,
     *,
     gradients: bool = False,
@@ -516,14 +516,16 @@ def capture(
     `inputs` are the trunk's keyword arguments (input_ids, attention_mask, position_ids …). `select` maps a site's
     (rows, columns, width) to what should be kept of it and must return a new tensor; it runs on the device, so that
     unwanted tokens are never copied anywhere. Without it all is kept. Runs without gradients, unless they are wanted.
+    Raises `UnknownSite`.
     """
+    wanted = lm.sites(sites)
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site, h: Tensor) -> None:
         seen[site] = h.clone() if select is None else select(h)
 
-    visit(lm, inputs, sites, keep, gradients=gradients)
-    return {site: seen[site] for site in sites}
+    visit(lm, inputs, wanted, keep, gradients=gradients)
+    return {site: seen[site] for site in wanted}
 
 
 def visit(

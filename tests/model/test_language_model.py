@@ -299,10 +299,11 @@ def test_capture_stops_after_the_last_wanted_site(tiny_lm):
     handles = [
         b.register_forward_pre_hook(lambda *a, i=i: ran.append(i)) for i, b in enumerate(lm.architecture.blocks(lm.net))
     ]
-    rp.capture(lm, lm.inputs(lm.encode("the cat")), lm.sites("resid.post@0,attn.heads@1"))
+    found = rp.capture(lm, lm.inputs(lm.encode("the cat")), "resid.post@0,attn.heads@1")
     for handle in handles:
         handle.remove()
     assert ran == [0, 1]
+    assert tuple(found) == lm.sites("resid.post@0,attn.heads@1")
 
 
 @pytest.mark.models
