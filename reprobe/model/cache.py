@@ -95,11 +95,13 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
     if path.is_dir():
+        for entry in path.iterdir():
+            _sync(entry)
         sync_folder(path)
+    else:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
 
 
 @contextlib.contextmanager
