@@ -7,7 +7,6 @@ under the final name. Does not know what is cached.
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -19,9 +18,7 @@ import platformdirs
 
 from reprobe.errors import DiskFull, FetchFailed
 from reprobe.progress import Progress, silent
-from reprobe.provenance import sync_folder
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from reprobe.provenance import NO_ROOM, sync_folder
 
 
 def cache_folder() -> Path:
@@ -112,7 +109,7 @@ def explained(target: Path) -> Iterator[None]:
     except DiskFull:
         raise
     except OSError as e:
-        if e.errno in _FULL:
+        if e.errno in NO_ROOM:
             raise DiskFull(
                 f"no room left in {target.parent} while making {target.name}; nothing was left behind. "
                 "Free some room, or set REPROBE_CACHE to a folder on another disk."
