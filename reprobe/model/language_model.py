@@ -37,7 +37,7 @@ from reprobe.model.hooks import board_of, follow, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
 from reprobe.model.monitor import DirectionLike, Monitor, checked
 from reprobe.model.packs import BUDGET, Layout, Packing, Plan, lay_out, plan_packs
-from reprobe.model.passes import PackedTokens, Prompts
+from reprobe.model.passes import PackedTokens, Prompts, positions_of
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
 from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
 from reprobe.progress import Progress, silent
@@ -72,8 +72,8 @@ class Encoded:
 
     @property
     def position_ids(self) -> Int[Tensor, "rows columns"]:
-        """Position of each token among its row's real tokens; 0 on pads."""
-        return (self.real.long().cumsum(1) - 1).clamp(min=0)
+        """Position of each token among its row's real tokens; on pads, that of the token before them, or 0."""
+        return positions_of(self.real)
 
     def row(self, i: int) -> Int[Tensor, " tokens"]:
         """Token ids of prompt i without padding."""
