@@ -245,7 +245,7 @@ def _require_fitting(files: VllmFiles, lm: LanguageModel) -> None:
             f"vLLM computed {files.dtype} here, but {lm.name} is loaded in {mine}, and a store says in what its rows "
             f"were computed: load it with dtype={files.dtype!r}"
         )
-    size = int(lm.net.get_input_embeddings().weight.shape[0])
+    size = lm.vocab_size
     beyond = [(i, int(t.max())) for i, t in zip(files.ids, files.tokens, strict=True) if t.max() >= size]
     if beyond:
         raise DataError(

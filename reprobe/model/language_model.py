@@ -197,8 +197,8 @@ class LanguageModel:
         return self.architecture.context(self.net.config)
 
     @property
-    def _vocabulary(self) -> int:
-        """Rows of the input embedding: token ids are below it."""
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: token ids are below it, but not every one need be the tokenizer's."""
         return int(self.net.get_input_embeddings().weight.shape[0])
 
     @property
@@ -507,7 +507,7 @@ class LanguageModel:
         # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
         # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
         sequences, sequence = _beginnings(rows, prompt) if board.by_prompt else ([], np.zeros(len(rows), np.int64))
-        vocabulary = self._vocabulary
+        vocabulary = self.vocab_size
         numbers = np.concatenate(
             [(r.ids + s * vocabulary) * len(_Role) + _roles(r) for r, s in zip(rows, sequence, strict=True)]
         )
@@ -564,7 +564,7 @@ class LanguageModel:
             "trivial": bool(layout.real.all()),
         }
         if sequences:
-            sequence = layout.ids // (len(_Role) * self._vocabulary)
+            sequence = layout.ids // (len(_Role) * self.vocab_size)
             prompt, lengths = np.asarray(sequences, np.int64).T
             out["sequence"] = self._put(sequence)
             out["prompt"], out["lengths"] = self._put(prompt[sequence]), self._put(lengths[sequence])
@@ -578,7 +578,7 @@ class LanguageModel:
     ) -> Float[np.ndarray, " tokens"]:
         """Log-probability (nats, float64) of each target token after the state, at `final`, that `which` names."""
         out = np.zeros(len(targets))
-        step = max(1, _LOGITS_AT_ONCE // self._vocabulary)
+        step = max(1, _LOGITS_AT_ONCE // self.vocab_size)
         for start in range(0, len(states), step):
             logits = self.unembed(states[start : start + step]).float()
             here = np.flatnonzero((which >= start) & (which < start + step))
@@ -724,7 +724,7 @@ class LanguageModel:
         """
         limit = tolerance if tolerance is not None else (1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05)
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, self._vocabulary, (2, 7), generator=generator).to(self.device)
+        ids = torch.randint(0, self.vocab_size, (2, 7), generator=generator).to(self.device)
         every = [Site(p) for p in MODEL_PARTS]
         every += [Site(p, i) for i, have in enumerate(self.parts.of_layer) for p in LAYER_PARTS if p in have]
         batch = Encoded(ids, torch.ones_like(ids, dtype=torch.bool), {})
