@@ -234,6 +234,7 @@ class PromptSet:
         absent |= set() if self.span_names else {"spans"}
         keys = [c for c in self.frame.columns if c not in absent]
         lines = (json.dumps({k: row.get(k) for k in keys}, ensure_ascii=False, default=str) for row in self._rows())
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_durably(target, "".join(line + "\n" for line in lines).encode())
 
     def _rows(self) -> Iterator[dict[str, Any]]:

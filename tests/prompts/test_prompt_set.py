@@ -251,6 +251,7 @@ def test_writing_over_a_file_must_be_asked_for(tmp_path) -> None:
     prompts.to_jsonl(tmp_path / "a.jsonl")
     with pytest.raises(ArtifactExists):
         prompts.to_jsonl(tmp_path / "a.jsonl")
+    prompts.to_jsonl(tmp_path / "new" / "folder" / "a.jsonl")
     prompts.head(1).to_jsonl(tmp_path / "a.jsonl", overwrite=True)
     assert len(PromptSet.load(tmp_path / "a.jsonl")) == 1
 
