@@ -253,6 +253,19 @@ def test_where_there_is_one_split_it_need_not_be_named(hub_folder: Path) -> None
     assert len(PromptSet.load(f"hf:{hub_folder}:default", text="question")) == 6
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [("quiz.py", "import this", "scripts are no longer"), ("train.jsonl", '{"question": "?"}\n{"', "JSON parse error")],
+)
+def test_a_hugging_face_data_set_that_cannot_be_read_is_said_to_be_so(
+    hub_folder: Path, name: str, content: str, says: str, limit: int | None
+) -> None:
+    (hub_folder / name).write_text(content)
+    with pytest.raises(DataError, match=f"quiz cannot be read by the library datasets: .*{says}"):
+        PromptSet.load(f"hf:{hub_folder}:train", text="question", limit=limit)
+
+
 def test_an_hf_address_that_leads_nowhere_says_what_exists(hub_folder: Path) -> None:
     with pytest.raises(UnknownData, match=r"several splits; .*train, test|several splits; .*test, train"):
         PromptSet.load(f"hf:{hub_folder}", text="question")
