@@ -223,9 +223,11 @@ class LanguageModel:
         """Sites of this model from sites, names or patterns; raises `UnknownSite`."""
         return expand(sites, self.parts)
 
-    def width(self, site: Site) -> int:
-        """Number of components of the vector at a site."""
-        return self.architecture.width(self.net, self.parts.require(site))
+    def width(self, site: Site | str) -> int:
+        """Number of components of the vector at a site; raises `UnknownSite`."""
+        return self.architecture.width(
+            self.net, self.parts.require(Site.parse(site) if isinstance(site, str) else site)
+        )
 
     # -- text in ----------------------------------------------------------------------------------------------
 
@@ -854,13 +856,18 @@ def _require_spans(spans: Sequence[Mapping[str, Span]] | None, batch: Sequence[P
 
 
 def _is_chat(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    listed = not isinstance(prompt, str | Mapping) and hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__")
+    return listed and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _batch(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str) or _is_chat(prompts):
         return [prompts]
-    batch = list(prompts)
+    batch = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, Mapping) else [prompts]
     if not batch:
         raise UsageError("no prompts were given")
+    if strange := [p for p in batch if not (isinstance(p, str) or _is_chat(p))]:
+        raise UsageError(
+            f"a prompt is text or a list of chat messages (of a PromptSet: .texts), not {strange[0]!r:.80}"
+        )
     return batch

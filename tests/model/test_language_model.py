@@ -238,6 +238,10 @@ def test_bad_prompts_are_refused(tiny_lm):
     lm = tiny_lm("llama")
     for call, kind, says in (
         (lambda: lm.logits([]), UsageError, "no prompts"),
+        (lambda: lm.logits(None), UsageError, "text or a list of chat messages.*not None"),
+        (lambda: lm.logits([[3, 4]]), UsageError, r"text or a list of chat messages.*not \[3, 4\]"),
+        (lambda: lm.logits(CHAT[0]), UsageError, "not {'role': 'user'"),
+        (lambda: lm.logits(rp.PromptSet.from_records([{"text": "a"}])), UsageError, r"of a PromptSet: \.texts"),
         (lambda: lm.logits("z" * CONTEXT), PromptTooLong, "--truncate"),
         (lambda: lm.generate("z" * (CONTEXT - 4), max_new_tokens=8), PromptTooLong, f"room for {CONTEXT - 8}"),
         (lambda: lm.generate("a", max_new_tokens=CONTEXT), PromptTooLong, "no room"),
