@@ -140,11 +140,16 @@ class PromptSet:
         return digest_lines(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in self._rows())
 
     def filter(self, *conditions: pl.Expr) -> "PromptSet":
-        """The prompts for which all polars `conditions` hold; `DataError` if there are none."""
+        """The prompts for which all polars `conditions` hold; `DataError` if there are none.
+
+        Raises `UnknownData` for a column that there is not, `UsageError` for what is no condition on these columns.
+        """
         try:
             kept = self.frame.filter(*conditions)
         except pl.exceptions.ColumnNotFoundError as error:
             raise unknown("column", _column_of(error), self.frame.columns, self.name) from error
+        except pl.exceptions.PolarsError as error:
+            raise UsageError(f"{self.name}: these columns cannot be asked that: {error}") from error
         if not kept.height:
             raise DataError(f"{self.name}: no prompt passes the filter")
         return dataclasses.replace(self, frame=kept)
@@ -163,10 +168,7 @@ class PromptSet:
             else pl.col(c).eq_missing(pl.lit(v))
             for c, v in values.items()
         ]
-        try:
-            return self.filter(*conditions)
-        except pl.exceptions.PolarsError as error:
-            raise UsageError(f"{self.name}: {values!r} cannot be compared with these columns: {error}") from error
+        return self.filter(*conditions)
 
     def head(self, n: int) -> "PromptSet":
         """The first `n` prompts, or all if there are fewer."""
