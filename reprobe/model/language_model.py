@@ -603,7 +603,8 @@ class LanguageModel:
         """Continuations of prompts as text, without the prompt; greedy unless `do_sample=True` or `num_beams=…`.
 
         `decoding` is another way to score the next token (`methods.dola.DoLa`). `options` go to transformers'
-        `generate`. With `num_return_sequences=k`, k texts per prompt follow each other. `seed` makes sampling
+        `generate`, and come before what a `generation_config` among them says; so do `max_new_tokens` and greediness,
+        given or not. With `num_return_sequences=k`, k texts per prompt follow each other. `seed` makes sampling
         repeatable and leaves the global random state as it was. Raises `PromptTooLong` if prompt and new tokens do not
         fit the context.
         """
@@ -613,6 +614,8 @@ class LanguageModel:
         for ours in ("input_ids", "inputs", "attention_mask"):
             if ours in options:
                 raise UsageError(f"{ours} is made from the prompts; pass text to lm.generate")
+        if "max_length" in options:
+            raise UsageError("max_length counts the prompt's tokens too, and gives way: say max_new_tokens")
         batch = self._pad(self._tokenise(prompts, spans, room=max_new_tokens), "left")
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
         if not settings["do_sample"]:

@@ -246,6 +246,7 @@ def test_bad_prompts_are_refused(tiny_lm):
         (lambda: lm.generate("z" * (CONTEXT - 4), max_new_tokens=8), PromptTooLong, f"room for {CONTEXT - 8}"),
         (lambda: lm.generate("a", max_new_tokens=CONTEXT), PromptTooLong, "no room"),
         (lambda: lm.generate("a", input_ids=1), UsageError, "pass text"),
+        (lambda: lm.generate("a", max_length=9), UsageError, "say max_new_tokens"),
         (lambda: lm.logprobs(["a", "b"], [["c"]]), UsageError, "lists of continuations"),
         (lambda: lm.logprobs("a", [""]), UsageError, "empty continuation"),
         (lambda: lm.logprobs("a", []), UsageError, "no continuation"),
