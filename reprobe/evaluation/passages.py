@@ -118,5 +118,5 @@ def surprisals(lm: LanguageModel, run: Continued) -> Float[np.ndarray, " tokens"
 
 
 def _blocks(lm: LanguageModel, n: int) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // int(lm.net.get_input_embeddings().weight.shape[0]))
+    step = max(1, _AT_ONCE // lm.vocab_size)
     return (slice(start, start + step) for start in range(0, n, step))
