@@ -19,6 +19,7 @@ from pathlib import Path
 
 import polars as pl
 from matplotlib import style
+from tables import markdown
 
 import reprobe as rp
 from reprobe.methods.dissected import Snippet
@@ -74,19 +75,6 @@ def own() -> list[str]:
     return texts
 
 
-def markdown(table: pl.DataFrame, digits: int = 3) -> list[str]:
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.{digits}f}"
-        return "" if value is None else str(value).replace("|", "\\|")
-
-    return [
-        "| " + " | ".join(table.columns) + " |",
-        "|" + "---|" * table.width,
-        *("| " + " | ".join(cell(v) for v in row) + " |" for row in table.iter_rows()),
-    ]
-
-
 def around(snippet: Snippet, tokens: int = 10) -> str:
     """The text a few tokens around the peak."""
     near = slice(max(0, snippet.peak - tokens), snippet.peak + tokens + 1)
@@ -94,8 +82,8 @@ def around(snippet: Snippet, tokens: int = 10) -> str:
 
 
 def quoted(text: str) -> str:
-    """A snippet inside a table of Markdown."""
-    flat = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    """A snippet inside a table of Markdown, which sees to bars itself."""
+    flat = " ".join(text.split()).replace("`", "'")
     return flat.replace("⟦", "**").replace("⟧", "**").replace("****", "")
 
 
@@ -161,7 +149,7 @@ def written(
         "",
         "## Blocks",
         "",
-        *markdown(found.layers.select("layer", "units", "detectors", "expected", "concepts"), 1),
+        *markdown(found.layers.select("layer", "units", "detectors", "expected", "concepts"), ".1f"),
     ]
     return "\n".join(lines) + "\n"
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from tables import markdown
 
 import reprobe as rp
-from reprobe.evaluation import PRIMER, distinct, fluency
-from reprobe.evaluation import compare as paired
+from reprobe.evaluation import PRIMER, compare_choices, distinct, first_questions, fluency
 from reprobe.methods.dola import DoLa, Trace
 from reprobe.probing import write_table
 from reprobe.report.style import SEQUENTIAL, WIDTH, Plot, colorbar, dress
@@ -113,7 +113,7 @@ def choices(
         tables = []
         for way in ways:
             replayed.choice = way
-            tables.append(paired(plain, rp.multiple_choice(lm, data, decoding=replayed)))
+            tables.append(compare_choices(plain, rp.multiple_choice(lm, data, decoding=replayed)))
         keep(name, tables)
 
     def keep(name: str, tables: Sequence[pl.DataFrame]) -> None:
@@ -127,7 +127,7 @@ def choices(
     run("random layers of low", *(drawn(low, seed) for seed in range(DRAWS)))
     for column, layer in enumerate(layers):
         run(f"static {layer}", always(column))
-    keep("the number of its tokens alone", [paired(plain, rp.multiple_choice(lm, data, decoding=Lengths()))])
+    keep("the number of its tokens alone", [compare_choices(plain, rp.multiple_choice(lm, data, decoding=Lengths()))])
     return pl.concat(rows), known
 
 
@@ -215,14 +215,6 @@ def written(lm: rp.LanguageModel, questions: Sequence[str], tokens: int) -> tupl
     return lines, pl.DataFrame(rows)
 
 
-def markdown(table: pl.DataFrame) -> list[str]:
-    def cell(value: Any) -> str:
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    head = [f"| {' | '.join(table.columns)} |", "|---" * len(table.columns) + "|"]
-    return head + [f"| {' | '.join(map(cell, row))} |" for row in table.iter_rows()]
-
-
 def shown(table: pl.DataFrame) -> list[str]:
     """MC1, MC2 and MC3 side by side, with the paired difference from the plain model."""
     out = []
@@ -261,10 +253,7 @@ def main() -> int:
         sets.append(dataclasses.replace(public, name="TruthfulQA"))
     else:
         print("TruthfulQA is left out: REPROBE_DATA is not set", file=sys.stderr)
-    sets = [
-        data.where(group=data.frame["group"].unique(maintain_order=True).head(options.questions).to_list())
-        for data in sets
-    ]
+    sets = [first_questions(data, options.questions) for data in sets]
     for model in options.models:
         lm, out = rp.LanguageModel.load(model), options.out / model
         out.mkdir(parents=True, exist_ok=True)

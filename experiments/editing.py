@@ -3,10 +3,11 @@
     uv run python experiments/editing.py rome       [--model NAME] [--facts 100] [--counterfact PATH]
     uv run python experiments/editing.py layers     [--facts 12]      ROME block by block
     uv run python experiments/editing.py choice     [--facts 12] --layers 2,4,6   the same, on facts that `rome` lacks
+    uv run python experiments/editing.py settings   [--facts 24]      ROME's settings, on the same facts as `choice`
     uv run python experiments/editing.py search     [--facts 20]      our search against Adam's as published
     uv run python experiments/editing.py tokens     [--facts 20]      ROME from fewer and more tokens of ordinary text
     uv run python experiments/editing.py memit      [--sizes 1,10,100,500]
-    uv run python experiments/editing.py weights    [--weights 1,3,6,12]   500 facts at once by λ
+    uv run python experiments/editing.py weights    [--weights 1,2] [--spans 4-8,2-8]   500 facts at once by blocks, λ
     uv run python experiments/editing.py sequential [--facts 200]     r-ROME against the published form; all reverted
     uv run python experiments/editing.py baseline   [--facts 20]      constrained fine-tuning
     uv run python experiments/editing.py show                         tables and figures of what was run
@@ -157,6 +158,30 @@ def run_choice(lm, a):
     return run_layers(lm, a, [fact for source in sources(a).values() for fact in held_out(lm, source, a.facts)])
 
 
+def run_settings(lm, a):
+    """ROME's settings one by one, on facts that `rome` lacks."""
+    layer = a.layer if a.layer is not None else editing.default_layers(lm).rome
+    moment = second_moments(lm, [layer], Sample(a.tokens))[layer]
+    facts = [fact for source in sources(a).values() for fact in held_out(lm, source, a.facts)]
+    plain = Search()
+    forms = {
+        "as it is": rome.Settings(),
+        "KL × 8": rome.Settings(search=replace(plain, kl=8 * plain.kl)),
+        "KL × 64": rome.Settings(search=replace(plain, kl=64 * plain.kl)),
+        "clamp 0.5": rome.Settings(search=replace(plain, clamp=0.5)),
+        "clamp 0.35": rome.Settings(search=replace(plain, clamp=0.35)),
+        "stop at 0.15 nats": rome.Settings(search=replace(plain, stop=0.15)),
+        "decay × 32": rome.Settings(search=replace(plain, decay=32 * plain.decay)),
+        "bare prompt a quarter of the key": rome.Settings(bare=0.25),
+        "ridge × 100": rome.Settings(ridge=100 * rome.RIDGE),
+    }
+    out = {}
+    for name, how in forms.items():
+        out[name] = one_at_a_time(lm, facts, lambda f, s=how: rome.edit(lm, f, layer=layer, moment=moment, settings=s))
+        a.keep(out)
+    return out
+
+
 def run_search(lm, a):
     layer = editing.default_layers(lm).rome
     moment = second_moments(lm, [layer], Sample(a.tokens))[layer]
@@ -211,21 +236,33 @@ def run_memit(lm, a):
 
 
 def run_weights(lm, a):
-    """Many facts at once by λ. The facts behind those scored, and the texts behind those read, are for choosing λ."""
-    layers = a.layers or list(editing.default_layers(lm).memit)
-    moments = second_moments(lm, layers, Sample(a.tokens))
+    """Many facts at once by λ and blocks. The facts behind those scored, and the texts behind those read, are for
+    choosing."""
+    spans = a.spans or [list(editing.default_layers(lm).memit)]
+    if len({span[-1] for span in spans}) > 1:
+        sys.exit("spans end at one block: the values are found there")
+    moments = second_moments(lm, sorted({layer for span in spans for layer in span}), Sample(a.tokens))
     facts = mixed(a)[: max(a.sizes)]
-    values, _ = values_of(lm, facts, layers[-1], a.values)
+    values, _ = values_of(lm, facts, spans[0][-1], a.values)
     beyond = tuple(rp.PromptSet.load("emotions").texts[ORDINARY : 2 * ORDINARY])
-    out = {"layers": layers, "written": len(facts), "weights": {}}
-    for widths in a.weights:
-        how = memit.Settings(weight=widths * moments[layers[0]].width)
-        edits = memit.edit(lm, facts, layers=layers, moments=moments, settings=how, values=values)
-        parts = {"scored": (facts[: a.score], a.texts), "held out": (facts[a.score : a.score * 3 // 2], beyond)}
-        out["weights"][widths] = {
-            part: told(scores.evaluate_together(lm, some, edits, texts=texts)) for part, (some, texts) in parts.items()
-        } | {"with an effect": sum(e.found for e in edits[0].effects) / len(facts), "norms": [e.norm for e in edits]}
-        a.keep(out)
+    parts = {"scored": (facts[: a.score], a.texts), "held out": (facts[a.score : a.score * 3 // 2], beyond)}
+    out = {"written": len(facts), "forms": []}
+    for span in spans:
+        for widths in a.weights:
+            how = memit.Settings(weight=widths * moments[span[0]].width)
+            edits = memit.edit(lm, facts, layers=span, moments=moments, settings=how, values=values)
+            out["forms"].append(
+                {"layers": span, "widths": widths}
+                | {
+                    part: told(scores.evaluate_together(lm, some, edits, texts=texts))
+                    for part, (some, texts) in parts.items()
+                }
+                | {
+                    "with an effect": sum(e.found for e in edits[0].effects) / len(facts),
+                    "norms": [e.norm for e in edits],
+                }
+            )
+            a.keep(out)
     return out
 
 
@@ -270,7 +307,7 @@ def run_sequential(lm, a):
             "stopped": run.stopped,
             "scores": {
                 part: {
-                    kind: [m.value, m.low, m.high]
+                    kind: [m.mean, m.low, m.high]
                     for kind, m in scores.summarise(scores.score_facts(lm, scores.spared(some, kept))).shares.items()
                 }
                 for part, some in parts.items()
@@ -310,6 +347,7 @@ RUNS = {
     "rome": (run_rome, 100),
     "layers": (run_layers, 12),
     "choice": (run_choice, 12),
+    "settings": (run_settings, 24),
     "search": (run_search, 20),
     "tokens": (run_tokens, 20),
     "memit": (run_memit, None),
@@ -349,9 +387,13 @@ def run(a):
 
 
 def percent(measure, state):
-    if np.isnan(measure[f"{state}_low"]):  # one subject has no interval
-        return f"{measure[state]:.3f}"
-    return f"{measure[state]:.3f} [{measure[f'{state}_low']:.3f}, {measure[f'{state}_high']:.3f}]"
+    low, high = bounds(measure, state)
+    return f"{measure[state]:.3f}" if np.isnan(low) else f"{measure[state]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def bounds(measure, state):
+    """NaN where there is none, for one subject: older records have it as NaN, newer as null."""
+    return np.array([measure[f"{state}_{side}"] for side in ("low", "high")], float)
 
 
 def line(name, result):
@@ -376,8 +418,7 @@ def curves(rows, x, log=False):
     for i, kind in enumerate(KINDS):
         here = [(at, r["measures"][kind]) for at, r in rows if kind in r["measures"]]
         xs = [at for at, _ in here]
-        look = series(i)
-        band = [[m[b] for _, m in here] for b in ("after_low", "after_high")]
+        look, band = series(i), np.transpose([bounds(m, "after") for _, m in here])
         axes.fill_between(xs, *band, color=look["color"], alpha=0.14, linewidth=0)
         axes.plot(xs, [m["after"] for _, m in here], label=kind, markersize=4, linewidth=1.5, **look)
         figure.marks += [Mark(axes, at, m["after"], f"{x} {at}: {kind} {percent(m, 'after')}") for at, m in here]
@@ -431,6 +472,8 @@ def shown(what, record, folder):
             "",
             *table([(f"block {at}", r) for at, r in result.items()]),
         ]
+    if what == "settings":
+        return ["## ROME's settings, on facts that are not scored above", "", *table(result.items())]
     if what in ("layers", "tokens"):
         rows = [(int(at), r) for at, r in result.items()]
         curves(rows, "block" if what == "layers" else "tokens of text", log=what == "tokens").savefig(
@@ -458,9 +501,12 @@ def shown(what, record, folder):
                 f"{most['seconds'][0] / 60:.1f} minutes on a busy machine, {most['seconds'][1] / 60:.1f} of them "
                 f"processor time; {100 * most['with an effect']:.0f} % of all have an effect."]  # fmt: skip
     if what == "weights":
-        out = [f"## {result['written']} facts at once by λ", ""]
+        out = [f"## {result['written']} facts at once by blocks and λ", ""]
         for part, title in (("held out", "To choose by"), ("scored", "Facts and texts of the table above")):
-            rows = [(f"λ = {float(w):g} widths", r[part]) for w, r in result["weights"].items()]
+            rows = [
+                (f"blocks {f['layers'][0]}–{f['layers'][-1]}, λ = {f['widths']:g} widths", f[part])
+                for f in result["forms"]
+            ]
             out += [f"{title}:", "", *table(rows), ""]
         return out[:-1]
     if what == "sequential":
@@ -509,6 +555,10 @@ def main():
     parser.add_argument(
         "--weights", type=lambda s: [float(x) for x in s.split(",")], default=[1, 3, 6, 12],
         help="MEMIT's λ, in widths of the keys",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spans", type=lambda s: [list(range(int(a), int(b) + 1)) for a, b in (x.split("-") for x in s.split(","))],
+        help="MEMIT's blocks, several choices: 4-8,2-8",
     )  # fmt: skip
     parser.add_argument("--values", type=Path, help="an .npz to keep MEMIT's values in, or to take them from")
     parser.add_argument("--limit", type=float, default=2.0)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent / "control"))
 
 from additions import BEGINNINGS
 from shared import ENDING, HAPPY, OFF_TOPIC, PRICE, TUNING, Outcomes, Priced, at_price, baseline_of, randomised
+from tables import markdown
 
 import reprobe as rp
 from reprobe.control import Adapter
@@ -294,14 +295,6 @@ def drawn(summary: pl.DataFrame) -> Plot:
     return figure
 
 
-def markdown(table: pl.DataFrame) -> list[str]:
-    def cell(value: object) -> str:
-        return f"{value:+.3f}" if isinstance(value, float) else str(value)
-
-    head = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * table.width]
-    return [*head, *("| " + " | ".join(map(cell, row)) + " |" for row in table.iter_rows())]
-
-
 def written(bench: Bench, ways: dict[str, tuple[Way, float]]) -> list[str]:
     """How three beginnings go on."""
     texts, lines = BEGINNINGS["mood"][:3], []
@@ -356,7 +349,7 @@ def main() -> int:
             "",
             "LoRRA less each other method at that price, paired:",
             "",
-            *markdown(less),
+            *markdown(less, "+.3f"),
             "",
             "What is written, at that price, wording 0:",
             "",

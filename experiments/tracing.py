@@ -59,9 +59,7 @@ def results(lm, grid, seconds, command, drawn_from):
     out += [f"| {row['measure'].replace('_', ' ')} | {told(row)} |" for row in grid.totals.to_dicts()]
     out += ["", "The block with the greatest mean indirect effect, of all facts:", ""]
     out += ["| kind | token | n | block | effect |", "|---|---|---|---|---|"]
-    for kind, role in grid.averages.select("kind", "role").unique(maintain_order=True).iter_rows():
-        row = grid.peak(kind, role)
-        out.append(f"| {kind} | {role} | {row['n']} | {row['layer']} | {told(row)} |")
+    out += [f"| {row['kind']} | {row['role']} | {row['n']} | {row['layer']} | {told(row)} |" for row in grid.peaks]
     out += ["", "The block chosen on half of the facts, the effects there on the other half:", ""]
     out += ["| kind | token | block | effect | of the tokens between subject and end |", "|---|---|---|---|---|"]
     for kind, role, layer, own, other in held_out(grid):

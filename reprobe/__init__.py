@@ -205,7 +205,7 @@ _HOME = {
     "write_report": "report",
 }
 
-__all__ = [  # noqa: RUF022 (sorted as `sorted` does)
+__all__ = [
     "Ablate",
     "ActivationStore",
     "Adapter",

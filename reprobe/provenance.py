@@ -5,6 +5,7 @@ or stores; everything on disk uses these functions so that equal content always 
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from reprobe.errors import CorruptArtifact, SchemaMismatch
+
+#: Numbers of the errors with which a system says that there is no room for what is written.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def canonical_json(value: Any) -> str:

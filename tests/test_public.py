@@ -14,10 +14,20 @@ from reprobe import methods
 HEAVY = ("torch", "transformers", "sklearn", "polars", "zarr", "matplotlib", "datasets")
 
 
-def test_the_public_names_are_sorted_and_all_there():
-    assert rp.__all__ == sorted(rp.__all__)
+def test_the_public_names_of_every_module_are_sorted_and_all_there():
+    every = ["reprobe", *(module.name for module in pkgutil.walk_packages(rp.__path__, "reprobe."))]
+    lists = {name: module.__all__ for name in every if hasattr(module := importlib.import_module(name), "__all__")}
+    assert {"reprobe", "reprobe.cli", "reprobe.probing", "reprobe.report"} <= set(lists)
+    for name, public in lists.items():
+        assert public == sorted(set(public)), name
+        assert [n for n in public if not hasattr(importlib.import_module(name), n)] == [], name
+
+
+def test_the_public_names_of_the_library_are_those_of_its_stations():
+    assert rp.__all__ == sorted(rp._HOME)
     for name in rp.__all__:
         assert getattr(rp, name).__doc__, name
+        assert getattr(rp, name) is getattr(importlib.import_module(f"reprobe.{rp._HOME[name]}"), name)
     assert set(rp.__all__) <= set(dir(rp))
 
 

@@ -10,7 +10,6 @@ machine: two cores that others use too give ratios of nothing.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from race import Side, race
 from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
-from reprobe.evaluation import PRIMER
+from reprobe.evaluation import PRIMER, first_questions
 
 OURS = "reprobe, forest packs"
 #: As the benchmark's own scripts do it, and with the work that it does for nothing left out.
@@ -52,9 +51,7 @@ class OneByOne:
 def questions(n: int | None) -> rp.PromptSet:
     folder = os.environ.get("REPROBE_DATA")
     data = rp.PromptSet.load(Path(folder) / "truthfulqa" / "mc_task.json" if folder else "misconceptions")
-    if n is None:
-        return data
-    return data.where(group=data.frame["group"].unique(maintain_order=True).head(n).to_list())
+    return data if n is None else first_questions(data, n)
 
 
 def measure(model: str, data: rp.PromptSet, answers: int, repeats: int) -> Work:
@@ -79,8 +76,6 @@ def measure(model: str, data: rp.PromptSet, answers: int, repeats: int) -> Work:
             Side(LEAN, lambda: single.scores(lean=True), timed, total),
         ],
         repeats,
-        tidy=lambda: None,
-        say=say,
     )
     groups = found.table.height
     about = (
@@ -91,10 +86,6 @@ def measure(model: str, data: rp.PromptSet, answers: int, repeats: int) -> Work:
         work.claims.append(Claim(f"times as fast as {side}", times[side].best / times[OURS].best, "≥", TARGET))
     work.notes.append(f"Scores of {len(drawn)} answers differ from one forward each by at most {furthest:.1g} nats.")
     return work
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -121,7 +120,7 @@ def overhead(lm: rp.LanguageModel, prompts: Sequence[str], tokens: int, repeats:
     sides = [Side(PLAIN, lambda: run(None), n), Side(LIKE, like_ours, n)]
     sides += [Side(name, lambda dola=dola: run(dola), n) for name, dola in found.items()]
     sides.append(Side(THEIRS, lambda: published.generate(prompts, tokens), n))
-    times = race(sides, repeats, tidy=lambda: None, say=lambda line: print(line, file=sys.stderr, flush=True))
+    times = race(sides, repeats)
     work.timings = list(times.values())
     for name in found:
         if "compat" not in name:

@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import torch
 from peers import Way, does_not_run, one_by_one, ways
-from race import Side, Timing, race
+from race import Side, Timing, race, say
 from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
+from reprobe.evaluation import first_questions
 from reprobe.extraction import prepare
 from reprobe.model.packs import lay_out
 
@@ -63,7 +63,7 @@ class Setting:
     scratch: Path
 
     def race(self, *sides: Side) -> dict[str, Timing]:
-        return race(sides, self.repeats, tidy=self.empty, say=say)
+        return race(sides, self.repeats, tidy=self.empty)
 
     def empty(self) -> None:
         for path in self.scratch.iterdir():
@@ -106,7 +106,7 @@ def best_budget(lm: rp.LanguageModel, texts: Sequence[str], setting: Setting) ->
         sides[budget] = Side(
             f"bare forward, budget {budget}", lambda batches=batches: bare_forward(lm, batches), tokens
         )
-    found = race(list(sides.values()), 2, tidy=setting.empty, say=say)
+    found = race(list(sides.values()), 2, tidy=setting.empty)
     speed = {budget: found[side.name].tokens_per_second for budget, side in sides.items()}
     return max(speed, key=speed.__getitem__), {str(budget): round(s, 1) for budget, s in speed.items()}
 
@@ -295,9 +295,7 @@ def truthfulqa_pairs(setting: Setting) -> rp.PromptSet:
     if not path.is_file():
         raise LeftOut("the folder that REPROBE_DATA names has no truthfulqa/mc_task.json")
     data = rp.PromptSet.load(path)
-    if setting.questions is None:
-        return data
-    return data.filter(pl.col("group").is_in(data.frame["group"].unique(maintain_order=True)[: setting.questions]))
+    return data if setting.questions is None else first_questions(data, setting.questions)
 
 
 def n_tokens(lm: rp.LanguageModel, texts: Sequence[str]) -> int:
@@ -351,10 +349,6 @@ def same_values(lm: rp.LanguageModel, data: rp.PromptSet, setting: Setting, work
         "the last block's output."
     )
     return kept
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:

@@ -10,7 +10,6 @@ an idle machine: the claim is 3 %, which is less than what other work on the sam
 import argparse
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,8 +54,6 @@ def overhead(lm: rp.LanguageModel, prompts: Sequence[str], tokens: int, repeats:
     times = race(
         [Side(PLAIN, plain, n), Side(WATCHED, watched, n)],
         repeats,
-        tidy=lambda: None,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     work.timings = list(times.values())
     work.claims = [Claim("share of tokens/s lost", 1 - times[PLAIN].best / times[WATCHED].best, "≤", LOSS)]

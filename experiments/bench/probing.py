@@ -291,7 +291,7 @@ WORKS: dict[str, Callable[[argparse.Namespace], tuple[str, list[Claim], list[Tim
 
 def run(options: argparse.Namespace, *sides: Side) -> dict[str, Timing]:
     """What `race` calls tokens are fits here."""
-    return race(sides, options.repeats, tidy=lambda: None, say=lambda _: None)
+    return race(sides, options.repeats)
 
 
 def main() -> int:
@@ -303,7 +303,10 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=1900, help="MiB of memory allowed in the work `memory`")
     add_outputs(parser)
     options = parser.parse_args()
-    record = Recorder("Probing", "python experiments/bench/probing.py " + " ".join(sys.argv[1:]), options)
+    shown = ["--work", *options.work, "--repeats", str(options.repeats)]
+    shown += [] if options.rows is None else ["--rows", str(options.rows)]
+    shown += [*(["--synthetic"] if options.synthetic else []), "--limit", str(options.limit)]
+    record = Recorder("Probing", f"uv run python experiments/bench/probing.py {' '.join(shown)}", options)
     for name in options.work:
         try:
             about, claims, times = WORKS[name](options)

@@ -4,6 +4,7 @@ Enters: named functions. Leaves: their times, taken in turn, so that a change in
 know what the functions do.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,12 @@ class Timing:
         return self.of_tokens / self.best
 
 
-def race(
-    sides: Sequence[Side], repeats: int, *, tidy: Callable[[], object], say: Callable[[str], object]
-) -> dict[str, Timing]:
+def say(line: str) -> None:
+    """How far a benchmark is, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def race(sides: Sequence[Side], repeats: int, *, tidy: Callable[[], object] = lambda: None) -> dict[str, Timing]:
     """Run all sides in turn, `repeats` times; each round begins with another side. `tidy` runs off the clock."""
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     for k in range(repeats):
@@ -55,7 +59,7 @@ def race(
             tidy()
             whole = side.tokens if side.of_tokens is None else side.of_tokens
             seconds[side.name].append(took * whole / side.tokens)
-            say(f"round {k + 1} of {repeats}: {side.name}: {side.tokens / took:.0f} tokens/s")
+            say(f"round {k + 1} of {repeats}: {side.name}: {took:.2f} s")
     return {
         side.name: Timing(side.name, side.tokens, side.of_tokens or side.tokens, tuple(seconds[side.name]))
         for side in sides

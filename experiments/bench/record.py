@@ -191,7 +191,7 @@ def as_markdown(record: Mapping[str, Any], about: str) -> str:
     for why in record["left out"]:
         out += ["", f"Left out: {why}."]
     for work in record["works"]:
-        out += ["", f"## {work['work']}, {work['model']}", "", work["about"], ""]
+        out += ["", "## " + ", ".join(filter(None, (work["work"], work["model"]))), "", work["about"], ""]
         if work["sides"]:
             out += ["| side | tokens/s | s | slowest round |", "|---|---|---|---|"]
             for side in sorted(work["sides"], key=lambda side: min(side["seconds"])):

@@ -32,8 +32,8 @@ HERE = Path(__file__).parent
 #: What runs, in this order: a script beside this file, and options that keep it short.
 BENCHES: Mapping[str, str] = {
     "monitor": "--dtype float32 --device cpu --batches 1 8 --tokens 48 --repeats 4",
-    "extraction": "--models smollm2-135m --work cities one-site bfloat16 planning --repeats 1",
-    "control": "--models smollm2-135m --work one eight baked --tokens 64 --repeats 4",
+    "extraction": "--models smollm2-135m --work cities one-site planning --repeats 1",
+    "control": "--models smollm2-135m --work one eight --tokens 64 --repeats 4",
     "tracing": "--models smollm2-135m --one 0 --passes 6 --facts 0 --repeats 1",
     "probing": "--work layers bootstrap --repeats 1",
     "choices": "--models smollm2-135m --questions 20 --answers 20 --repeats 1",

@@ -13,13 +13,12 @@ machine: two cores that others use too give ratios of nothing.
 import argparse
 import contextlib
 import os
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from race import Side, race
+from race import Side, race, say
 from record import Claim, Recorder, Work, add_outputs
 
 import reprobe as rp
@@ -108,8 +107,6 @@ def measure(model: str, one: int, passes: int, repeats: int) -> Work:
             Side(FAST, lambda: sampled(lean=True, fast=True), timed, total),
         ],
         repeats,
-        tidy=lambda: None,
-        say=say,
     )
     about = (
         f"“{fact.prompt}” → {fact.true}, {loop.n} tokens, three kinds, {len(loop.passes):,} forward passes of 11 rows."
@@ -133,10 +130,6 @@ def many(model: str, n: int) -> Work:
     work = Work("tracing many facts", model, f"The first {len(facts)} of `facts` that the model knows, three kinds.")
     work.claims.append(Claim(f"minutes for {len(facts)} facts", minutes, "≤", MINUTES))
     return work
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from shared import (
 )
 
 import reprobe as rp
-from reprobe.evaluation.choices import mc1, mc2
+from reprobe.evaluation.choices import first_questions, mc1, mc2
 from reprobe.evaluation.passages import divergences, measured
 from reprobe.methods import repe
 from reprobe.model.sites import Site
@@ -131,5 +131,4 @@ def contrast(setting: Setting, data: rp.PromptSet, found: Outcomes) -> list[str]
 def run(setting: Setting) -> tuple[Outcomes, list[str]]:
     data, found = questions(setting.n), Outcomes()
     notes = reading(setting, data, found)
-    fewer = data.where(group=data.frame["group"].unique(maintain_order=True).head(max(4, setting.n // 2)).to_list())
-    return found, [*notes, *contrast(setting, fewer, found)]
+    return found, [*notes, *contrast(setting, first_questions(data, max(4, setting.n // 2)), found)]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from reprobe.cli.inputs import load_model
-from reprobe.cli.options import Act, ActAt, AsJson, Device, Dtype, Mismatch, Model, Push, Remove, Revision
+from reprobe.cli.options import Act, ActAt, AsJson, Device, Dtype, Mismatch, Model, Remove, Revision, Strength
 from reprobe.cli.outputs import new_folder
 from reprobe.cli.show import show
 from reprobe.cli.verb import verb
@@ -18,7 +18,7 @@ def bake(
     model: Model,
     direction: Act,
     to: Annotated[Path, typer.Option(help="A new folder: a model that transformers opens as it is.")],
-    strength: Push = None,
+    strength: Strength = None,
     ablate: Remove = False,
     everywhere: Annotated[
         bool, typer.Option("--everywhere", help="With --ablate: from all that is written to the stream.")

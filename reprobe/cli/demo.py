@@ -28,6 +28,8 @@ SCAN_TEXT = (
     "Lyon is a city in France. Kyoto is a city in Brazil. Chicago is a city in the United States. "
     "Cairo is a city in Norway."
 )
+#: The readers that are tried, by the names under which their grids are saved.
+READERS = ("logistic", "mean-difference", "pca")
 #: The reader whose directions read that text.
 SCAN_READER = "mean-difference"
 #: A neutral opening that a mood can colour.
@@ -51,10 +53,6 @@ NEUTRAL = (
     "To make tea, boil the water, pour it over the leaves and wait for four minutes before you drink it.",
     "The river rises in the hills, flows past two small towns and reaches the sea after ninety kilometres.",
 )
-
-
-#: The readers that are tried, by the names under which their grids are saved.
-READERS = ("logistic", "mean-difference", "pca")
 
 
 def run_demo(
@@ -94,7 +92,6 @@ def run_demo(
                 # Of two labels the greater is positive: 1 in cities; happiness has to be named.
                 positive = "happiness" if name == "emotions" else None
                 grid = rp.probe(store, readers.READERS[reader](), positive=positive, progress=progress)
-                (out / "probes").mkdir(exist_ok=True)
                 grid.save(results.probe_path(out, f"{name}-{reader}"), overwrite=overwrite)
                 grids[name, reader] = grid
 
@@ -178,5 +175,9 @@ def _commands(model: str) -> tuple[str, ...]:
             for reader in READERS
         ]
     lines.append(f"reprobe scan {model} '{SCAN_TEXT}' --grid probes/cities-{SCAN_READER}.safetensors")
-    lines.append(f"reprobe steer {model} '{STORY}' --direction happiness.safetensors --strength 4")
+    lines += [
+        "reprobe probe emotions.reprobe --reader mean-difference --positive happiness --sites 'resid.post@*' "
+        "--to-direction happiness.safetensors",
+        f"reprobe steer {model} '{STORY}' --direction happiness.safetensors --strength 4",
+    ]
     return tuple(lines)

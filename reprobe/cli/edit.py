@@ -34,9 +34,20 @@ Text = Annotated[
     str | None,
     typer.Option(help="Ordinary text for the second moments: .txt, a data set file, hf:NAME; default: sampled."),
 ]
+#: What `methods.editing` says of edits without effect.
+NO_EFFECT = ".* edits have no effect"
+#: Tokens of the second moments' text: `methods.moments.TOKENS`, which is not imported for a --help.
+TOKENS = 40_000
 Tokens = Annotated[int, typer.Option(help="Tokens that the second moments are taken of, at most.", min=1)]
 Limit = Annotated[int | None, first_of("facts")]
 Layers = Annotated[str | None, typer.Option(help="Blocks, e.g. 6,7,8 or 6-10; default: those known for the model.")]
+NullSpace = Annotated[
+    bool, typer.Option("--null-space", help="MEMIT in AlphaEdit's null space: write only where ordinary text does not.")
+]
+Weight = Annotated[
+    float | None,
+    typer.Option(help="MEMIT's λ: how much ordinary text counts against the facts; default: the MLP's width."),
+]
 
 
 @edit_app.command("rome")
@@ -55,7 +66,7 @@ def edit_rome(
         bool, typer.Option("--original", help="The published form instead of r-ROME (see reprobe.methods.rome).")
     ] = False,
     text: Text = None,
-    tokens: Tokens = 40_000,
+    tokens: Tokens = TOKENS,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -91,11 +102,10 @@ def edit_memit(
     to: Annotated[Path, typer.Option(help="A new folder for the edits, one file a block.")],
     layers: Layers = None,
     limit: Limit = None,
-    null_space: Annotated[
-        bool, typer.Option("--null-space", help="AlphaEdit: write only where ordinary text does not.")
-    ] = False,
+    null_space: NullSpace = False,
+    weight: Weight = None,
     text: Text = None,
-    tokens: Tokens = 40_000,
+    tokens: Tokens = TOKENS,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -108,13 +118,11 @@ def edit_memit(
     from reprobe.prompts import facts_of
 
     new_folder(to)
-    facts = facts_of(data, limit=limit)
+    how, chosen = _memit(null_space, weight), parse_layers(layers)
+    facts, source = facts_of(data, limit=limit), _text(text, tokens)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    settings = memit.Settings(null_space=memit.NullSpace() if null_space else None)
     with terminal() as progress:
-        edits = memit.edit(
-            lm, facts, layers=parse_layers(layers), moments=_text(text, tokens), settings=settings, progress=progress
-        )
+        edits = memit.edit(lm, facts, layers=chosen, moments=source, settings=how, progress=progress)
     save_edits(edits, to)
     effects = edits[0].effects
     show(
@@ -123,7 +131,7 @@ def edit_memit(
             "with an effect": sum(e.found for e in effects),
             "probability before": sum(e.before for e in effects) / len(effects),
             "probability after": sum(e.after for e in effects) / len(effects),
-            "edits": ", ".join(f"{e.parameter} (rank {e.rank}, norm {e.norm:.3g})" for e in edits),
+            "edits": [_told(e) for e in edits] if as_json else ", ".join(map(_matrix, edits)),
             "saved": str(to),
         },
         as_json,
@@ -139,7 +147,7 @@ def edit_sequential(
     at_most: Annotated[
         float, typer.Option(help="Stop when the perplexity is more than this many times what it was at first.")
     ] = 2.0,
-    every: Annotated[int, typer.Option(help="Facts between two measurements of the perplexity.")] = 10,
+    every: Annotated[int, typer.Option(help="Facts between two measurements of the perplexity.", min=1)] = 10,
     perplexity: Annotated[
         str, typer.Option(help="Ordinary text whose perplexity is measured: .txt, a data set, hf:NAME.")
     ] = "emotions",
@@ -147,7 +155,7 @@ def edit_sequential(
     layer: Annotated[int | None, typer.Option(help="Block to edit; default: the one known for the model.")] = None,
     original: Annotated[bool, typer.Option("--original", help="ROME as published instead of r-ROME.")] = False,
     text: Text = None,
-    tokens: Tokens = 40_000,
+    tokens: Tokens = TOKENS,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -170,7 +178,7 @@ def edit_sequential(
     where = editing.default_layers(lm).rome if layer is None else layer
     form = rome.Settings(compat="rome" if original else None)
     with terminal() as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what has no effect is counted
+        warnings.filterwarnings("ignore", message=NO_EFFECT)  # what has no effect is counted
         moment = second_moments(lm, [where], _text(text, tokens), progress=progress)[where]
 
         def make(lm: Any, fact: Any) -> Any:
@@ -182,18 +190,20 @@ def edit_sequential(
     if kept:
         save_edits([edit for edits in run.edits for edit in edits], to)
     first = [edits[0].effects[0].before for edits in run.edits]
-    show(
-        {
-            "facts": len(facts),
-            "written": len(kept),
-            "stopped": run.stopped or "no",
-            "perplexity": ", ".join(f"{c.perplexity:.4g} after {c.facts}" for c in run.checked),
-            "probability before": sum(first) / len(kept) if kept else None,
-            "probability after all": sum(hold) / len(kept) if kept else None,
-            "saved": str(to) if kept else "nothing",
-        },
-        as_json,
-    )
+    told = {
+        "facts": len(facts),
+        "written": len(kept),
+        "stopped": run.stopped,
+        "perplexity": [[c.facts, c.perplexity] for c in run.checked],
+        "probability before": sum(first) / len(kept) if kept else None,
+        "probability after all": sum(hold) / len(kept) if kept else None,
+        "saved": str(to) if kept else None,
+    }
+    if as_json:
+        show_json(told)
+        return
+    read = ", ".join(f"{c.perplexity:.4g} after {c.facts}" for c in run.checked)
+    show(told | {"stopped": run.stopped or "no", "perplexity": read, "saved": told["saved"] or "nothing"})
 
 
 @edit_app.command("apply")
@@ -271,7 +281,7 @@ def edit_moments(
     model: Model,
     layers: Layers = None,
     text: Text = None,
-    tokens: Tokens = 40_000,
+    tokens: Tokens = TOKENS,
     seed: SampleSeed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -285,12 +295,11 @@ def edit_moments(
     from reprobe.methods.moments import second_moments
     from reprobe.progress import terminal
 
+    known, source = parse_layers(layers), _text(text, tokens, seed)
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    known = parse_layers(layers)
     if known is None:
         defaults = editing.default_layers(lm)
         known = sorted({defaults.rome, *defaults.memit})
-    source = _text(text, tokens, seed)
     with terminal() as progress:
         found = second_moments(lm, known, source, progress=progress)
     rows: list[dict[str, Any]] = []
@@ -321,15 +330,16 @@ def edit_eval(
     limit: Limit = None,
     layers: Layers = None,
     original: Annotated[bool, typer.Option("--original", help="ROME as published.")] = False,
-    null_space: Annotated[bool, typer.Option("--null-space", help="MEMIT in AlphaEdit's null space.")] = False,
+    null_space: NullSpace = False,
+    weight: Weight = None,
     perplexity: Annotated[
         str | None, typer.Option(help="Ordinary text whose perplexity is measured too: .txt, a data set, hf:NAME.")
     ] = None,
     write: Annotated[
-        int, typer.Option(help="Write a text of N tokens about each subject, without and with edits: fluency.")
+        int, typer.Option(help="Write a text of N tokens about each subject, without and with edits: fluency.", min=0)
     ] = 0,
     text: Text = None,
-    tokens: Tokens = 40_000,
+    tokens: Tokens = TOKENS,
     to_table: ToTable = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -351,25 +361,31 @@ def edit_eval(
     from reprobe.probing import write_table
     from reprobe.progress import terminal
     from reprobe.prompts import facts_of
+    from reprobe.provenance import digest
 
     new_table(to_table, overwrite)
-    facts = facts_of(data, limit=limit)
+    how = _memit(null_space, weight)
+    if method != "memit" and how != memit.Settings():
+        raise UsageError(f"--null-space and --weight are MEMIT's, not those of --method {method}")
+    if method != "rome" and original:
+        raise UsageError(f"--original is a form of ROME, not of --method {method}")
+    if method == "finetune" and text is not None:
+        raise UsageError("--text is of second moments, and --method finetune takes none")
+    chosen = parse_layers(layers)
+    if method != "memit" and chosen is not None and len(chosen) != 1:
+        raise UsageError(f"--layers {layers}: {method} edits one block")
+    facts, source = facts_of(data, limit=limit), _text(text, tokens)
     ordinary = () if perplexity is None else Corpus.load(perplexity).texts
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
-    chosen = parse_layers(layers)
     with terminal() as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what has no effect is in the table
+        warnings.filterwarnings("ignore", message=NO_EFFECT)  # what has no effect is in the table
         if method == "memit":
-            how = memit.Settings(null_space=memit.NullSpace() if null_space else None)
-            moments = _text(text, tokens)
-            edits = memit.edit(lm, facts, layers=chosen, moments=moments, settings=how, progress=progress)
+            edits = memit.edit(lm, facts, layers=chosen, moments=source, settings=how, progress=progress)
             result = scores.evaluate_together(lm, facts, edits, texts=ordinary, write=write)
         else:
-            if chosen is not None and len(chosen) != 1:
-                raise UsageError(f"--layers {layers}: {method} edits one block")
             layer = editing.default_layers(lm).rome if chosen is None else chosen[0]
             if method == "rome":
-                moment = second_moments(lm, [layer], _text(text, tokens), progress=progress)[layer]
+                moment = second_moments(lm, [layer], source, progress=progress)[layer]
                 form = rome.Settings(compat="rome" if original else None)
 
                 def make(fact: Any) -> Any:
@@ -383,7 +399,8 @@ def edit_eval(
     if to_table is not None:
         states = (("before", result.before), ("after", result.after))
         prompts = pl.concat([s.prompts.with_columns(state=pl.lit(name)) for name, s in states])
-        write_table(prompts, to_table, overwrite=overwrite)
+        about = {"model": lm.identity.to_json(), "data": digest([fact.to_json() for fact in facts]), "method": method}
+        write_table(prompts, to_table, overwrite=overwrite, about=about)
     rows = result.table.to_dicts()
     for name, one, two in (
         ("perplexity", result.perplexity_before, result.perplexity_after),
@@ -392,6 +409,10 @@ def edit_eval(
         if one is not None:
             rows.append(dict.fromkeys(rows[0]) | {"measure": name, "before": one, "after": two})
     show_table(rows, as_json)
+
+
+def _matrix(edit: Any) -> str:
+    return f"{edit.parameter} (rank {edit.rank}, norm {edit.norm:.3g})"
 
 
 def _told(edit: Any) -> dict[str, Any]:
@@ -423,6 +444,12 @@ def _open(model: str, *, dtype: str | None, device: str | None, revision: str | 
     if (Path(model) / FOLDER).is_dir():
         return load_edited(model, dtype=dtype, device=device)
     return load_model(model, dtype=dtype, device=device, revision=revision)
+
+
+def _memit(null_space: bool, weight: float | None) -> Any:
+    from reprobe.methods import memit
+
+    return memit.Settings(weight=weight, null_space=memit.NullSpace() if null_space else None)
 
 
 def _text(text: str | None, tokens: int, seed: int = 0) -> Any:

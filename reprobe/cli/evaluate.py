@@ -17,10 +17,10 @@ from reprobe.cli.options import (
     Mismatch,
     Model,
     Overwrite,
-    Push,
     Remove,
     Revision,
     Scope,
+    Strength,
     Texts,
     ToTable,
     first_of,
@@ -49,7 +49,7 @@ def evaluate_truthfulqa(
     direction: Annotated[
         Path | None, typer.Option(help="Steer with this direction or steering (.safetensors), and compare.")
     ] = None,
-    strength: Push = None,
+    strength: Strength = None,
     ablate: Remove = False,
     site: ActAt = None,
     tokens: Annotated[str | None, typer.Option(help="all, prompt, generated or last; default: generated.")] = None,
@@ -77,7 +77,7 @@ def evaluate_truthfulqa(
     """
     import reprobe as rp
     from reprobe.cli.steering import done_by, load, per_question
-    from reprobe.evaluation import PRIMER, compare
+    from reprobe.evaluation import PRIMER, compare_choices, first_questions
     from reprobe.methods.dola import DoLa
     from reprobe.probing import write_table
     from reprobe.progress import terminal
@@ -86,8 +86,7 @@ def evaluate_truthfulqa(
     before = PRIMER if primer is None else read_text(primer)
     prompts = rp.PromptSet.load(data or _truthfulqa())
     if limit is not None:
-        first = prompts.frame["group"].unique(maintain_order=True).head(limit)
-        prompts = prompts.where(group=first.to_list())
+        prompts = first_questions(prompts, limit)
     if direction is None and (ablate or (strength, site, tokens) != (None, None, None)):
         raise UsageError("--strength, --ablate, --site and --tokens say how to steer: give a --direction")
     items = []
@@ -103,7 +102,7 @@ def evaluate_truthfulqa(
         if items or decoding:
             with rp.steer(lm, *items, allow_mismatch=allow_mismatch):
                 steered = rp.multiple_choice(lm, prompts, primer=before, decoding=decoding, progress=progress)
-            result = compare(plain, steered, seed=seed)
+            result = compare_choices(plain, steered, seed=seed)
             table = per_question(plain, steered)
     if to_table is not None:
         about = {"model": lm.identity.to_json(), "data": prompts.digest, "primer": before, "metrics": result.to_dicts()}
@@ -120,7 +119,7 @@ def evaluate_truthfulqa(
 def evaluate_side_effects(
     model: Model,
     direction: Act,
-    strength: Push = None,
+    strength: Strength = None,
     ablate: Remove = False,
     site: ActAt = None,
     tokens: Scope = None,

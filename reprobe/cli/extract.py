@@ -71,7 +71,14 @@ def extract(
     from reprobe.progress import terminal
     from reprobe.prompts import PromptSet
 
-    share = Share.of_environment() if rank is None and world is None else Share(rank or 0, world or 1)
+    if (rank is None) != (world is None):
+        raise UsageError("--rank and --world go together: this process, and how many there are")
+    share = Share.of_environment() if rank is None or world is None else Share(rank, world)
+    if overwrite and share.world > 1:
+        raise UsageError(
+            f"--overwrite would remove what the other processes write: {to} is written by several ({share.world}). "
+            "Delete it before they start"
+        )
     if not dry_run:
         new_store(to, resume=resume or share.world > 1, overwrite=overwrite)
     prompts = PromptSet.load(data, limit=limit)

@@ -60,6 +60,15 @@ def named_store(text: str) -> tuple[str, str]:
     return Path(text.rstrip("/")).stem, text
 
 
+def directions_of(grid: Any, part: str, name: str) -> dict[Any, Any]:
+    """The directions of a grid at the whole sites of a part. Raises `UsageError` with the parts it holds."""
+    found = {site: d for site, d in grid.directions.items() if site.part == part and site.unit is None}
+    if not found:
+        parts = ", ".join(sorted({site.part for site in grid.directions}))
+        raise UsageError(f"{name} has no directions of {part}; it holds {parts}")
+    return found
+
+
 def parse_layers(text: str | None) -> list[int] | None:
     """6,7,8 or 6-10, or both."""
     if text is None:

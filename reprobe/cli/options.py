@@ -47,7 +47,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands there.")]
 Act = Annotated[Path, typer.Option(help="A direction or a steering (.safetensors).")]
-Push = Annotated[
+Strength = Annotated[
     float | None,
     typer.Option(
         help="In units of the direction's scale, by default 4; negative steers away. A steering's own strengths are "

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reprobe.cli.inputs import load_model, named_store
+from reprobe.cli.inputs import directions_of, load_model, named_store
 from reprobe.cli.options import (
     AsJson,
     Device,
@@ -98,7 +98,7 @@ def probe(
         write_table(grid.table, to_table, overwrite=overwrite)
     rows = grid.table.sort(["accuracy", "layer", "head"], descending=[True, False, False], nulls_last=True)
     show_table(rows.head(top).to_dicts(), as_json)
-    if not as_json:
+    if not as_json and len(grid.inner):  # two folds leave no rows to choose a site with
         chosen = grid.selected
         say(
             f"held-out accuracy of the best site, chosen on the other folds: {chosen.accuracy:.3f} "
@@ -255,11 +255,7 @@ def scan(
 
     new_file(to, overwrite)
     new_figure(figure, overwrite)
-    found = ProbeGrid.load(grid).directions
-    directions = {site: d for site, d in found.items() if site.part == part and site.unit is None}
-    if not directions:
-        parts = ", ".join(sorted({s.part for s in found}))
-        raise UsageError(f"{grid} has no directions of {part}; it holds {parts}")
+    directions = directions_of(ProbeGrid.load(grid), part, str(grid))
     lm = load_model(model, dtype=dtype, device=device, revision=revision)
     result = repe.scan(lm, text, directions, allow_mismatch=allow_mismatch)
     if to is not None:

@@ -16,8 +16,8 @@ and the digest of what it says. Does not know how a step is done; `reprobe.cli.r
     store = "scenes"
     positive = "happiness"
 
-Sections are named after verbs, steps by whoever writes the recipe; a step refers to another by its name. Files are
-looked for beside the recipe. What a key is not given has the default of the library's function.
+A section says the kind of a step and its author's name for it; a step refers to another by its name. Files are
+looked for beside the recipe. What no key says is as the verb has it by default, but for `batch_tokens`, which is fixed.
 """
 
 import difflib

@@ -15,21 +15,22 @@ of the library with the recipe's own keys.
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import reprobe as rp
+from reprobe.cli.inputs import directions_of
 from reprobe.cli.recipe import Recipe, Step
 from reprobe.cli.steering import done_by, per_question
 from reprobe.errors import ArtifactExists, CorruptArtifact, IdentityMismatch, UsageError
-from reprobe.evaluation import NEUTRAL, PRIMER
-from reprobe.evaluation.choices import compare as compare_choices
+from reprobe.evaluation import NEUTRAL, PRIMER, compare_choices, first_questions
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS
 from reprobe.probing import readers, write_table
 from reprobe.progress import Progress, silent
 from reprobe.provenance import canonical_json, digest, digest_file, rebuilding, texts, versions, write_durably
 from reprobe.report import results
+from reprobe.report.study import chosen
 
 RECORD, COPY = "recipe.json", "recipe.toml"
 #: Tokens of a pack: left to measurement, it could differ from run to run, and with it the last bits of a row.
@@ -49,15 +50,14 @@ class Done:
     report: Path
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Kitchen:
-    """What the steps share: the model, the folder, the data sets read so far, and what was found."""
+    """What the steps share: the recipe, the model, and the folder of results."""
 
     recipe: Recipe
     lm: rp.LanguageModel
     out: Path
     progress: Progress
-    summary: list[str] = field(default_factory=list)
 
     def direction(self, given: Mapping[str, Any]) -> rp.Direction:
         grid = rp.ProbeGrid.load(results.probe_path(self.out, given["probe"]))
@@ -198,6 +198,8 @@ def _foresee(recipe: Recipe, lm: rp.LanguageModel) -> None:
                 rp.Scope.parse(given["tokens"])
             if "part" in given and given["part"] not in (*LAYER_PARTS, *MODEL_PARTS):
                 raise UsageError(f"unknown part {given['part']!r}; parts: {', '.join((*MODEL_PARTS, *LAYER_PARTS))}")
+            for text in given.get("neutral", ()):
+                rp.Passage.of(text)
         except UsageError as e:
             raise UsageError(f"{recipe.path}: [{step}]: {e}") from e
 
@@ -267,11 +269,12 @@ def _findings(kitchen: _Kitchen) -> list[str]:
     for step in kitchen.recipe.steps:
         if step.kind == "probe":
             grid = rp.ProbeGrid.load(results.probe_path(kitchen.out, step.name))
-            best, honest = grid.best(part=step.given.get("part")), grid.selected
+            best, line = grid.best(part=step.given.get("part")), grid.table.row(0, named=True)
+            # Two folds leave no rows to choose a site with.
+            honest = f"; with the site chosen on other folds {chosen(grid)}" if len(grid.inner) else ""
             said.append(
-                f"{step.name}: best site {best.site}, held-out accuracy {best.metrics['accuracy']:.3f}; with the site "
-                f"chosen on other folds {honest.accuracy:.3f} [{honest.accuracy_low:.3f}, {honest.accuracy_high:.3f}] "
-                f"(chance {honest.chance:.2f}, {honest.n} prompts, {honest.n_groups} groups)."
+                f"{step.name}: best site {best.site}, held-out accuracy {best.metrics['accuracy']:.3f}{honest} "
+                f"(chance {line['chance']:.2f}, {line['n']} rows, {line['n_groups']} groups)."
             )
         if step.kind == "steer":
             table = results.read_steering(kitchen.out / "steering" / f"{step.name}.json").table.sort("strength")
@@ -344,10 +347,8 @@ def _scan(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.methods import repe
 
     grid = rp.ProbeGrid.load(results.probe_path(kitchen.out, step.given["probe"]))
-    part = step.given.get("part", "resid.post")
-    directions = {site: d for site, d in grid.directions.items() if site.part == part and site.unit is None}
-    if not directions:
-        raise UsageError(f"[{step}]: the grid {step.given['probe']!r} has no directions of {part}")
+    of = f"[{step}]: the grid {step.given['probe']!r}"
+    directions = directions_of(grid, step.given.get("part", "resid.post"), of)
     found = repe.scan(kitchen.lm, step.given["text"], directions)
     result = results.ScanResult(found, step.given["text"], step.given["probe"], kitchen.lm.identity)
     results.write_scan(kitchen.out, step.name, result)
@@ -356,7 +357,8 @@ def _scan(kitchen: _Kitchen, step: Step) -> None:
 def _steer(kitchen: _Kitchen, step: Step) -> None:
     given = step.given
     contrast = rp.Contrast(*(tuple(given[side]) for side in ("prompts", "positive", "negative")))
-    neutral = tuple(given.get("neutral") or (text.prompt + text.continuation for text in NEUTRAL))
+    # Passages, so that also a steering of generated tokens has some to act on.
+    neutral = tuple(map(rp.Passage.of, given["neutral"])) if "neutral" in given else NEUTRAL
     story = given.get("story", given["prompts"][0])
     table = rp.dose_response(
         kitchen.lm,
@@ -372,7 +374,7 @@ def _steer(kitchen: _Kitchen, step: Step) -> None:
     done = results.SteeringResult(
         table=table,
         contrast=contrast,
-        neutral=neutral,
+        neutral=tuple(text.prompt + text.continuation for text in neutral),
         story=story,
         site=rp.Site.parse(str(direction.site)),
         direction=direction.digest,
@@ -396,8 +398,7 @@ def _side_effects(kitchen: _Kitchen, step: Step) -> None:
 def _multiple_choice(kitchen: _Kitchen, step: Step) -> None:
     given, data = step.given, rp.PromptSet.load(kitchen.recipe.file(step.given["data"]))
     if "limit" in given:
-        first = data.frame["group"].unique(maintain_order=True).head(given["limit"])
-        data = data.where(group=first.to_list())
+        data = first_questions(data, given["limit"])
     steering = kitchen.steering({"tokens": "generated", **given}, given["strength"])  # as the verb does
     plain = rp.multiple_choice(kitchen.lm, data, progress=kitchen.progress)
     with rp.steer(kitchen.lm, steering):
@@ -434,9 +435,9 @@ def _trace(kitchen: _Kitchen, step: Step) -> None:
 
 def _edit(kitchen: _Kitchen, step: Step) -> None:
     from reprobe.methods import rome
-    from reprobe.methods.moments import Corpus, Sample
+    from reprobe.methods.moments import TOKENS, Corpus, Sample
 
-    given, tokens = step.given, step.given.get("text_tokens", 40_000)
+    given, tokens = step.given, step.given.get("text_tokens", TOKENS)
     text = Sample(tokens) if "text" not in given else Corpus.load(kitchen.recipe.file(given["text"]), tokens=tokens)
     edit = rome.edit(kitchen.lm, moment=text, progress=kitchen.progress, **_all_but(given, "text", "text_tokens"))
     edit.save(kitchen.file("edits", f"{step.name}.safetensors"), overwrite=True)

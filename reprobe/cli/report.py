@@ -19,7 +19,7 @@ def demo(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find, plot and use a language model's truth and sentiment directions (3 minutes on 2 cores)."""
+    """Find, plot and use a language model's truth and mood directions (3 minutes on 2 cores)."""
     quiet_libraries()  # before they are imported: matplotlib says at once that a home is read-only
     from reprobe.cli.demo import run_demo
     from reprobe.progress import terminal

@@ -18,10 +18,10 @@ from reprobe.cli.options import (
     Mismatch,
     Model,
     Overwrite,
-    Push,
     Remove,
     Revision,
     Scope,
+    Strength,
     Texts,
     ToTable,
 )
@@ -55,7 +55,7 @@ def steer(
     chat: Annotated[
         bool, typer.Option("--chat", help="Answer what is typed; /strength X, /off and /on change the steering.")
     ] = False,
-    strength: Push = None,
+    strength: Strength = None,
     ablate: Remove = False,
     site: ActAt = None,
     tokens: Scope = None,
@@ -73,6 +73,8 @@ def steer(
     """
     if (prompt is not None) + (prompts is not None) + chat != 1:
         raise UsageError("give one of these: a PROMPT, --prompts FILE, or --chat")
+    if chat and as_json:
+        raise UsageError("--chat is for people: without --json")
     from reprobe.cli import steering as run
 
     steerer = run.load(direction, ablate=ablate, site=site, tokens=tokens)

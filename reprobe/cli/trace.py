@@ -94,23 +94,16 @@ def trace(
         write_table(grid.table, to_table, overwrite=overwrite)
     if figures is not None:
         _draw(grid, figures, maps)
-    peaks = _peaks(grid)
     totals = {row["measure"]: row for row in grid.totals.to_dicts()}
     if as_json:
-        show({"facts": grid.facts.to_dicts(), "totals": totals, "peaks": peaks, "std": grid.std}, True)
+        show({"facts": grid.facts.to_dicts(), "totals": totals, "peaks": grid.peaks, "std": grid.std}, True)
         return
-    show_table(peaks)
+    show_table(grid.peaks)
     mean = {name: f"{row['mean']:.3f}" for name, row in totals.items()}
     say(
         f"{len(grid.traces)} facts: p(object) {mean['clean']} clean, {mean['corrupted']} corrupted, total effect "
         f"{mean['total_effect']}" + (f"; figures in {figures}" if figures is not None else "")
     )
-
-
-def _peaks(grid: Any) -> list[dict[str, Any]]:
-    """The block of the greatest effect, for each kind and role."""
-    pairs = grid.averages.select("kind", "role").unique(maintain_order=True).iter_rows()
-    return [grid.peak(kind, role) for kind, role in pairs]
 
 
 def _draw(grid: Any, folder: Path, maps: int) -> None:

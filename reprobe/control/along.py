@@ -26,6 +26,14 @@ AddUnit = Literal["scale", "norm", "raw"]
 ClampUnit = Literal["scale", "raw"]
 
 
+def _where(direction: Direction, site: Site | str | None) -> Site | str:
+    """The site that was named, or the direction's own; raises `UsageError` without either."""
+    where = site or direction.site
+    if where is None:
+        raise UsageError("the direction has no site of its own: say where to act with site='resid.post@…'")
+    return where
+
+
 def _known(unit: str, units: object) -> None:
     if unit not in get_args(units):
         raise UsageError(f"unknown unit {unit!r}; one of {', '.join(get_args(units))}")
@@ -47,10 +55,7 @@ class AlongDirection(Operator):
         when: When | None,
         keep_norm: bool,
     ) -> None:
-        where = site or direction.site
-        if where is None:
-            raise UsageError("the direction has no site of its own: say where to act with site='resid.post@…'")
-        super().__init__(where, tokens, when, strength, keep_norm)
+        super().__init__(_where(direction, site), tokens, when, strength, keep_norm)
         self._set(direction=direction)
 
     @property
@@ -253,9 +258,9 @@ class Scale(Operator):
         keep_norm: bool = False,
     ) -> None:
         on = Site.parse(target) if isinstance(target, str) else target
-        where = site or (on if isinstance(on, Site) else on.site)
-        if where is None:
-            raise UsageError("the direction has no site of its own: say where to act with site='resid.post@…'")
+        if isinstance(on, Site) and site is not None and str(site) != str(on):
+            raise UsageError(f"scale the vector at {on} or the one at {site}? Name one site")
+        where = on if isinstance(on, Site) else _where(on, site)
         super().__init__(where, tokens, when, strength, keep_norm)
         self._set(target=on, factor=numbers(factor, "factor"))
 

@@ -38,7 +38,7 @@ class Steering:
 
     `name` is for people; `provenance` plain JSON about where it comes from (a method, its parameters, data);
     `identity` the model it belongs to: given, or that of its interventions. Raises `IdentityMismatch` if those are of
-    different models.
+    different models, `UsageError` for what is no intervention.
     """
 
     interventions: tuple[Operator, ...]
@@ -53,6 +53,11 @@ class Steering:
         provenance: Mapping[str, Any] | None = None,
         identity: ModelIdentity | None = None,
     ) -> None:
+        if wrong := [x for x in interventions if not isinstance(x, Operator)]:
+            raise UsageError(
+                f"a Steering holds interventions, one argument each, not a {type(wrong[0]).__name__}: of a direction "
+                "make one, such as Add(direction); of a list write Steering(*items); Steerings go together by a.then(b)"
+            )
         known = [i for i in (identity, *(i for item in interventions for i in _identities(item))) if i is not None]
         for other in known[1:]:
             known[0].require_same(other, f"one part of the steering {name!r}")

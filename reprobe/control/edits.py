@@ -174,7 +174,7 @@ class Matrix:
     @property
     def values(self) -> Float[Tensor, "outputs inputs"]:
         """The matrix as it is now, in float64 on its device: a copy."""
-        wide = self.weight.detach().double()
+        wide = self.weight.detach().to(torch.float64, copy=True)
         return wide.T if self.inputs_first else wide
 
     @torch.no_grad()

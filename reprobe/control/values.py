@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reprobe.control.gates import When
@@ -78,14 +78,31 @@ class Replace(Operator):
     def needs_length(self) -> bool:
         return self.values.ndim > 1 and self.align == "end"
 
+    @property
+    def scope_key(self) -> str:
+        return (
+            super().scope_key if self.values.ndim == 1 else f"{self.tokens}, {self.values.shape[-2]} from {self.align}"
+        )
+
+    def choose(self, tokens: Tokens) -> Bool[Tensor, "rows now"] | bool:
+        chosen = super().choose(tokens)
+        if self.values.ndim == 1 or chosen is False:
+            return chosen
+        k = self._row(tokens)
+        found: Tensor = (k >= 0) & (k < self.values.shape[-2]) & (tokens.real if chosen is True else chosen)
+        return found
+
+    def _row(self, tokens: Tokens) -> Int[Tensor, "rows now"]:
+        """The number of the row that goes to each token; beyond them, it has none."""
+        before: Tensor | int = 0 if self.align == "start" else tokens.prompt_lengths - int(self.values.shape[-2])
+        return tokens.positions - before
+
     def change(self, h: Float[Tensor, "rows now width"], tokens: Tokens) -> Float[Tensor, "rows now width"]:
         values = self.copy("values", self.values, h)
         if values.ndim == 1:
             # Rows of their own: some networks (falcon) add to a block's output in place.
             return values.expand_as(h).clone()
-        n = values.shape[-2]
-        k = tokens.positions if self.align == "start" else tokens.positions - tokens.prompt_lengths + n
-        k = k.to(h.device)
+        n, k = values.shape[-2], self._row(tokens).to(h.device)
         at = k.clamp(0, n - 1)
         if values.ndim == 2:
             rows = values[at]
@@ -129,7 +146,8 @@ class Noise(Operator):
             raise UsageError(f"a standard deviation of {std} is no number to make noise with")
         if unit not in get_args(NoiseUnit):
             raise UsageError(f"unknown unit {unit!r}; one of {', '.join(get_args(NoiseUnit))}")
-        self._set(std=float(std), seed=int(seed) if isinstance(seed, int) else tuple(int(s) for s in seed), unit=unit)
+        seeds = int(seed) if isinstance(seed, int | np.integer) else tuple(int(s) for s in seed)
+        self._set(std=float(std), seed=seeds, unit=unit)
 
     @property
     def width(self) -> None:

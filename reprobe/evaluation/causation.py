@@ -168,7 +168,7 @@ class _Task:
         with steer(lm, *operators):
             states = capture(lm, lm.inputs(self.batch), [final])[final]
         states = states[torch.from_numpy(self.row).to(states.device), torch.from_numpy(self.column).to(states.device)]
-        step = max(1, _AT_ONCE // int(lm.net.get_input_embeddings().weight.shape[0]))
+        step = max(1, _AT_ONCE // lm.vocab_size)
         return np.concatenate([self._scores(lm, states, a, a + step) for a in range(0, len(states), step)])
 
     def _scores(self, lm: LanguageModel, states: Tensor, first: int, last: int) -> Float[np.ndarray, " places"]:
@@ -186,6 +186,8 @@ def _sentences(lm: LanguageModel, neutral: Sequence[Passage]) -> tuple[Encoded, 
     batch = lm.encode([p.prompt + p.continuation for p in neutral], padding="right", truncate="right")
     column, places = np.arange(batch.real.shape[1]), batch.real.cpu().numpy()
     row, at = np.nonzero(places & (column >= _FIRST) & ((column - _FIRST) % _EVERY == 0))
+    if not len(row):
+        raise UsageError(f"no neutral sentence has more than {_FIRST} tokens: there is no place to stimulate at")
     return batch, row, at
 
 

@@ -45,6 +45,8 @@ Q: In which year did people first walk on the Moon?
 A: People first walked on the Moon in 1969."""
 
 METRICS = ("mc1", "mc2", "mc3")
+#: Rows that are alike in these columns are of one question.
+_ONE = ("group", "question")
 #: Questions that are scored between two messages of progress.
 _BLOCK = 64
 
@@ -131,6 +133,14 @@ def multiple_choice(
     return Choices(table, pl.DataFrame(rows), prompts.name, prompts.digest, primer)
 
 
+def first_questions(data: PromptSet, n: int) -> PromptSet:
+    """All answers of the first `n` questions of `data`, or of all if there are fewer. Raises `DataError` as
+    `multiple_choice` does."""
+    asked = list(_asking(data).select(_ONE).iter_rows())
+    first = set(list(dict.fromkeys(asked))[:n])
+    return data.filter(pl.lit(pl.Series([one in first for one in asked])))
+
+
 @dataclass(frozen=True, eq=False)
 class ChoiceScore:
     """A metric of multiple choice, one number per question, as something for `dose_response` to score."""
@@ -152,7 +162,7 @@ class ChoiceScore:
         return multiple_choice(lm, self.data, primer=self.primer).table[self.metric].to_numpy()
 
 
-def compare(unsteered: Choices, steered: Choices, *, seed: int = 0) -> pl.DataFrame:
+def compare_choices(unsteered: Choices, steered: Choices, *, seed: int = 0) -> pl.DataFrame:
     """Paired differences between two runs on the same questions.
 
     Per metric: the two means, their difference `change` (steered − unsteered), `low` and `high` of the difference's
@@ -210,15 +220,20 @@ class _Question:
 
 
 def _questions(prompts: PromptSet) -> list[_Question]:
-    frame, name = prompts.frame, prompts.name
-    if absent := [c for c in ("question", "answer") if c not in frame.columns]:
-        raise DataError(
-            f"{name} has no column {' and no column '.join(absent)}: multiple choice needs a row per answer with "
-            "question, answer, label and best, as misconceptions and TruthfulQA's files have them"
-        )
+    frame, name = _asking(prompts), prompts.name
     if not frame["label"].is_in([0, 1]).all() or frame["label"].null_count():
         raise DataError(f"{name}: an answer's label is 1 (true) or 0 (false)")
-    return [_question(rows, name) for _, rows in frame.group_by("group", "question", maintain_order=True)]
+    return [_question(rows, name) for _, rows in frame.group_by(*_ONE, maintain_order=True)]
+
+
+def _asking(prompts: PromptSet) -> pl.DataFrame:
+    """The frame of a prompt set; `DataError` unless it asks questions."""
+    if absent := [c for c in ("question", "answer") if c not in prompts.frame.columns]:
+        raise DataError(
+            f"{prompts.name} has no column {' and no column '.join(absent)}: multiple choice needs a row per answer "
+            "with question, answer, label and best, as misconceptions and TruthfulQA's files have them"
+        )
+    return prompts.frame
 
 
 def _question(rows: pl.DataFrame, name: str) -> _Question:

@@ -24,8 +24,8 @@ from reprobe.control.edits import WeightEdit
 from reprobe.control.ledger import edited
 from reprobe.errors import DataError, UsageError
 from reprobe.evaluation.generation import fluency
+from reprobe.evaluation.means import Mean, interval_of, mean_of, share_of
 from reprobe.model.language_model import LanguageModel
-from reprobe.probing.intervals import ClusterBootstrap, share_interval
 from reprobe.progress import Progress, silent
 from reprobe.prompts.fact import Fact, continuation
 
@@ -33,27 +33,16 @@ Kind = Literal["efficacy", "paraphrase", "neighbourhood"]
 KINDS: tuple[Kind, ...] = ("efficacy", "paraphrase", "neighbourhood")
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A number with its 95 % interval over subjects; NaN bounds where there is one subject only."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
 @dataclass(frozen=True, eq=False)
 class EditScores:
     """Of one state of the model. `shares` and `magnitudes` by kind (those that the facts have prompts for); `score` is
-    their harmonic mean. `prompts` has one line per prompt: fact, group, kind, prompt, p_new, p_true, success."""
+    the harmonic mean of the shares. Intervals are over subjects. `prompts` has one line per prompt: fact, group, kind,
+    prompt, p_new, p_true, success."""
 
     facts: int
-    shares: dict[Kind, Measure]
-    magnitudes: dict[Kind, Measure]
-    score: Measure
+    shares: dict[Kind, Mean]
+    magnitudes: dict[Kind, Mean]
+    score: Mean
     prompts: pl.DataFrame
 
 
@@ -71,7 +60,7 @@ class Evaluation:
 
     @property
     def table(self) -> pl.DataFrame:
-        """One line per measure: before, after, and the interval of each."""
+        """One line per measure: before, after, and the interval of each (null where there is one subject only)."""
         rows = []
         for name, one, two in (
             *((k, self.before.shares[k], self.after.shares[k]) for k in self.after.shares),
@@ -81,24 +70,26 @@ class Evaluation:
             rows.append(
                 {
                     "measure": name,
-                    "before": one.value,
+                    "before": one.mean,
                     "before_low": one.low,
                     "before_high": one.high,
-                    "after": two.value,
+                    "after": two.mean,
                     "after_low": two.low,
                     "after_high": two.high,
                 }
             )
-        return pl.DataFrame(rows)
+        bounds = [f"{state}_{side}" for state in ("before", "after") for side in ("low", "high")]
+        return pl.DataFrame(rows, schema_overrides=dict.fromkeys(bounds, pl.Float64))
 
 
 def score_facts(lm: LanguageModel, facts: Sequence[Fact]) -> pl.DataFrame:
     """Every prompt of every fact on the model as it is now: p_new, p_true, and whether it is as it shall be.
 
-    Raises `DataError`, naming the facts, where an object is missing.
+    Raises `DataError`, naming the facts, where an object is missing; `UsageError` without facts.
     """
-    lacking = [f.id or f.prompt for f in facts if f.new is None or f.true is None]
-    if lacking or not facts:
+    if not facts:
+        raise UsageError("no facts were given to be scored")
+    if lacking := [f.id or f.prompt for f in facts if f.new is None or f.true is None]:
         raise DataError(f"{len(lacking)} of {len(facts)} facts lack a true or a new object: {', '.join(lacking[:5])}")
     lines: list[tuple[Fact, Kind, str, str, str]] = []
     for fact in facts:
@@ -143,14 +134,15 @@ def summarise(prompts: pl.DataFrame, *, seed: int = 0) -> EditScores:
         .group_by("group", "fact", "kind", maintain_order=True)
         .agg(pl.col("success").mean(), pl.col("magnitude").mean())
     )
-    shares: dict[Kind, Measure] = {}
-    magnitudes: dict[Kind, Measure] = {}
+    shares: dict[Kind, Mean] = {}
+    magnitudes: dict[Kind, Mean] = {}
     for kind in KINDS:
         own = per_fact.filter(pl.col("kind") == kind)
         if own.height:
-            groups = _codes(own["group"])
-            shares[kind] = _mean(own["success"].to_numpy(), groups, seed)
-            magnitudes[kind] = _mean(own["magnitude"].to_numpy(), groups, seed)
+            groups, success = own["group"].to_list(), own["success"].to_numpy()
+            single = np.isin(success, (0.0, 1.0)).all()
+            shares[kind] = share_of(success, groups) if single else mean_of(success, groups, seed=seed)
+            magnitudes[kind] = mean_of(own["magnitude"].to_numpy(), groups, seed=seed)
     return EditScores(
         facts=prompts["fact"].n_unique(),
         shares=shares,
@@ -278,26 +270,9 @@ def generate_about(lm: LanguageModel, facts: Sequence[Fact], *, max_new_tokens: 
     return [a + b for a, b in zip(prompts, texts, strict=True)]
 
 
-def _codes(groups: pl.Series) -> np.ndarray:
-    return np.unique(groups.to_numpy(), return_inverse=True)[1]
-
-
-def _mean(values: Float[np.ndarray, " facts"], groups: np.ndarray, seed: int) -> Measure:
-    """The mean with its interval over groups."""
-    wide = values.astype(float)
-    mean = float(wide.mean())
-    if groups.max() == 0:
-        return Measure(mean, np.nan, np.nan)
-    if np.isin(wide, (0.0, 1.0)).all():
-        low, high = share_interval(wide[:, None].astype(bool), groups)[:, 0]
-    else:
-        low, high = ClusterBootstrap.draw(groups, seed).bounds(lambda w: wide @ w / w.sum(axis=0))
-    return Measure(mean, float(low), float(high))
-
-
-def _harmonic(per_fact: pl.DataFrame, kinds: Sequence[Kind], seed: int) -> Measure:
+def _harmonic(per_fact: pl.DataFrame, kinds: Sequence[Kind], seed: int) -> Mean:
     """The harmonic mean of the shares; its interval resamples subjects with all that belongs to them."""
-    groups, kind = _codes(per_fact["group"]), per_fact["kind"].to_numpy()
+    kind = per_fact["kind"].to_numpy()
     success = per_fact["success"].to_numpy().astype(float)
 
     def score(weights: Float[np.ndarray, "rows draws"]) -> Float[np.ndarray, " draws"]:
@@ -310,8 +285,6 @@ def _harmonic(per_fact: pl.DataFrame, kinds: Sequence[Kind], seed: int) -> Measu
             out: np.ndarray = np.where((stacked > 0).all(axis=0), len(kinds) / (1 / stacked).sum(axis=0), 0.0)
         return np.where(np.isnan(stacked).any(axis=0), np.nan, out)
 
-    value = float(score(np.ones((len(success), 1)))[0])
-    if groups.max() == 0:
-        return Measure(value, np.nan, np.nan)
-    low, high = ClusterBootstrap.draw(groups, seed).bounds(score)
-    return Measure(value, float(low), float(high))
+    return Mean(
+        float(score(np.ones((len(success), 1)))[0]), *interval_of(score, per_fact["group"].to_list(), seed=seed)
+    )

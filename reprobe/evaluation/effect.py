@@ -158,13 +158,13 @@ def dose_response(
     `text`, its greedy continuation.
     """
     name = str(getattr(scorer, "name", "effect"))
-    base = _scored(scorer, lm, name)
+    base = _scored(scorer, lm, name, "without steering")
     baseline = Baseline.of(lm, neutral)
     rows = []
     for i, strength in enumerate(strengths):
         items = several(interventions(strength))
         with steer(lm, *items):
-            scores = _scored(scorer, lm, name)
+            scores = _scored(scorer, lm, name, f"at strength {strength:g}")
             text = None if story is None else lm.generate(story, max_new_tokens=max_new_tokens)[0]
         if len(scores) != len(base):
             raise UsageError(
@@ -185,11 +185,11 @@ def dose_response(
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(bounds, pl.Float64))
 
 
-def _scored(scorer: Scorer, lm: LanguageModel, name: str) -> Float[np.ndarray, " prompts"]:
+def _scored(scorer: Scorer, lm: LanguageModel, name: str, when: str) -> Float[np.ndarray, " prompts"]:
     scores = np.asarray(scorer(lm), np.float64)
     if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
         raise UsageError(
-            f"the scorer {name} gave {scores.size} numbers in the shape {scores.shape}, {np.isfinite(scores).sum()} of "
-            "them finite: it must give one finite number per prompt"
+            f"{when} the scorer {name} gave {scores.size} numbers in the shape {scores.shape}, "
+            f"{np.isfinite(scores).sum()} of them finite: it must give one finite number per prompt"
         )
     return scores

@@ -107,8 +107,8 @@ def divergences(
 
 @torch.no_grad()
 def surprisals(lm: LanguageModel, run: Continued) -> Float[np.ndarray, " tokens"]:
-    """−log p of each token of a run, in nats, computed in float64."""
-    terms = []
+    """−log p of each token of a run, in nats, computed in float64; none for a string of one token."""
+    terms = [np.empty(0)]
     for rows in _blocks(lm, len(run.tokens)):
         logp = lm.unembed(run.states[rows]).double().log_softmax(-1)
         targets = torch.from_numpy(run.tokens[rows]).to(logp.device)
@@ -118,5 +118,5 @@ def surprisals(lm: LanguageModel, run: Continued) -> Float[np.ndarray, " tokens"
 
 
 def _blocks(lm: LanguageModel, n: int) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // int(lm.net.get_input_embeddings().weight.shape[0]))
+    step = max(1, _AT_ONCE // lm.vocab_size)
     return (slice(start, start + step) for start in range(0, n, step))

@@ -13,7 +13,7 @@ import polars as pl
 from jaxtyping import Float
 
 from reprobe.control import steer
-from reprobe.errors import DataError
+from reprobe.errors import DataError, UsageError
 from reprobe.evaluation.choices import multiple_choice
 from reprobe.evaluation.effect import Baseline, Interventions, several
 from reprobe.evaluation.generation import distinct, fluency
@@ -22,6 +22,7 @@ from reprobe.evaluation.passages import NEUTRAL, Passage, Text, surprisals
 from reprobe.model.language_model import LanguageModel
 from reprobe.progress import Progress, silent
 from reprobe.prompts import PromptSet
+from reprobe.prompts.fact import continuation
 
 #: Measures of generated text, each a number per text.
 _WRITING: dict[str, Callable[[str], float]] = {
@@ -62,7 +63,8 @@ def side_effects(
     `max_new_tokens` (0: none) greedy tokens. `unrelated` holds questions to be still answered: rows with `target` and
     `target_new` count as right where the first is the likelier continuation, rows of true and false answers by MC1;
     None leaves them out. Intervals are over texts, prompts and groups, of the paired change; `seed` is the
-    bootstrap's. Raises `DataError` for an `unrelated` of neither kind.
+    bootstrap's. Raises `DataError` for an `unrelated` of neither kind or with objects missing, `UsageError` for texts
+    of one token each, of which none is predicted.
     """
     items = several(interventions)
     questions = PromptSet.load(unrelated) if isinstance(unrelated, str) else unrelated
@@ -71,6 +73,8 @@ def side_effects(
     steps = 2 + (max_new_tokens > 0) + (answers is not None)
 
     baseline = Baseline.of(lm, texts)
+    if not any(len(run.tokens) for run in baseline.runs):
+        raise UsageError("cross-entropy and perplexity need a text of two tokens or more")
     progress("side effects", 1, steps)
     runs = baseline.steered(items, allow_mismatch=allow_mismatch)
     kl = baseline.between(runs, seed=seed)
@@ -110,10 +114,17 @@ _Scale = Callable[[np.ndarray], np.ndarray]
 def _answers(data: PromptSet) -> _Answers:
     columns = set(data.frame.columns)
     if {"target", "target_new"} <= columns:
-        pairs = [[f" {a}", f" {b}"] for a, b in data.frame.select("target", "target_new").iter_rows()]
+        objects = data.frame.select("target", "target_new")
+        if lacking := objects.filter(pl.any_horizontal(pl.all().is_null())).height:
+            raise DataError(
+                f"{data.name}: {lacking} of {objects.height} facts lack a true or a new object (target, target_new): "
+                "there is nothing to choose between"
+            )
+        texts = data.texts
+        pairs = [[continuation(t, o) for o in both] for t, both in zip(texts, objects.iter_rows(), strict=True)]
 
         def facts(lm: LanguageModel) -> tuple[np.ndarray, list[str]]:
-            scores = np.stack(lm.logprobs(data.texts, pairs))
+            scores = np.stack(lm.logprobs(texts, pairs))
             return (scores[:, 0] > scores[:, 1]).astype(np.float64), data.frame["group"].to_list()
 
         return facts

@@ -59,7 +59,7 @@ def tune(
     `TargetUnreachable`, with what was tried, if the interventions do nothing to the texts or no strength comes near
     enough.
     """
-    _require_sense(target_kl, start)  # before the model runs
+    _require_sense(target_kl, start, tolerance, max_evaluations)  # before the model runs
     baseline = Baseline.of(lm, texts)
     tried: list[tuple[float, Mean]] = []
 
@@ -93,10 +93,10 @@ def search(
     A bracketing search on log price against log |x|, where a price ~ x² is a line: from `start` by the slope (2 at
     first) until the target lies between two points, then by inverse quadratic or linear interpolation, or to the
     middle where neither falls well inside the bracket. A price that has stopped rising is near its ceiling; from then
-    on the log-odds of the price below the ceiling take the place of its logarithm. Raises `UsageError` for a target
-    or start that cannot be, `TargetUnreachable` with what was tried.
+    on the log-odds of the price below the ceiling take the place of its logarithm. Raises `UsageError` for a target,
+    start, tolerance or number of evaluations that cannot be, `TargetUnreachable` with what was tried.
     """
-    _require_sense(target, start)
+    _require_sense(target, start, tolerance, max_evaluations)
     points: list[_Point] = []
     x = math.log(abs(start))
     for _ in range(max_evaluations):
@@ -110,11 +110,13 @@ def search(
     raise TargetUnreachable(_why_not([p.kl for p in points], target, tolerance) + f" Tried (strength → KL): {tried}.")
 
 
-def _require_sense(target: float, start: float) -> None:
+def _require_sense(target: float, start: float, tolerance: float, max_evaluations: int) -> None:
     if not 0 < target < math.inf:
         raise UsageError(f"a target KL of {target}: a divergence is a positive number of nats per token")
     if start == 0 or not math.isfinite(start):
         raise UsageError(f"a search cannot start at a strength of {start}; give one above 0, or below it to steer away")
+    if not 0 < tolerance < math.inf or max_evaluations < 1:
+        raise UsageError(f"tolerance={tolerance}, max_evaluations={max_evaluations}: a share above 0, and 1 or more")
 
 
 @dataclass(frozen=True, order=True)

@@ -27,7 +27,7 @@ _FOUND: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str, int], int]]" 
 
 
 def token_budget(lm: LanguageModel, n_tokens: int) -> int:
-    """The budget for a run of `n_tokens` computed tokens: the device's usual one if that is too little to measure.
+    """The budget for a run of `n_tokens` tokens: the device's usual one if that is too little to measure.
 
     Measured once per network, device, dtype and number of threads. Takes well under a hundredth of such a run.
     """
@@ -61,8 +61,7 @@ def _fastest(lm: LanguageModel, candidates: tuple[int, ...]) -> int:
 def _seconds(lm: LanguageModel, budget: int) -> float:
     """Time of one block on `budget` tokens."""
     ids = torch.arange(budget, device=lm.device).reshape(-1, min(_ROW, budget))
-    vocabulary = int(lm.net.get_input_embeddings().weight.shape[0])
-    inputs = {"input_ids": ids % vocabulary}
+    inputs = {"input_ids": ids % lm.vocab_size}
     _wait(lm.device)
     start = time.perf_counter()
     capture(lm, inputs, (Site("resid.post", 0),), lambda h: h[:, -1])

@@ -103,7 +103,7 @@ class Ledger:
         )
         # Ids may have gaps, so a tokenizer's length is not its greatest id and one.
         known = max(lm.tokenizer.get_vocab().values()) + 1
-        size = min(known, int(lm.net.get_input_embeddings().weight.shape[0]))
+        size = min(known, lm.vocab_size)
         strange = np.flatnonzero((self.flat < 0) | (self.flat >= size))
         if len(strange):
             prompt = int(np.searchsorted(self.starts, strange[0], side="right")) - 1

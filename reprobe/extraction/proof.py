@@ -21,7 +21,7 @@ from reprobe.extraction.diagnosis import diagnose
 from reprobe.extraction.difference import row_differences, tolerance_of
 from reprobe.extraction.ledger import Ints, Ledger
 from reprobe.model.hooks import board_of
-from reprobe.model.identity import ModelIdentity
+from reprobe.model.identity import ModelIdentity, short
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.packs import plan_packs
 from reprobe.model.sites import Site, expand
@@ -243,7 +243,7 @@ def _run(
     widths = {s.site: s.width for s in store.manifest.sites}
     lengths = ledger.lengths[chosen]
     plan = plan_packs(
-        ledger.flat,
+        ledger.flat,  # not looked at: padded packs are made of lengths
         np.concatenate([[0], np.cumsum(lengths)]),
         packing="padded",
         budget=BATCH_TOKENS,
@@ -366,10 +366,6 @@ def _where(ledger: Ledger, row: int) -> Where:
 
 
 def _unlike(name: str, there: Any, here: Any) -> str:
-    def short(value: Any) -> str:
-        text = str(value)
-        return text[:12] + "…" if len(text) == 64 else text
-
     return f"identity: {name} is {short(there)} in the store, {short(here)} here"
 
 

@@ -30,7 +30,7 @@ from reprobe.model.text import Truncate
 from reprobe.progress import Progress, silent
 from reprobe.prompts import Position, PromptSet, TokenTable, index_frame, token_frame, tokenize
 from reprobe.store import ActivationStore, Grid, Shard, StoredSite, StoreWriter, size_on_disk
-from reprobe.store.layout import itemsize
+from reprobe.store.layout import itemsize, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Job:
     """An extraction that is settled but not started: what will run, and what it will take.
 
     `rows` vectors per site, `n_tokens` real tokens of which `n_computed` are computed (shared beginnings once),
-    `n_bytes` of activations on disk
-    (exact for zarr without compression, else an upper bound).
+    `n_bytes` of activations on disk (exact for zarr without compression, else an upper bound).
     """
 
     lm: LanguageModel
@@ -222,12 +221,12 @@ class Job:
         """Fill the missing shards one after the other. A pack whose rows span two of them runs once."""
         ends = self._row_ends
         computed = self.plan.computed(self.table.n_tokens)
-        of_shard = {shard.number: _overlapping(ends, shard) for shard in missing}
+        of_shard = {shard.number: shard.overlapping(ends) for shard in missing}
         numbers = list(dict.fromkeys(k for shard in missing for k in of_shard[shard.number]))
         packs = on_host(((k, self._run_pack(k)) for k in numbers), self.lm.device)
         total, done = float(computed[numbers].sum()), 0.0
         held: tuple[int, dict[Site, Tensor]] = (-1, {})
-        widths, dtype = self.widths, getattr(torch, self.dtype)
+        widths, dtype = self.widths, torch_dtype(self.dtype)
         progress("extract", 0, total)
         for shard in missing:
             values = {site: torch.empty(shard.rows, width, dtype=dtype) for site, width in widths.items()}
@@ -251,7 +250,7 @@ class Job:
         places = torch.from_numpy(layout.at[layout.starts[owner] + token]).to(lm.device)
         owners = torch.from_numpy(owner).to(lm.device) if table.pooled else None
         counts = torch.from_numpy(n_rows).to(lm.device)
-        dtype: torch.dtype = getattr(torch, self.dtype)
+        dtype = torch_dtype(self.dtype)
 
         def select(h: Tensor) -> Tensor:
             rows = h.flatten(0, 1)[places.to(h.device)]
@@ -365,16 +364,6 @@ def _recorded_budget(to: str | Path) -> int | None:
     """The token budget of the store at `to`, if there is one: going on with it needs the same."""
     try:
         budget = ActivationStore.open(to).manifest.plan.get("batch_tokens")
-    except (
-        ArtifactMissing,
-        CorruptArtifact,
-        SchemaMismatch,
-    ):  # told when it is opened for writing
+    except (ArtifactMissing, CorruptArtifact, SchemaMismatch):  # told when it is opened for writing
         return None
     return budget if isinstance(budget, int) and budget > 0 else None
-
-
-def _overlapping(ends: np.ndarray, shard: Shard) -> range:
-    """Packs that hold rows of a shard; pack k holds rows ends[k] to ends[k + 1]."""
-    first = int(np.searchsorted(ends, shard.start, side="right")) - 1
-    return range(first, int(np.searchsorted(ends, shard.stop, side="left")))

@@ -34,7 +34,8 @@ from reprobe.progress import Progress, silent
 from reprobe.prompts import Position, PromptSet, TokenTable, index_frame, token_frame, token_table
 from reprobe.prompts.columns import some
 from reprobe.provenance import digest_lines
-from reprobe.store import ActivationStore, Shard, StoredSite, StoreWriter
+from reprobe.store import ActivationStore, StoredSite, StoreWriter
+from reprobe.store.layout import torch_dtype
 
 _STATES, _TOKENS = "hidden_states", "token_ids"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -151,12 +152,12 @@ def import_vllm(
     with writer:
         progress("import", 0, index.height)
         for shard in writer.missing():
-            values = {site: torch.empty(shard.rows, found.width, dtype=_torch(store_dtype)) for site in sites}
-            for i in range(*_overlapping(ends, shard)):
+            values = {site: torch.empty(shard.rows, found.width, dtype=torch_dtype(store_dtype)) for site in sites}
+            for i in shard.overlapping(ends):
                 first, last = max(shard.start, int(ends[i])), min(shard.stop, int(ends[i + 1]))
                 rows = _rows(found, table, i, first - int(ends[i]), last - int(ends[i]))
                 for k, site in enumerate(sites):
-                    values[site][first - shard.start : last - shard.start] = rows[:, k].to(_torch(store_dtype))
+                    values[site][first - shard.start : last - shard.start] = rows[:, k].to(torch_dtype(store_dtype))
                 progress("import", last, index.height)
             writer.write_shard(shard.number, values)
     return ActivationStore.open(to)
@@ -244,7 +245,7 @@ def _require_fitting(files: VllmFiles, lm: LanguageModel) -> None:
             f"vLLM computed {files.dtype} here, but {lm.name} is loaded in {mine}, and a store says in what its rows "
             f"were computed: load it with dtype={files.dtype!r}"
         )
-    size = int(lm.net.get_input_embeddings().weight.shape[0])
+    size = lm.vocab_size
     beyond = [(i, int(t.max())) for i, t in zip(files.ids, files.tokens, strict=True) if t.max() >= size]
     if beyond:
         raise DataError(
@@ -283,12 +284,6 @@ def _rows(files: VllmFiles, table: TokenTable, i: int, first: int, last: int) ->
         return (total / n)[None]
 
 
-def _overlapping(ends: NDArray[np.int64], shard: Shard) -> tuple[int, int]:
-    """First and past-the-last file that has rows of a shard; file i has rows ends[i] … ends[i + 1] − 1."""
-    first = int(np.searchsorted(ends, shard.start, side="right")) - 1
-    return first, int(np.searchsorted(ends, shard.stop, side="left"))
-
-
 def _locked(lock: Path) -> bool:
     """Whether the connector holds this lock: it does from a request's arrival until its file is written."""
     fd = os.open(lock, os.O_RDONLY)
@@ -308,8 +303,3 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def _names(root: Path, paths: Iterable[Path]) -> str:
     return some(str(p.relative_to(root)) for p in paths)
-
-
-def _torch(dtype: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, dtype)
-    return found

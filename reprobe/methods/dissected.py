@@ -425,8 +425,8 @@ def _stream(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Toke
     flat = {name: array(arrays, f"stream.{name}", "iu", None).astype(np.int64) for name in _STREAM}
     n, starts = len(flat["ids"]), flat["starts"]
     counted = np.unpackbits(array(arrays, "stream.counted", "u", -(-n // 8)), count=n).astype(np.bool_)
-    if any(len(flat[name]) != n for name in ("begin", "end", "document")) or min(flat["document"]) < 0:
+    if any(len(flat[name]) != n for name in ("begin", "end", "document")) or flat["document"].min() < 0:
         raise ValueError("its stream's arrays are not of the same tokens")
-    if max(flat["document"]) >= len(documents) or starts[0] != 0 or starts[-1] != n or (np.diff(starts) < 0).any():
+    if flat["document"].max() >= len(documents) or starts[0] != 0 or starts[-1] != n or (np.diff(starts) < 0).any():
         raise ValueError("its stream's rows are not of its tokens, or of documents that it lacks")
     return TokenStream(text(header["name"]), counted=counted, documents=documents, about=dict(header["about"]), **flat)

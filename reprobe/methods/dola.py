@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reprobe.control.operators import widened
 from reprobe.errors import UnsupportedOperation, UsageError
 from reprobe.model.hooks import computed, observe
 from reprobe.model.language_model import LanguageModel, Prompt
@@ -306,15 +307,11 @@ class _Exits:
     def logits(
         self, states: Float[Tensor, "rows layers d_model"], tokens: Int[Tensor, " tokens"] | None = None
     ) -> Float[Tensor, "rows layers vocab"]:
-        return _wide(self.lm.architecture.unembed(self.lm.net, states, tokens, raw=self.raw))
+        return widened(self.lm.architecture.unembed(self.lm.net, states, tokens, raw=self.raw))
 
     def finished(self, raw: Float[Tensor, "rows layers vocab"]) -> Float[Tensor, "rows layers vocab"]:
         """Logits from what the head returns."""
-        return _wide(raw if self.raw else self.lm.architecture.finished(self.lm.net, raw))
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+        return widened(raw if self.raw else self.lm.architecture.finished(self.lm.net, raw))
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,7 +400,7 @@ class _TokenNumbers:
         head = exits.lm.net.get_output_embeddings()
         out = np.zeros((len(ids), 2 + 2 * n))
         for piece in _pieces(len(final), n, int(head.weight.shape[0])):
-            mature = _wide(exits.lm.unembed(final[piece]))
+            mature = widened(exits.lm.unembed(final[piece]))
             early = exits.logits(states[piece])
             plausible = plausible_tokens(mature, dola.alpha)
             found = _compared(mature, early, dola.compat, choose=n > 1 and dola.jsd == "vocabulary")

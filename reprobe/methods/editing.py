@@ -10,7 +10,7 @@ once; a step of the search runs the blocks above on the tokens from there on, al
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from reprobe.control.edits import EditEffect, WeightEdit
 from reprobe.control.ledger import ledger_of, unedited
 from reprobe.errors import DataError, UnsupportedOperation, UsageError
-from reprobe.methods.moments import OPENINGS
+from reprobe.methods.moments import OPENINGS, SecondMoment, require_unsteered
 from reprobe.model.cache import build, cache_folder
 from reprobe.model.hooks import board_of, capture
 from reprobe.model.identity import digest_tokenizer
@@ -105,15 +105,26 @@ def require_editable(lm: LanguageModel, layers: Iterable[int]) -> None:
         lm.parts.require(Site("mlp.neurons", layer))
 
 
+def require_moments(moments: Mapping[int, SecondMoment], layers: Iterable[int]) -> None:
+    """Raise `UsageError` unless there is a second moment of each of these blocks."""
+    for layer in layers:
+        if layer not in moments:
+            raise UsageError(f"no second moment of block {layer}; there are those of {sorted(moments)}")
+        if (site := moments[layer].site) != Site("mlp.neurons", layer):
+            raise UsageError(f"the second moment given for block {layer} is of {site}")
+
+
 def sample_prefixes(lm: LanguageModel, *, n: int = 20, seed: int = 0) -> tuple[str, ...]:
     """Beginnings of text that the model writes, half of them short, to stand before a fact's prompt.
 
-    Sampled once for the same model (its base, where it is edited), `n` and `seed`, and kept in the user's cache.
+    Sampled once for the same model (its base, where it is edited), `n` and `seed`, and kept in the user's cache. Raises
+    `UsageError` if they are not there while the model is being steered.
     """
     key = digest([_PREFIXES, ledger_of(lm).base.weights, str(lm.dtype), digest_tokenizer(lm.tokenizer), n, seed])
     file = cache_folder() / "prefixes" / f"{key}.json"
 
     def make(scratch: Any) -> None:
+        require_unsteered(lm)
         openings = [OPENINGS[i % len(OPENINGS)] for i in range(n)]
         with unedited(lm):
             texts = lm.generate(openings, max_new_tokens=10, do_sample=True, top_k=50, seed=seed) if n else []

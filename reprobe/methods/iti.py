@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import polars as pl
 from jaxtyping import Float, Integer
-from sklearn.base import clone
 
 from reprobe.control import Add, Scope, Steering
 from reprobe.errors import UnknownSite, UsageError
@@ -24,6 +23,7 @@ from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
 from reprobe.probing.probe_grid import store_provenance
 from reprobe.probing.reader import TrainingRows
+from reprobe.probing.refit import fit_on
 from reprobe.probing.rows import ProbeRows, require_pairs, select_rows
 from reprobe.progress import Progress, silent
 from reprobe.provenance import digest_lines
@@ -159,17 +159,21 @@ def head_ranking(
     heads = tuple(site for site in wanted_sites(store, None) if site.part == "attn.heads")
     splits = _splits(rows, folds, seed)
     probe, direction = probe or LogisticReader(), direction or MeanDifference()
+    for reader in (probe, direction):
+        if reader.uses_pairs and rows.pairs is not None:
+            require_pairs(rows, type(reader).__name__)
     accuracy = np.empty((folds, len(heads)))
     found: list[list[Direction]] = [[] for _ in splits]
     progress("iti", 0, len(heads))
     for i, (site, X) in enumerate(site_rows(store, heads, rows)):
         try:
+            everything = TrainingRows(X, rows.positive, rows.pairs, groups=rows.groups)
             for k, split in enumerate(splits):
-                fitted = _fit(probe, X, rows, split.train)
+                fitted = fit_on(probe, everything, split.train).direction_
                 held_out = split.validation
                 right = (fitted.score(X[held_out]) > 0) == rows.positive[held_out]
                 accuracy[k, i] = right.mean()
-                theta = _fit(direction, X, rows, split.development)
+                theta = fit_on(direction, everything, split.development).direction_
                 if compat == "honest_llama":
                     theta = dataclasses.replace(theta, scale=float(np.std(theta.project(X))))
                 found[k].append(theta)
@@ -211,16 +215,6 @@ def _splits(rows: ProbeRows, folds: int, seed: int) -> list[_Split]:
             )
         splits.append(split)
     return splits
-
-
-def _fit(
-    reader: Reader, X: Float[np.ndarray, "n width"], rows: ProbeRows, kept: Integer[np.ndarray, " kept"]
-) -> Direction:
-    pairs = None
-    if reader.uses_pairs and rows.pairs is not None:
-        pairs = np.unique(require_pairs(rows, type(reader).__name__)[kept], return_inverse=True)[1]
-    fitted: Reader = clone(reader).fit_rows(TrainingRows(X[kept], rows.positive[kept], pairs))
-    return fitted.direction_
 
 
 def _ranking(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from reprobe.control.adapters import Adapter, Factors
 from reprobe.control.edits import Matrix
 from reprobe.control.ledger import ledger_of
+from reprobe.control.model_folder import refuse_existing
 from reprobe.errors import (
     ArtifactExists,
     IdentityMismatch,
@@ -163,7 +164,7 @@ def train(
     unfinished = _unfinished(target)
     if target.exists():  # only with resume
         found = Adapter.load(target)
-        _require_same(found.provenance["plan"], plan, target)
+        _require_same(found.provenance.get("plan", {}), plan, target)
         unfinished.unlink(missing_ok=True)
         return found
     training = _Training(lm, how, sites, texts, along, config)
@@ -192,8 +193,7 @@ def require_peft() -> None:
 def require_new(to: str | Path) -> None:
     """Raise `ArtifactExists` if an adapter cannot be trained to `to` without `resume`."""
     target, unfinished = Path(to), _unfinished(Path(to))
-    if target.exists():
-        raise ArtifactExists(f"{target} exists; name a folder that does not")
+    refuse_existing(target)
     if unfinished.exists():
         raise ArtifactExists(
             f"{unfinished} is left of a training that was not finished: go on with resume=True (--resume), or delete it"
@@ -324,11 +324,12 @@ def _plan(
 
 
 def _require_same(there: Mapping[str, Any], here: Mapping[str, Any], place: Path) -> None:
+    known = {part: dict(there.get(part, {})) for part in here}  # an adapter need not come from a training
     lines = [
-        f"  {part}, {name}: {there[part].get(name)} there, {here[part].get(name)} here"
+        f"  {part}, {name}: {known[part].get(name)} there, {here[part].get(name)} here"
         for part in here
-        for name in sorted({*there[part], *here[part]})
-        if there[part].get(name) != here[part].get(name)
+        for name in sorted({*known[part], *here[part]})
+        if known[part].get(name) != here[part].get(name)
     ]
     if lines:
         raise IdentityMismatch(f"{place} is of another training:\n" + "\n".join(lines))

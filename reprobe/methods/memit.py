@@ -68,6 +68,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch < 1 or (self.weight is not None and self.weight <= 0):
             raise UsageError(f"batch={self.batch}, weight={self.weight}: both are positive")
+        if self.weight is not None and self.null_space is not None:
+            raise UsageError(f"weight={self.weight} does nothing in the null space, which is kept whole: give one")
 
 
 def edit(
@@ -97,8 +99,7 @@ def edit(
     for fact in wanted:
         _ = fact.wanted
     given = moments if isinstance(moments, Mapping) else second_moments(lm, where, moments, progress=progress)
-    if missing := [layer for layer in where if layer not in given]:
-        raise UsageError(f"no second moment of the blocks {missing}; there are {sorted(given)}")
+    editing.require_moments(given, where)
     if values is not None and values.shape != (len(wanted), lm.d_model):
         raise UsageError(f"{len(wanted)} facts need values {len(wanted)} × {lm.d_model}, not {tuple(values.shape)}")
     before = editing.probabilities(lm, wanted)

@@ -21,7 +21,7 @@ from torch import Tensor
 from reprobe.control.ledger import ledger_of, unedited
 from reprobe.errors import ArtifactMissing, CorruptArtifact, DataError, UnsupportedOperation, UsageError
 from reprobe.model.cache import build, cache_folder
-from reprobe.model.hooks import capture
+from reprobe.model.hooks import board_of, capture
 from reprobe.model.identity import digest_tokenizer
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.packs import lay_out
@@ -62,6 +62,7 @@ class Sample:
         file = cache_folder() / "samples" / f"{digest([base.weights, base.dtype, self.digest(lm)])}.json"
 
         def make(scratch: Path) -> None:
+            require_unsteered(lm)
             with unedited(lm):
                 (scratch / file.name).write_text(json.dumps(list(self._written(lm, progress))))
 
@@ -125,14 +126,9 @@ class Corpus:
     def rows(self, lm: LanguageModel, progress: Progress) -> Iterator[np.ndarray]:
         """Token ids of the windows."""
         window = min(self.window, lm.context or self.window)
-        texts = [text for text in self.texts if text.strip()]
-        done = 0
-        for row in tokenise(lm.tokenizer, texts):
+        for row in tokenise(lm.tokenizer, [text for text in self.texts if text.strip()]):
             for start in range(0, len(row.ids), window):
                 yield row.ids[start : start + window]
-                done += len(row.ids[start : start + window])
-                if self.tokens is not None and done >= self.tokens:
-                    return
 
     def digest(self, lm: LanguageModel) -> str:
         pieces = (row.tobytes() + b"|" for row in _cut(self.rows(lm, silent), self.tokens))
@@ -220,7 +216,7 @@ def second_moments(
 
     `text` defaults to `Sample()`. Of a model with edits they are those of its base. `fresh` computes anew. Memory:
     8 · width² bytes a block, and one pack's rows. Raises `UnknownSite` for blocks that have no `mlp.neurons`,
-    `UnsupportedOperation` for encoders.
+    `UnsupportedOperation` for encoders, `UsageError` while the model is being steered.
     """
     if lm.architecture.kind != "decoder":
         raise UnsupportedOperation(f"{lm.name} is an encoder ({lm.architecture.family}): it cannot be edited")
@@ -235,6 +231,7 @@ def second_moments(
     found = {} if fresh else {layer: m for layer, file in files.items() if (m := _read(file)) is not None}
     missing = [layer for layer in sites if layer not in found]
     if missing:
+        require_unsteered(lm)
         with unedited(lm):
             rows = list(_cut(source.rows(lm, progress), source.tokens))
             n, sums = _accumulate(lm, [sites[layer] for layer in missing], rows, progress)
@@ -271,6 +268,12 @@ def _accumulate(
         done += len(layout.at)
         progress("moments", done, len(tokens))
     return len(tokens), {site: total.cpu().numpy() for site, total in sums.items()}
+
+
+def require_unsteered(lm: LanguageModel) -> None:
+    """Raise `UsageError` rather than keep what a steered model does as if it were the model's."""
+    if board_of(lm).changed:
+        raise UsageError("the model is being steered, and what is kept would be of that: do this outside the context")
 
 
 def _cut(rows: Iterator[np.ndarray], tokens: int | None) -> Iterator[np.ndarray]:

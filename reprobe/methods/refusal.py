@@ -92,7 +92,8 @@ class Search:
     `table` has a row per candidate: `position` (from the prompt's end), `layer`; `bypass`, the mean behaviour on
     prompts that call for it while the direction is ablated; `induce`, that on the other prompts while it is added at
     its block; `kl`, nats between the next-token distributions on the other prompts with and without ablation;
-    `allowed`, whether the rule lets it be chosen. `base` is the behaviour without steering, (calling for it, others).
+    `allowed`, whether the rule lets it be chosen (never one whose `bypass` or `kl` is no number). `base` is the
+    behaviour without steering, (calling for it, others).
     """
 
     table: pl.DataFrame
@@ -205,11 +206,14 @@ def search(
             kl = _divergence(base_next, _next(lm, trial[1], batch))
         with steer(lm, Add(r)):
             induce = float(behaviour(lm, trial[1]).mean())
-        allowed = layer in depth and rule.allows(kl, induce)
+        allowed = layer in depth and bool(np.isfinite(bypass)) and rule.allows(kl, induce)
         rows.append(
             {"position": position, "layer": layer, "bypass": bypass, "induce": induce, "kl": kl, "allowed": allowed}
         )
-        directions[position, layer] = dataclasses.replace(r, metrics={"bypass": bypass, "induce": induce, "kl": kl})
+        measured = {"bypass": bypass, "induce": induce, "kl": kl}
+        directions[position, layer] = dataclasses.replace(
+            r, metrics={name: value for name, value in measured.items() if np.isfinite(value)}
+        )
         progress("refusal", done + 1, len(candidates))
     if not rows:
         raise UsageError("the two sides do not differ at any position and block: are they the same prompts?")

@@ -193,6 +193,7 @@ def generate(
     return texts[: len(streams.base)]
 
 
+@torch.no_grad()
 def logprobs(
     lm: LanguageModel,
     steering: Steering,
@@ -222,14 +223,9 @@ def logprobs(
                         "a continuation has other tokens after one prompt than after another: let the three prompts "
                         "end alike"
                     )
-            out.append(np.array([_logprob(lm, run.states, run.tokens) for run in runs[:n]]))
+            each = (lm.token_logprobs(run.states[:-1], np.arange(len(run.tokens)), run.tokens) for run in runs[:n])
+            out.append(np.array([one.sum() for one in each]))
     return out
-
-
-@torch.no_grad()
-def _logprob(lm: LanguageModel, states: Float[Tensor, "tokens+1 d_model"], tokens: Int[np.ndarray, " tokens"]) -> float:
-    logp = lm.unembed(states[:-1]).double().log_softmax(-1)
-    return float(logp.gather(-1, torch.from_numpy(tokens).to(logp.device)[:, None]).sum())
 
 
 class _Follow:

@@ -53,6 +53,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.bare is not None and not 0 < self.bare <= 1:
             raise UsageError(f"bare={self.bare}: a weight above 0 and at most 1, or None")
+        if self.prefixes < 0 or self.searched < 0:
+            raise UsageError(f"prefixes={self.prefixes}, searched={self.searched}: numbers of prefixes, 0 or more")
+        if self.compat not in (None, "rome"):
+            raise UsageError(f"compat={self.compat!r}; None, or 'rome' for the published form")
 
     @property
     def searching(self) -> Search:
@@ -97,7 +101,7 @@ def edit(
     known to work for the bundled models. `moment` is the block's second moment, or the text it is of (default: sampled
     from the model; minutes on first use, then cached). The edit carries its measured effect; a warning says if there
     is none. Raises `DataError` for a subject that is not in its prompt or an empty target, `UnknownSite` for a block
-    beyond the model or without `mlp.neurons`, `UsageError` for a singular moment or a moment of another model's width.
+    beyond the model or without `mlp.neurons`, `UsageError` for a singular moment, or one of another block or width.
     """
     if (fact is None) != bool(subject or prompt or target):
         raise UsageError("give a fact, or subject, prompt and target")
@@ -107,6 +111,7 @@ def edit(
     editing.require_editable(lm, [where])
     if isinstance(moment, SecondMoment):
         found = moment
+        editing.require_moments({where: found}, [where])
     else:
         found = second_moments(lm, [where], moment, progress=progress)[where]
     before = editing.probabilities(lm, [what])
@@ -174,9 +179,7 @@ def rank_one(
     bias: Float[np.ndarray, " outputs"],
     settings: Settings,
 ) -> tuple[Float[np.ndarray, "outputs 1"], Float[np.ndarray, "inputs 1"]]:
-    """The factors of ΔW. Raises `UsageError` for an unknown `compat` or a moment of another width."""
-    if settings.compat not in (None, "rome"):
-        raise UsageError(f"compat={settings.compat!r}; None, or 'rome' for the published form")
+    """The factors of ΔW. Raises `UsageError` for a moment of another width."""
     if moment.width != len(association.key):
         raise UsageError(f"a moment of width {moment.width} does not fit keys of width {len(association.key)}")
     direction = moment.solve(association.key, settings.ridge)

@@ -3,8 +3,7 @@
 Enters: values with the unit and the number of the token that they are of, in any order and in any pieces. Leaves: of
 each unit the `keep` largest, which is all that a top quantile needs when the stream's length is known beforehand: the
 threshold is exact, where a quantile sketch would be off by some share of the stream, and the tokens above it are known
-without a second pass. Two of them merge into what one would have been. Does not know what units, tokens or concepts
-are.
+without a second pass. Does not know what units, tokens or concepts are.
 
 Memory: `keep` × 8 bytes a unit for what is kept, half as much again for what was added and not yet sorted in.
 """
@@ -45,17 +44,12 @@ class TopValues:
 
     def add(self, unit: Int[np.ndarray, " n"], token: Int[np.ndarray, " n"], value: Float[np.ndarray, " n"]) -> None:
         """Add values to the streams that they are of."""
-        self._put(unit, _keys(np.asarray(value, np.float32), np.asarray(token)))
-
-    def merge(self, other: "TopValues") -> None:
-        """Take in what another has seen of the same units, at other tokens; `UsageError` if its sizes are others."""
-        if (self.units, self.keep) != (other.units, other.keep):
-            raise UsageError(
-                f"tops of {self.units} units × {self.keep} values and of {other.units} × {other.keep} do not merge"
-            )
-        other.fold()
-        unit, column = np.nonzero(other._keys)
-        self._put(unit, other._keys[unit, column])
+        # Numbers of 16 bits are sorted by radix.
+        small = np.uint16 if self.units <= 2**16 else np.uint32
+        self._pending.append((unit.astype(small), _keys(np.asarray(value, np.float32), np.asarray(token))))
+        self._waiting += len(unit)
+        if self._waiting > self._room:
+            self.fold()
 
     def largest(self) -> tuple[Float[np.ndarray, "units keep"], Int[np.ndarray, "units keep"]]:
         """Values, falling, and their tokens; where there were fewer than `keep`, −∞ and −1."""
@@ -85,14 +79,6 @@ class TopValues:
             self._keys[rows] = both[:, most:]
             least = both[:, most]
             self.floor[rows] = np.where(least == _NOTHING, np.float32(-np.inf), _values(least))
-
-    def _put(self, unit: NDArray[np.integer], key: UInt64[np.ndarray, " n"]) -> None:
-        # Numbers of 16 bits are sorted by radix.
-        small = np.uint16 if self.units <= 2**16 else np.uint32
-        self._pending.append((unit.astype(small), key))
-        self._waiting += len(key)
-        if self._waiting > self._room:
-            self.fold()
 
     def _blocks(self, counts: Int[np.ndarray, " units"]) -> Iterator[Int[np.ndarray, " block"]]:
         """Units that got something, in blocks of like counts: one that got much does not make the others' rows long."""

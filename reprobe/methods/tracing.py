@@ -233,6 +233,12 @@ class TraceGrid:
         return lines.sort("effect", descending=True, maintain_order=True).row(0, named=True)
 
     @property
+    def peaks(self) -> list[dict[str, Any]]:
+        """The `peak` of every kind and role that was traced, in the order of `averages`."""
+        pairs = self.averages.select("kind", "role").unique(maintain_order=True)
+        return [self.peak(kind, role) for kind, role in pairs.iter_rows()]
+
+    @property
     def _groups(self) -> list[str]:
         return [t.fact.group or f"{i}" for i, t in enumerate(self.traces)]
 

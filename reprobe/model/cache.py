@@ -7,7 +7,6 @@ under the final name. Does not know what is cached.
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -19,9 +18,7 @@ import platformdirs
 
 from reprobe.errors import DiskFull, FetchFailed
 from reprobe.progress import Progress, silent
-from reprobe.provenance import sync_folder
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from reprobe.provenance import NO_ROOM, sync_folder
 
 
 def cache_folder() -> Path:
@@ -95,11 +92,13 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
     if path.is_dir():
+        for entry in path.iterdir():
+            _sync(entry)
         sync_folder(path)
+    else:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
 
 
 @contextlib.contextmanager
@@ -110,7 +109,7 @@ def explained(target: Path) -> Iterator[None]:
     except DiskFull:
         raise
     except OSError as e:
-        if e.errno in _FULL:
+        if e.errno in NO_ROOM:
             raise DiskFull(
                 f"no room left in {target.parent} while making {target.name}; nothing was left behind. "
                 "Free some room, or set REPROBE_CACHE to a folder on another disk."

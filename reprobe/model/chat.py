@@ -18,19 +18,18 @@ Messages = Sequence[Mapping[str, str]]
 _MARK = "LAST-MESSAGE-MARK-7Q2"
 
 
-def render(messages: Messages, tokenizer: Any, *, add_generation_prompt: bool | None = None) -> str:
-    """The conversation as text, by the tokenizer's chat template.
+def render(messages: Messages, tokenizer: Any) -> str:
+    """The conversation as text, by the tokenizer's chat template, the assistant's turn opened unless it spoke last.
 
-    `add_generation_prompt` opens the assistant's turn at the end; None does so if the last message is not the
-    assistant's. Raises `UnsupportedOperation` if there is no template, `DataError` if the template refuses
-    the conversation (many refuse a system message, or roles that do not alternate).
+    Raises `UnsupportedOperation` if there is no template, `DataError` if the template refuses the conversation
+    (many refuse a system message, or roles that do not alternate).
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UnsupportedOperation(
             "these prompts are messages, and the tokenizer has no chat template: use an instruction-tuned "
             "model, set tokenizer.chat_template, or give the prompts as text"
         )
-    opened = messages[-1]["role"] != "assistant" if add_generation_prompt is None else add_generation_prompt
+    opened = messages[-1]["role"] != "assistant"
     try:
         text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=opened)
     except jinja2.TemplateError as error:
@@ -38,9 +37,7 @@ def render(messages: Messages, tokenizer: Any, *, add_generation_prompt: bool | 
     return str(text)
 
 
-def last_content_start(
-    messages: Messages, tokenizer: Any, rendered: str, *, add_generation_prompt: bool | None = None
-) -> int:
+def last_content_start(messages: Messages, tokenizer: Any, rendered: str) -> int:
     """The character of `rendered` at which the last message's content begins.
 
     Found by rendering once more with a mark in its place, so that equal words elsewhere cannot be mistaken
@@ -48,7 +45,7 @@ def last_content_start(
     its ends).
     """
     marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
-    frame = render(marked, tokenizer, add_generation_prompt=add_generation_prompt)
+    frame = render(marked, tokenizer)
     before, *after = frame.split(_MARK)
     if len(after) != 1 or before + messages[-1]["content"] + after[0] != rendered:
         raise DataError(

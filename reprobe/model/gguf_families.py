@@ -169,7 +169,8 @@ def config_of(
 
 def _scale_rope(config: Any, stated: Mapping[str, Any], tensors: Mapping[str, Any], head_dim: int) -> None:
     """Scaled rotary frequencies: linear ones by metadata, Llama 3's by the tensor of factors."""
-    kind, factors = stated.get("rope.scaling.type", "none"), tensors.get("rope_freqs.weight")
+    unnamed = "linear" if stated.get("rope.scaling.factor") else "none"  # what llama.cpp takes it for
+    kind, factors = stated.get("rope.scaling.type", unnamed), tensors.get("rope_freqs.weight")
     if kind == "none" and factors is None:
         return
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)

@@ -141,7 +141,9 @@ class Board:
     def _install(self) -> None:
         """Make the installed hooks exactly those that the present interventions and observers need."""
         self._clear()
-        self._tokens = self._direct = None
+        self._tokens = None
+        if not (self._interventions or self._followers):
+            self._direct = None  # passes are not noted any more
         self._pre.clear()
         try:
             self._register()
@@ -504,7 +506,7 @@ def computed(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator
 def capture(
     lm: "LanguageModel",
     inputs: Mapping[str, Any],
-    sites: Sequence[Site],
+    sites: Iterable[Site | str] | Site | str,
     select: Callable[[Tensor], Tensor] | None = None,
     *,
     gradients: bool = False,
@@ -514,14 +516,16 @@ def capture(
     `inputs` are the trunk's keyword arguments (input_ids, attention_mask, position_ids …). `select` maps a site's
     (rows, columns, width) to what should be kept of it and must return a new tensor; it runs on the device, so that
     unwanted tokens are never copied anywhere. Without it all is kept. Runs without gradients, unless they are wanted.
+    Raises `UnknownSite`.
     """
+    wanted = lm.sites(sites)
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site, h: Tensor) -> None:
         seen[site] = h.clone() if select is None else select(h)
 
-    visit(lm, inputs, sites, keep, gradients=gradients)
-    return {site: seen[site] for site in sites}
+    visit(lm, inputs, wanted, keep, gradients=gradients)
+    return {site: seen[site] for site in wanted}
 
 
 def visit(

@@ -65,14 +65,15 @@ class ModelIdentity:
         """Raise `IdentityMismatch`, listing the fields, if `what` (made with `self`) is used with `other`."""
         diff = self.differences(other)
         if diff and not allow_mismatch:
-            lines = [f"  {k}: {_short(a)} there, {_short(b)} here" for k, (a, b) in diff.items()]
+            lines = [f"  {k}: {short(a)} there, {short(b)} here" for k, (a, b) in diff.items()]
             raise IdentityMismatch(
                 f"{what} was made with {self.name}, not with this {other.name}:\n" + "\n".join(lines) + "\n"
                 "Load the model it was made with, or pass allow_mismatch=True if you know they agree."
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A field of an identity for people: of a digest, its beginning."""
     text = str(value)
     return text[:12] + "…" if len(text) == 64 else text
 

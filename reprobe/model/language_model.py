@@ -14,7 +14,7 @@ from enum import IntEnum
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from reprobe.errors import (
     ModelLoadFailed,
     PromptTooLong,
     SelfCheckFailed,
-    UnsupportedModel,
     UnsupportedOperation,
     UsageError,
 )
@@ -38,7 +37,7 @@ from reprobe.model.hooks import board_of, follow, observe
 from reprobe.model.identity import ModelIdentity, digest_template, digest_tokenizer, digest_weights
 from reprobe.model.monitor import DirectionLike, Monitor, checked
 from reprobe.model.packs import BUDGET, Layout, Packing, Plan, lay_out, plan_packs
-from reprobe.model.passes import PackedTokens, Prompts
+from reprobe.model.passes import PackedTokens, Prompts, positions_of
 from reprobe.model.sites import LAYER_PARTS, MODEL_PARTS, Parts, Site, expand
 from reprobe.model.text import Span, TokenisedText, Truncate, tokenise
 from reprobe.progress import Progress, silent
@@ -73,8 +72,8 @@ class Encoded:
 
     @property
     def position_ids(self) -> Int[Tensor, "rows columns"]:
-        """Position of each token among its row's real tokens; 0 on pads."""
-        return (self.real.long().cumsum(1) - 1).clamp(min=0)
+        """Position of each token among its row's real tokens; on pads, that of the token before them, or 0."""
+        return positions_of(self.real)
 
     def row(self, i: int) -> Int[Tensor, " tokens"]:
         """Token ids of prompt i without padding."""
@@ -125,12 +124,19 @@ class LanguageModel:
         `name` is a bundled name (`smollm2-135m`, `gemma3-270m`), a `.gguf` file (dequantised once into the cache),
         a local folder, or a hub id (`revision` is a branch, tag or commit there). `dtype` ("float32", "bfloat16",
         "float16"; default: as the checkpoint says, float32 for bundled and GGUF weights). `device` defaults to CUDA
-        where there is one. `device_map`, `attn_implementation` and `quantization_config` go to transformers as they
-        are. Under torchrun the default is the process's own GPU (LOCAL_RANK). Raises `FetchFailed`,
-        `ModelLoadFailed`, `UnsupportedModel`, and `UsageError` for a dtype or device that there is not.
+        where there is one, under torchrun to the process's own GPU (LOCAL_RANK). `device_map`,
+        `attn_implementation` and `quantization_config` go to transformers as they are; with the first or the last,
+        transformers places the network, and `device` is refused. Raises `FetchFailed`, `ModelLoadFailed`,
+        `UnsupportedModel`, and `UsageError` for a dtype or device that there is not.
         """
         options: dict[str, Any] = {"dtype": _dtype(dtype) if dtype is not None else "auto"}
         place = None if device is None else _device(device)
+        placed = device_map is not None or quantization_config is not None
+        if placed and place is not None:
+            raise UsageError(
+                f"device={str(device)!r} does not go with device_map or quantization_config, with which transformers "
+                f"places the network: leave it out, or say device_map={{'': {str(device)!r}}}"
+            )
         source, label = _resolve(str(name), progress)
         local = Path(source).is_dir()
         if revision is not None and local:
@@ -152,11 +158,11 @@ class LanguageModel:
                 auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
                 net = auto.from_pretrained(source, **where, **options)
                 tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        except (UnsupportedModel, UsageError):
+        except UsageError:
             raise
         except Exception as e:  # transformers raises many kinds for the same few causes
             raise ModelLoadFailed(_why_not(str(name), local, e)) from e
-        if device_map is None and quantization_config is None:
+        if not placed:
             net = net.to(_own_device() if place is None else place)
         commit = getattr(net.config, "_commit_hash", None)
         return cls(net, tokenizer, name=label, revision=commit or revision)
@@ -191,8 +197,8 @@ class LanguageModel:
         return self.architecture.context(self.net.config)
 
     @property
-    def _vocabulary(self) -> int:
-        """Rows of the input embedding: token ids are below it."""
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: token ids are below it, but not every one need be the tokenizer's."""
         return int(self.net.get_input_embeddings().weight.shape[0])
 
     @property
@@ -217,9 +223,11 @@ class LanguageModel:
         """Sites of this model from sites, names or patterns; raises `UnknownSite`."""
         return expand(sites, self.parts)
 
-    def width(self, site: Site) -> int:
-        """Number of components of the vector at a site."""
-        return self.architecture.width(self.net, self.parts.require(site))
+    def width(self, site: Site | str) -> int:
+        """Number of components of the vector at a site; raises `UnknownSite`."""
+        return self.architecture.width(
+            self.net, self.parts.require(Site.parse(site) if isinstance(site, str) else site)
+        )
 
     # -- text in ----------------------------------------------------------------------------------------------
 
@@ -255,6 +263,8 @@ class LanguageModel:
         return tokenise(self.tokenizer, batch, spans=spans, context=limit, truncate=truncate)
 
     def _pad(self, rows: Sequence[TokenisedText], padding: Padding) -> Encoded:
+        if padding not in get_args(Padding):
+            raise UsageError(f"padding={padding!r}: one of {', '.join(get_args(Padding))}")
         width = max(len(r.ids) for r in rows)
         return self._lay(rows, [width - len(r.ids) if padding == "left" else 0 for r in rows], width)
 
@@ -379,10 +389,12 @@ class LanguageModel:
     ) -> Tensor | list[Tensor]:
         """Next-token logits after the last token of each prompt, (prompts, vocab); or with `at="all"` after every
         token, one (tokens, vocab) tensor per prompt. Padding never changes them."""
+        if at not in ("last", "all"):
+            raise UsageError(f"at={at!r}: one of last, all")
         batch = self.encode(prompts, spans=spans, padding=padding)
         hidden = self._run(batch)
         if at == "all":
-            return [self.unembed(hidden[i][batch.real[i]]) for i in range(len(hidden))]
+            return [self.unembed(h[real]) for h, real in zip(hidden, batch.real.to(hidden.device), strict=True)]
         columns = torch.arange(batch.real.shape[1], device=batch.real.device)
         last = (columns * batch.real).amax(1)
         return self.unembed(hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)])
@@ -497,7 +509,7 @@ class LanguageModel:
         # What must not be shared is made a part of a token's number: its role, and where an intervention asks for the
         # prompt, the prompt's tokens (which may depend on the continuation, at the seam).
         sequences, sequence = _beginnings(rows, prompt) if board.by_prompt else ([], np.zeros(len(rows), np.int64))
-        vocabulary = self._vocabulary
+        vocabulary = self.vocab_size
         numbers = np.concatenate(
             [(r.ids + s * vocabulary) * len(_Role) + _roles(r) for r, s in zip(rows, sequence, strict=True)]
         )
@@ -554,7 +566,7 @@ class LanguageModel:
             "trivial": bool(layout.real.all()),
         }
         if sequences:
-            sequence = layout.ids // (len(_Role) * self._vocabulary)
+            sequence = layout.ids // (len(_Role) * self.vocab_size)
             prompt, lengths = np.asarray(sequences, np.int64).T
             out["sequence"] = self._put(sequence)
             out["prompt"], out["lengths"] = self._put(prompt[sequence]), self._put(lengths[sequence])
@@ -568,7 +580,7 @@ class LanguageModel:
     ) -> Float[np.ndarray, " tokens"]:
         """Log-probability (nats, float64) of each target token after the state, at `final`, that `which` names."""
         out = np.zeros(len(targets))
-        step = max(1, _LOGITS_AT_ONCE // self._vocabulary)
+        step = max(1, _LOGITS_AT_ONCE // self.vocab_size)
         for start in range(0, len(states), step):
             logits = self.unembed(states[start : start + step]).float()
             here = np.flatnonzero((which >= start) & (which < start + step))
@@ -591,7 +603,8 @@ class LanguageModel:
         """Continuations of prompts as text, without the prompt; greedy unless `do_sample=True` or `num_beams=…`.
 
         `decoding` is another way to score the next token (`methods.dola.DoLa`). `options` go to transformers'
-        `generate`. With `num_return_sequences=k`, k texts per prompt follow each other. `seed` makes sampling
+        `generate`, and come before what a `generation_config` among them says; so do `max_new_tokens` and greediness,
+        given or not. With `num_return_sequences=k`, k texts per prompt follow each other. `seed` makes sampling
         repeatable and leaves the global random state as it was. Raises `PromptTooLong` if prompt and new tokens do not
         fit the context.
         """
@@ -601,6 +614,8 @@ class LanguageModel:
         for ours in ("input_ids", "inputs", "attention_mask"):
             if ours in options:
                 raise UsageError(f"{ours} is made from the prompts; pass text to lm.generate")
+        if "max_length" in options:
+            raise UsageError("max_length counts the prompt's tokens too, and gives way: say max_new_tokens")
         batch = self._pad(self._tokenise(prompts, spans, room=max_new_tokens), "left")
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens} | options
         if not settings["do_sample"]:
@@ -627,9 +642,10 @@ class LanguageModel:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            tokens = self.net.generate(
+            out = self.net.generate(
                 input_ids=batch.input_ids, attention_mask=batch.real.long(), pad_token_id=self.pad_id, **settings | own
             )
+        tokens = out if isinstance(out, Tensor) else out.sequences  # of return_dict_in_generate
         new = tokens[:, batch.input_ids.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
@@ -713,7 +729,7 @@ class LanguageModel:
         """
         limit = tolerance if tolerance is not None else (1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05)
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, self._vocabulary, (2, 7), generator=generator).to(self.device)
+        ids = torch.randint(0, self.vocab_size, (2, 7), generator=generator).to(self.device)
         every = [Site(p) for p in MODEL_PARTS]
         every += [Site(p, i) for i, have in enumerate(self.parts.of_layer) for p in LAYER_PARTS if p in have]
         batch = Encoded(ids, torch.ones_like(ids, dtype=torch.bool), {})
@@ -843,13 +859,18 @@ def _require_spans(spans: Sequence[Mapping[str, Span]] | None, batch: Sequence[P
 
 
 def _is_chat(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    listed = not isinstance(prompt, str | Mapping) and hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__")
+    return listed and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _batch(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str) or _is_chat(prompts):
         return [prompts]
-    batch = list(prompts)
+    batch = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, Mapping) else [prompts]
     if not batch:
         raise UsageError("no prompts were given")
+    if strange := [p for p in batch if not (isinstance(p, str) or _is_chat(p))]:
+        raise UsageError(
+            f"a prompt is text or a list of chat messages (of a PromptSet: .texts), not {strange[0]!r:.80}"
+        )
     return batch

@@ -50,7 +50,10 @@ def checked(
     if isinstance(directions, Mapping):
         filed = [(Site.parse(k) if isinstance(k, str) else k, d) for k, d in directions.items()]
     else:
-        several = [directions] if hasattr(directions, "vector") else list(directions)
+        many = isinstance(directions, Iterable) and not isinstance(directions, str)
+        several = list(directions) if many and not hasattr(directions, "vector") else [directions]
+        if strange := [d for d in several if not hasattr(d, "vector")]:
+            raise UsageError(f"{what} reads with directions, not with {strange[0]!r:.80}")
         filed = [(d.site, d) for d in several]
     if not filed:
         raise UsageError(f"{what} needs at least one direction")

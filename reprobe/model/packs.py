@@ -136,7 +136,7 @@ def plan_packs(
 
 def _trees(tokens: NDArray[np.integer], starts: Ints, budget: int, alone_beyond: int | None) -> tuple[Ints, Ints, Ints]:
     """Prompts in lexicographic order, how many tokens each shares with the one before, and the first of each row."""
-    big_endian = tokens.astype(">u4")  # whose bytes sort as the numbers do
+    big_endian = tokens.astype(f">u{tokens.dtype.itemsize}")  # whose bytes sort as the numbers do
     keys = [big_endian[a:b].tobytes() for a, b in pairwise(starts)]
     order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
     shared = np.zeros(len(order), np.int64)

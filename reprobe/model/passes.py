@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from reprobe.errors import UnsupportedOperation, UsageError
 
 
+def positions_of(real: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
+    """Position of each token among its row's real tokens; on pads, that of the token before them, or 0."""
+    return (real.long().cumsum(1) - 1).clamp(min=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """The padded prompts of a run.

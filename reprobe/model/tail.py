@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reprobe.errors import UnsupportedOperation
 from reprobe.model.hooks import board_of, called, observe
-from reprobe.model.passes import Prompts, Run, Tokens
+from reprobe.model.passes import Prompts, Run, Tokens, positions_of
 from reprobe.model.sites import Site
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Aligned:
 
     @property
     def position_ids(self) -> Int[Tensor, "rows columns"]:
-        """Position of each token among its row's real tokens; 0 on pads before them."""
-        return (self.real.long().cumsum(1) - 1).clamp(min=0)
+        """Position of each token among its row's real tokens; on pads, that of the token before them, or 0."""
+        return positions_of(self.real)
 
 
 def align(lm: "LanguageModel", rows: Sequence[Int[np.ndarray, " tokens"]], at: Sequence[int]) -> Aligned:

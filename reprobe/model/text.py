@@ -7,12 +7,12 @@ beginning-of-text token or a blank would shift everything. Does not know models,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
 
-from reprobe.errors import DataError, PromptTooLong, UnsupportedOperation
+from reprobe.errors import DataError, PromptTooLong, UnsupportedOperation, UsageError
 from reprobe.model.chat import Messages, last_content_start, render
 
 #: Characters start … end − 1.
@@ -45,6 +45,7 @@ def tokenise(
     `PromptTooLong` unless `truncate` says on which side to cut. Raises `DataError` for a prompt without tokens, a
     span outside its text, or one that was cut away; `UnsupportedOperation` if offsets are needed and not there.
     """
+    check_truncate(truncate)
     offsets_needed = suffixes is not None or any(spans or ())
     if offsets_needed and not getattr(tokenizer, "is_fast", False):
         raise UnsupportedOperation(
@@ -83,6 +84,12 @@ def tokenise(
     return out
 
 
+def check_truncate(truncate: str | None) -> None:
+    """Raise `UsageError` unless a prompt may be cut so."""
+    if truncate not in (None, *get_args(Truncate)):
+        raise UsageError(f"truncate={truncate!r}: cut on the 'left' or the 'right', or None to refuse long prompts")
+
+
 def special_ids(tokenizer: Any) -> Int[np.ndarray, " ids"]:
     """Ids of tokens that stand for no text.
 
@@ -112,8 +119,8 @@ def kept_tokens(
         return np.arange(n)
     if truncate is None:
         raise PromptTooLong(
-            f"{who} has {n} tokens, the context is {context}; shorten it, or pass truncate='left' or 'right' "
-            "(--truncate) to cut it"
+            f"{who} has {n} tokens, and the context has room for {context}; shorten it, or where prompts may be cut, "
+            "say on which side: truncate='left' or 'right' (--truncate)"
         )
     ordinary = np.flatnonzero(~np.isin(ids, special))
     head, tail = (int(ordinary[0]), n - 1 - int(ordinary[-1])) if len(ordinary) else (n, 0)

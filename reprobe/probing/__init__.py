@@ -1,22 +1,22 @@
 """Reading concepts from stored activations, and proving how well.
 
-direction  · a unit vector at a site, with its provenance    artifact  · one safe file for what is kept
-    reader     · what all readers share                          readers   · the readers, one class each
-rows       · which rows of a store, with which labels        crossval  · folds that never split a group
-grid       · one reader at every site: `probe`               metrics   · AUROC, recall at 1 % FPR, ECE
-probe_grid · what that leaves: `ProbeGrid`                   intervals · how sure they are, over groups
-transfer   · from data set to data set                       calibration · scores as probabilities
-permutation · p-values that include the search               controls  · selectivity, online code
-comparison · several readers in the same folds               controlled · these two, in a grid's table
-refit      · a reader fitted again, for those                tables    · tables as files
-moments    · one-pass sums, streamed from a store        leace     · erasing a concept
-logistic   · many logistic regressions solved at once       lbfgs     · the wide ones of them
-streaming  · sites larger than memory, in batches
-sharing    · folders and the hub: `push`, `pull`         card      · what their README.md says
-sequences  · one score per prompt: `probe_sequences`     classes   · more than two: `probe_classes`
+direction   · a unit vector at a site, with its provenance  artifact    · one safe file for what is kept
+reader      · what all readers share                        readers     · the readers, one class each
+rows        · which rows of a store, with which labels      crossval    · folds that never split a group
+grid        · one reader at every site: `probe`             metrics     · AUROC, recall at 1 % FPR, ECE
+probe_grid  · what that leaves: `ProbeGrid`                 intervals   · how sure they are, over groups
+transfer    · from data set to data set                     calibration · scores as probabilities
+permutation · p-values that include the search              controls    · selectivity, online code
+comparison  · several readers in the same folds             controlled  · these two, in a grid's table
+refit       · a reader fitted on some of the rows           tables      · tables as files
+moments     · one-pass sums, streamed from a store          leace       · erasing a concept
+logistic    · many logistic regressions solved at once      lbfgs       · the wide ones of them
+streaming   · sites larger than memory, in batches
+sharing     · folders and the hub: `push`, `pull`           card        · what their README.md says
+sequences   · one score per prompt: `probe_sequences`       classes     · more than two: `probe_classes`
 """
 
-from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.calibration import Platt
 from reprobe.probing.classes import ClassGrid, probe_classes
 from reprobe.probing.comparison import Calibrated, Comparison, compare
 from reprobe.probing.controlled import with_controls
@@ -60,8 +60,6 @@ from reprobe.probing.tables import require_new_table, write_table
 from reprobe.probing.transfer import TransferGrid, transfer
 
 __all__ = [
-    "LEACE",
-    "READERS",
     "AttentionReader",
     "CCSReader",
     "Calibrated",
@@ -73,6 +71,7 @@ __all__ = [
     "JointMoments",
     "KSparseReader",
     "LDAReader",
+    "LEACE",
     "LogisticReader",
     "MeanDifference",
     "MeanDifferenceRefit",
@@ -85,6 +84,7 @@ __all__ = [
     "Permutations",
     "Platt",
     "ProbeGrid",
+    "READERS",
     "RandomReader",
     "Reader",
     "RidgeReader",
@@ -97,7 +97,6 @@ __all__ = [
     "load",
     "online_code",
     "permutation_test",
-    "platt",
     "probe",
     "probe_classes",
     "probe_sequences",

@@ -61,12 +61,3 @@ class Platt:
             step = np.linalg.solve(hessian, gradient)
         slope = float(theta[0]) / spread
         return cls(slope, float(theta[1]) - slope * centre)
-
-
-def platt(
-    train_scores: Float[np.ndarray, " train"],
-    train_positive: Bool[np.ndarray, " train"],
-    test_scores: Float[np.ndarray, " test"],
-) -> Float[np.ndarray, " test"]:
-    """Probabilities of the test rows; nothing about them but their scores is used."""
-    return Platt.fit(train_scores, train_positive).probabilities(test_scores)

@@ -86,10 +86,9 @@ def _metrics(metrics: Mapping[str, Any]) -> list[str]:
     if "chance" in left:
         lines.append(("chance: the share of the larger class", _number(left.pop("chance"))))
     lines += [(_text(k), _number(v)) for k, v in left.items()]
-    return [
-        _table(("metric", "value"), lines),
-        "By group-safe cross-validation at this site. If the site was chosen for its result, the result flatters it.",
-    ]
+    how = ["By group-safe cross-validation at this site."] if "n_groups" in metrics else []
+    flattered = "If the site was chosen for its result, the result flatters it."
+    return [_table(("metric", "value"), lines), " ".join([*how, flattered])]
 
 
 def _of_grid(grid: ProbeGrid) -> list[str]:

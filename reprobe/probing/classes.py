@@ -21,8 +21,9 @@ from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
-from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
-from reprobe.probing.probe_grid import COLUMNS, site_columns, store_provenance
+from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.metrics import fold_auroc
+from reprobe.probing.probe_grid import metrics_of, probe_provenance, results
 from reprobe.probing.reader import without_direction
 from reprobe.probing.readers.multiclass import MultiClassReader
 from reprobe.probing.rows import ClassRows, select_classes
@@ -110,21 +111,27 @@ def probe_classes(
             progress("probe", len(found), len(chosen))
     scores = np.stack([s for s, _ in found], axis=1)
     widths = [next(iter(each.values())).width for _, each in found]
-    table = _table(chosen, widths, scores, rows, fold, bootstrap)
-    provenance = store_provenance(store.manifest) | {
-        "rows": rows.digest,
-        "label": label,
-        "folds": folds,
-        "seed": seed,
-        "sites_searched": len(chosen),
-        "note": rows.note,
-    }
-    metrics = table.select(pl.exclude("site", "part", "layer", "head", "width")).to_dicts()
+    sides = [rows.codes == c for c in range(len(rows.classes))]
+    table = results(
+        chosen,
+        widths,
+        rows,
+        bootstrap,
+        correct=np.argmax(scores, axis=2) == rows.codes[:, None],
+        aurocs=[
+            float(np.mean([fold_auroc(of_site[:, c], side, fold) for c, side in enumerate(sides)]))
+            for of_site in scores.swapaxes(0, 1)
+        ],
+        auroc_bounds=[bootstrap.macro_auroc(of_site, rows.codes, fold) for of_site in scores.swapaxes(0, 1)],
+    )
+    provenance = probe_provenance(store.manifest, rows, label=label, folds=folds, seed=seed, searched=len(chosen))
     return ClassGrid(
         table=table,
         directions={
-            site: {c: dataclasses.replace(d, site=site, metrics=line, provenance=provenance) for c, d in each.items()}
-            for site, (_, each), line in zip(chosen, found, metrics, strict=True)
+            site: {
+                c: dataclasses.replace(d, site=site, metrics=metrics, provenance=provenance) for c, d in each.items()
+            }
+            for site, (_, each), metrics in zip(chosen, found, metrics_of(table), strict=True)
         },
         scores=scores,
         codes=rows.codes,
@@ -145,7 +152,7 @@ def _probe_site(
     fold: Integer[np.ndarray, " n"],
 ) -> tuple[Float[np.ndarray, "n classes"], Mapping[Label, Direction]]:
     def fit(kept: np.ndarray) -> MultiClassReader:
-        fitted: MultiClassReader = clone(reader).fit_rows(X[kept], rows.codes[kept], rows.classes)
+        fitted: MultiClassReader = clone(reader).fit_rows(X[kept], rows.codes[kept], rows.classes, rows.groups[kept])
         return fitted
 
     scores = np.empty((len(X), len(rows.classes)), dtype=np.float32)
@@ -155,32 +162,3 @@ def _probe_site(
         return scores, fit(np.ones(len(X), dtype=bool)).directions_
     except UsageError as error:
         raise without_direction(repr(reader), site, error) from error
-
-
-def _table(
-    sites: tuple[Site, ...],
-    widths: list[int],
-    scores: Float[np.ndarray, "n sites classes"],
-    rows: ClassRows,
-    fold: Integer[np.ndarray, " n"],
-    bootstrap: ClusterBootstrap,
-) -> pl.DataFrame:
-    correct = np.argmax(scores, axis=2) == rows.codes[:, None]
-    low, high = bootstrap.accuracy(correct)
-    bounds = np.array([bootstrap.macro_auroc(scores[:, j], rows.codes, fold) for j in range(len(sites))])
-    each = [
-        [fold_auroc(scores[:, j, c], rows.codes == c, fold) for c in range(len(rows.classes))]
-        for j in range(len(sites))
-    ]
-    values = {
-        "n": len(rows),
-        "n_groups": rows.n_groups,
-        "chance": rows.chance,
-        "accuracy": correct.mean(axis=0),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "auroc": np.mean(each, axis=1),
-        "auroc_low": bounds[:, 0],
-        "auroc_high": bounds[:, 1],
-    }
-    return pl.DataFrame(site_columns(sites, widths) | values, schema=COLUMNS)

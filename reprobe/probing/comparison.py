@@ -27,7 +27,7 @@ from reprobe.probing.grid import Source, probe, site_rows
 from reprobe.probing.intervals import ClusterBootstrap, share_interval
 from reprobe.probing.metrics import Weighted, calibration_error, fold_auroc, recall_at_fpr, weighted_auroc
 from reprobe.probing.probe_grid import ProbeGrid, draw_curves
-from reprobe.probing.reader import Reader, without_direction
+from reprobe.probing.reader import Reader, TrainingRows, without_direction
 from reprobe.probing.refit import scores_inside
 from reprobe.probing.rows import ProbeRows, select_rows
 from reprobe.progress import Progress, silent
@@ -318,11 +318,12 @@ def _judge(
 ) -> list[_Judged]:
     """All readers at the site of column j."""
     found = []
+    training = TrainingRows(X, rows.positive, rows.pairs, groups=rows.groups)
     for name, reader in readers.items():
         grid = grids[name]
         try:
             plain, platt = _probabilities(
-                scores_inside(reader, X, rows.positive, rows.pairs, grid.fold), grid.oof[:, j], grid.positive, grid.fold
+                scores_inside(reader, training, grid.fold), grid.oof[:, j], grid.positive, grid.fold
             )
         except UsageError as error:
             raise without_direction(name, grid.sites[j], error) from error

@@ -119,7 +119,7 @@ class _Task:
         try:
             if self.permutations:
                 permuted = permutation_test(
-                    refit_of(self.reader, X, pairs, self.fold),
+                    refit_of(self.reader, X, pairs, self.fold, groups),
                     positive,
                     groups,
                     pairs,
@@ -128,6 +128,7 @@ class _Task:
                     seed=self.seed,
                 )
             if self.types is not None:
+                # No groups: where they are the types, rows of one are on both sides here, and meant to be.
                 refit = refit_of(self.reader, X, None, self.types.fold)
                 selective = measure_selectivity(refit, positive, self.types.names, self.types.fold, seed=self.seed)
             if self.mdl:

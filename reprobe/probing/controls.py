@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
-from sklearn.base import clone
 
 from reprobe.errors import UsageError
 from reprobe.probing.calibration import Platt
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.permutation import Refit, digest_arrays
 from reprobe.probing.reader import Reader, TrainingRows
+from reprobe.probing.refit import fit_on
 
 #: Control tasks drawn; their mean accuracy is what is subtracted.
 CONTROLS = 10
@@ -59,7 +59,7 @@ def selectivity(
     control. A type must recur in several folds, or its random label cannot be learnt from other rows and the control
     is a coin: with types as groups that is always so, hence the split must then be by rows, and the accuracy is one
     of known types. Raises `UsageError` if fewer than half of the rows have their type in another fold. Labels of
-    control tasks are drawn with the share of positive rows; a draw that gives all types one label is drawn again.
+    control tasks are drawn with the share of positive rows; a draw that gives all types one label, again at even odds.
     """
     names, which = np.unique(np.asarray(types), return_inverse=True)
     if len(names) < 2:
@@ -168,9 +168,7 @@ def reader_probabilities(
     can be held out: the rows are then coded with the share of the classes so far, (n⁺+1)/(n+2). Pairs are not used.
     """
 
-    def fit(rows: Integer[np.ndarray, " rows"]) -> Reader:
-        fitted: Reader = clone(reader).fit_rows(TrainingRows(X[rows], positive[rows], None))
-        return fitted
+    everything = TrainingRows(X, positive, None, groups=groups)
 
     def probabilities(
         train: Integer[np.ndarray, " train"], test: Integer[np.ndarray, " test"]
@@ -181,8 +179,8 @@ def reader_probabilities(
         scores = np.empty(len(train))
         for k in np.unique(fold):
             held_out = fold == k
-            scores[held_out] = fit(train[~held_out]).direction_.score(X[train[held_out]])
-        return Platt.fit(scores, y).probabilities(fit(train).direction_.score(X[test]))
+            scores[held_out] = fit_on(reader, everything, train[~held_out]).direction_.score(X[train[held_out]])
+        return Platt.fit(scores, y).probabilities(fit_on(reader, everything, train).direction_.score(X[test]))
 
     return probabilities
 

@@ -15,21 +15,20 @@ import polars as pl
 import torch
 from jaxtyping import Bool, Float, Integer
 from joblib import Parallel, delayed
-from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from reprobe.errors import UnknownSite, UsageError
 from reprobe.model.sites import Parts, Site, expand
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
-from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
-from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, Selected, site_columns, store_provenance
+from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.metrics import fold_auroc
+from reprobe.probing.probe_grid import ProbeGrid, metrics_of, probe_provenance, results
 from reprobe.probing.reader import BatchReader, Plane, Reader, TrainingRows, as_array, direction_of, without_direction
+from reprobe.probing.refit import fit_on
 from reprobe.probing.rows import ClassRows, ProbeRows, require_pairs, select_rows
 from reprobe.probing.streaming import can_stream, stream
 from reprobe.progress import Progress, silent
-
-__all__ = ["ProbeGrid", "Selected", "Source", "probe"]
 
 #: Numbers of the sites that a `BatchReader` is given at once.
 _BATCH = 1 << 22
@@ -77,7 +76,8 @@ def probe(
     choice of a site, `ProbeGrid.selected`; a `BatchReader` does them for many sites at once.
 
     Where the rows of a site do not fit into `memory` (bytes), readers made of moments and the logistic reader are
-    fitted in batches instead, to the same result: see `streaming`.
+    fitted in batches instead, to the same result (but of several penalties a logistic reader chooses on the rows that
+    fit): see `streaming`.
 
     Raises `UnknownSite` for a site that is not stored; `UnknownData` for a missing column; `UsageError` for
     labels that are not two, too few groups, NaN in the activations, a site at which the reader finds no
@@ -117,25 +117,19 @@ def probe(
             found.append(one)
             progress("probe", len(found), len(chosen))
     oof = np.stack([f.oof for f in found], axis=1)
-    table = _table(chosen, found, oof, rows, bootstrap)
-    provenance = store_provenance(store.manifest) | {
-        "rows": rows.digest,
-        "label": label,
-        "folds": folds,
-        "seed": seed,
-        "sites_searched": len(chosen),
-        "note": rows.note,
-    }
-    metrics = [c for c in COLUMNS if c not in ("site", "part", "layer", "head", "width")]
+    table = results(
+        chosen,
+        [f.direction.width for f in found],
+        rows,
+        bootstrap,
+        correct=(oof > 0) == rows.positive[:, None],
+        aurocs=[f.auroc for f in found],
+        auroc_bounds=[f.auroc_bounds for f in found],
+    )
+    provenance = probe_provenance(store.manifest, rows, label=label, folds=folds, seed=seed, searched=len(chosen))
     directions = {
-        site: dataclasses.replace(
-            f.direction,
-            site=site,
-            classes=rows.classes,
-            metrics={m: line[m] for m in metrics},
-            provenance=provenance,
-        )
-        for site, f, line in zip(chosen, found, table.iter_rows(named=True), strict=True)
+        site: dataclasses.replace(f.direction, site=site, classes=rows.classes, metrics=metrics, provenance=provenance)
+        for site, f, metrics in zip(chosen, found, metrics_of(table), strict=True)
     }
     return ProbeGrid(
         table=table,
@@ -200,19 +194,11 @@ def _fit_and_judge(
     fold: Integer[np.ndarray, " n"],
     bootstrap: ClusterBootstrap,
 ) -> _Found:
-    found = []
-    for training in kept:
-        # Pairs keep their numbers in the store; a fold's own are counted from 0.
-        pairs = (
-            None
-            if rows.pairs is None or not reader.uses_pairs
-            else np.unique(rows.pairs[training], return_inverse=True)[1]
-        )
-        chosen = TrainingRows(X[training], rows.positive[training], pairs, groups=rows.groups[training])
-        try:
-            found.append(clone(reader).fit_rows(chosen).direction_)
-        except UsageError as error:
-            raise without_direction(type(reader).__name__, site, error) from error
+    everything = TrainingRows(X, rows.positive, rows.pairs, groups=rows.groups)
+    try:
+        found = [fit_on(reader, everything, training).direction_ for training in kept]
+    except UsageError as error:
+        raise without_direction(type(reader).__name__, site, error) from error
     scores = X @ np.stack([d.vector for d in found]).T - np.array([d.offset for d in found])
     return _judge(scores, found[-1], rows, fold, bootstrap)
 
@@ -306,27 +292,3 @@ def site_rows(
             else:
                 width = store.width(site)
                 yield site, np.ascontiguousarray(values[:, site.unit * width : (site.unit + 1) * width])
-
-
-def _table(
-    sites: tuple[Site, ...],
-    found: list[_Found],
-    oof: Float[np.ndarray, "n sites"],
-    rows: ProbeRows,
-    bootstrap: ClusterBootstrap,
-) -> pl.DataFrame:
-    correct = (oof > 0) == rows.positive[:, None]
-    low, high = bootstrap.accuracy(correct)
-    auroc_low, auroc_high = np.array([f.auroc_bounds for f in found]).T
-    values = site_columns(sites, [f.direction.width for f in found]) | {
-        "n": [len(rows)] * len(sites),
-        "n_groups": [rows.n_groups] * len(sites),
-        "chance": [rows.chance] * len(sites),
-        "accuracy": correct.mean(axis=0),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "auroc": [f.auroc for f in found],
-        "auroc_low": auroc_low,
-        "auroc_high": auroc_high,
-    }
-    return pl.DataFrame(values, schema=COLUMNS)

@@ -27,9 +27,7 @@ from jaxtyping import Bool, Float, Integer, Num
 from scipy.stats import norm, t
 
 from reprobe.errors import UsageError
-from reprobe.probing.metrics import FPR, Weighted, bin_of, bin_residuals, fold_auroc, weighted_auroc, weighted_recall
-
-__all__ = ["LEVEL", "RESAMPLES", "ClusterBootstrap", "fold_auroc", "share_interval"]
+from reprobe.probing.metrics import FPR, Weighted, bin_of, bin_residuals, weighted_auroc, weighted_recall
 
 RESAMPLES = 1000
 LEVEL = 0.95

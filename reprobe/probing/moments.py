@@ -269,9 +269,9 @@ class FoldMoments(Generic[AnyMoments]):
         """Of the rows of all folds."""
         return reduce(operator.add, self.folds)
 
-    def without(self, fold: int) -> AnyMoments:
-        """Of the rows outside one fold: those that a reader judged on it is fitted on."""
-        return self.total - self.folds[fold]
+    def without(self, *folds: int) -> AnyMoments:
+        """Of the rows outside some folds: those that a reader judged on these is fitted on."""
+        return reduce(operator.sub, (self.folds[k] for k in folds), self.total)
 
 
 class SiteMoments(NamedTuple, Generic[AnyMoments]):

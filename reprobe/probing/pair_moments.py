@@ -50,7 +50,7 @@ def read_pair_moments(
     if (folds[1:] != folds[:-1])[pairs[1:] == pairs[:-1]].any():
         raise UsageError("the folds part a pair: make them with the groups of these rows, which join pairs")
     ends = np.flatnonzero(np.append(pairs[1:] != pairs[:-1], True)) + 1
-    widths = {site: int(store.read(site, wanted[:1]).shape[1]) for site in sites}
+    widths = {site: store.width(site) for site in sites}
     for pack in packs({site: 16 * n_folds * width**2 for site, width in widths.items()}, memory):
         sums = {
             site: [(MomentsAccumulator(widths[site]), MomentsAccumulator(widths[site])) for _ in range(n_folds)]

@@ -18,7 +18,9 @@ from reprobe.errors import UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.artifact import Artifact, array, read, write
 from reprobe.probing.direction import Direction, Label
-from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
+from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.metrics import fold_auroc
+from reprobe.probing.rows import ClassRows, ProbeRows
 from reprobe.provenance import rebuilding, text, versions
 
 KIND = "probe grid"
@@ -79,6 +81,52 @@ def store_provenance(manifest: Any) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "versions": versions(),
     }
+
+
+def probe_provenance(
+    manifest: Any, rows: ProbeRows | ClassRows, *, label: str, folds: int, seed: int, searched: int
+) -> dict[str, Any]:
+    """What a result of cross-validation says of its store, its rows and folds, and the number of sites searched."""
+    return store_provenance(manifest) | {
+        "rows": rows.digest,
+        "label": label,
+        "folds": folds,
+        "seed": seed,
+        "sites_searched": searched,
+        "note": rows.note,
+    }
+
+
+def results(
+    sites: Sequence[Site],
+    widths: Sequence[int],
+    rows: ProbeRows | ClassRows,
+    bootstrap: ClusterBootstrap,
+    *,
+    correct: Bool[np.ndarray, "n sites"],
+    aurocs: Sequence[float],
+    auroc_bounds: Sequence[Float[np.ndarray, " 2"]],
+) -> pl.DataFrame:
+    """The table of held-out results, a line per site; `correct` says of each row whether it was predicted rightly."""
+    low, high = bootstrap.accuracy(correct)
+    auroc_low, auroc_high = np.array(auroc_bounds).T
+    values = {
+        "n": [len(rows)] * len(sites),
+        "n_groups": [rows.n_groups] * len(sites),
+        "chance": [rows.chance] * len(sites),
+        "accuracy": correct.mean(axis=0),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "auroc": list(aurocs),
+        "auroc_low": auroc_low,
+        "auroc_high": auroc_high,
+    }
+    return pl.DataFrame(site_columns(sites, widths) | values, schema=COLUMNS)
+
+
+def metrics_of(table: pl.DataFrame) -> list[dict[str, Any]]:
+    """What each line of `results` says, but for the site it is of: the metrics of that site's direction."""
+    return table.select(pl.exclude("site", "part", "layer", "head", "width")).to_dicts()
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Reader(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scik
             X,
             positive,
             pair_codes(pairs) if self.uses_pairs and pairs is not None else None,
-            groups=None if groups is None else np.unique(as_array(groups), return_inverse=True)[1],
+            groups=group_codes(groups),
         )
 
     def fit_rows(self, rows: TrainingRows) -> Self:
@@ -249,6 +249,11 @@ def above_zero(values: Any, name: str, n: int) -> Bool[np.ndarray, " rows"]:
     if found.shape != (n,) or found.dtype.kind not in "biuf" or not np.isfinite(found.astype(np.float64)).all():
         raise UsageError(f"{name} must be {n} numbers or bools, one per row, not {found.dtype} of shape {found.shape}")
     return found > 0
+
+
+def group_codes(groups: Any) -> Integer[np.ndarray, " rows"] | None:
+    """Groups numbered from 0; None where none are given."""
+    return None if groups is None else np.unique(as_array(groups), return_inverse=True)[1]
 
 
 def pair_codes(pairs: Any) -> Integer[np.ndarray, " rows"]:

@@ -21,8 +21,9 @@ from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
-from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
-from reprobe.probing.probe_grid import COLUMNS, ProbeGrid, site_columns, store_provenance
+from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.metrics import fold_auroc
+from reprobe.probing.probe_grid import ProbeGrid, metrics_of, probe_provenance, results
 from reprobe.probing.reader import without_direction
 from reprobe.probing.readers.attention import AttentionReader, TokenRows
 from reprobe.probing.rows import ProbeRows, select_rows
@@ -74,40 +75,23 @@ def probe_sequences(
             found.append(one)
             progress("probe", len(found), len(chosen))
     oof = np.stack([f.oof for f in found], axis=1)
-    correct = (oof > 0) == prompts.positive[:, None]
-    low, high = bootstrap.accuracy(correct)
-    bounds = np.array([bootstrap.auroc(o, prompts.positive, fold) for o in oof.T])
-    table = pl.DataFrame(
-        site_columns(chosen, [f.direction.width for f in found])
-        | {
-            "n": len(prompts),
-            "n_groups": prompts.n_groups,
-            "chance": prompts.chance,
-            "accuracy": correct.mean(axis=0),
-            "accuracy_low": low,
-            "accuracy_high": high,
-            "auroc": [fold_auroc(o, prompts.positive, fold) for o in oof.T],
-            "auroc_low": bounds[:, 0],
-            "auroc_high": bounds[:, 1],
-        },
-        schema=COLUMNS,
+    table = results(
+        chosen,
+        [f.direction.width for f in found],
+        prompts,
+        bootstrap,
+        correct=(oof > 0) == prompts.positive[:, None],
+        aurocs=[fold_auroc(o, prompts.positive, fold) for o in oof.T],
+        auroc_bounds=[bootstrap.auroc(o, prompts.positive, fold) for o in oof.T],
     )
-    provenance = store_provenance(store.manifest) | {
-        "rows": tokens.digest,
-        "label": label,
-        "folds": folds,
-        "seed": seed,
-        "sites_searched": len(chosen),
-        "note": prompts.note,
-    }
-    metrics = table.select(pl.exclude("site", "part", "layer", "head", "width")).to_dicts()
+    provenance = probe_provenance(store.manifest, prompts, label=label, folds=folds, seed=seed, searched=len(chosen))
     return ProbeGrid(
         table=table,
         directions={
             site: dataclasses.replace(
-                f.direction, site=site, classes=prompts.classes, metrics=line, provenance=provenance
+                f.direction, site=site, classes=prompts.classes, metrics=metrics, provenance=provenance
             )
-            for site, f, line in zip(chosen, found, metrics, strict=True)
+            for site, f, metrics in zip(chosen, found, metrics_of(table), strict=True)
         },
         oof=oof,
         inner=np.stack([f.inner for f in found], axis=1),

@@ -2,7 +2,7 @@
 
 Enters: a `Direction` or `ProbeGrid` and a place, a local folder or `hf:OWNER/NAME`; or only the place. Leaves: the
 folder; or what is in it. A folder is read as safetensors, and nothing in it is run. `huggingface_hub` is imported only
-when the hub is asked for; who may write there is its affair.
+to write a card or where the hub is asked for; who may write there is its affair.
 """
 
 import contextlib

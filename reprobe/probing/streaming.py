@@ -7,7 +7,8 @@ Readers made of moments need one pass to fit and one to score. Logistic regressi
 holds, drawn at random, and finished on all of them: each pass gives the float64 gradient of every fit, and a step by
 L-BFGS whose first guess is the Hessian of the rows held (subsampled Newton; Bollapragada, Byrd and Nocedal 2019). So
 few passes are needed, and the result is the optimum on all rows, with the same bound on its error as in memory. Where
-memory holds too few rows for that, the Hessians are summed over all of them.
+memory holds too few rows for that, the Hessians are summed over all of them. Of several penalties, one is chosen on the
+rows held.
 """
 
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,7 @@ def _by_moments(
     directions: dict[Site, list[Direction]] = {}
     for site, moments in read_moments(store, sites, rows, fold=fold, memory=memory, batch_rows=batch_rows):
         try:
-            directions[site] = [clone(reader).fit_moments(_without(moments, out)).direction_ for out in left_out]
+            directions[site] = [clone(reader).fit_moments(moments.without(*out)).direction_ for out in left_out]
         except UsageError as error:
             raise without_direction(type(reader).__name__, site, error) from error
     normals = {s: np.stack([d.vector for d in found]).T for s, found in directions.items()}
@@ -108,13 +109,6 @@ def _by_moments(
         scores[site][order[place]] = X @ normals[site] - offsets[site]
     for site, found in directions.items():
         yield Streamed(site, scores.pop(site), found[-1])
-
-
-def _without(moments: FoldMoments[ClassMoments], out: frozenset[int]) -> ClassMoments:
-    total = moments.total
-    for k in out:
-        total = total - moments.folds[k]
-    return total
 
 
 @dataclass
@@ -249,7 +243,7 @@ def _start(
     planes = next(iter(reader.fit_batch(X[None], rows.positive[drawn], rows.groups[drawn], omega[drawn].T)))
     mean, variance = of_all.mean, of_all.scatter / of_all.n
     scale = np.where(constant_features(variance, mean, of_all.n), 1.0, np.sqrt(variance))
-    own = [_without(moments, out).total for out in left_out]
+    own = [moments.without(*out).total for out in left_out]
     constant = np.stack([constant_features(o.scatter / o.n, o.mean, o.n) for o in own])
     u = np.where(constant, 1 / scale, np.sqrt(np.stack([o.scatter / o.n for o in own])) / scale)
     C = np.array([p.C for p in planes])

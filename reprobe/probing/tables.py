@@ -23,8 +23,8 @@ def write_table(
     """Write `frame` to a .csv, .parquet or .json file; missing values are empty fields, nulls, and null.
 
     JSON is a list with one object per row; with `about`, plain JSON, it is one object with those entries and the
-    list under "table". It has no NaN, so there NaN is null. Raises `ArtifactExists` unless `overwrite`, `UsageError`
-    for another suffix, or for columns of lists in a CSV file, which cannot hold them.
+    list under "table". It has neither NaN nor infinity: there both are null. Raises `ArtifactExists` unless
+    `overwrite`, `UsageError` for another suffix, or for columns of lists in a CSV file, which cannot hold them.
     """
     path = require_new_table(path, overwrite=overwrite)
     buffer = io.BytesIO()
@@ -35,7 +35,7 @@ def write_table(
             raise UsageError(f"{path}: CSV cannot hold the columns {', '.join(nested)}: write .parquet or .json")
         frame.write_csv(buffer)
     else:
-        rows = frame.with_columns(cs.float().fill_nan(None)).to_dicts()
+        rows = frame.with_columns(pl.when(cs.float().is_finite()).then(cs.float())).to_dicts()
         buffer.write(canonical_json(rows if about is None else {**about, "table": rows}).encode())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, buffer.getvalue())

@@ -13,7 +13,6 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float, Integer
 from joblib import Parallel, delayed
-from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from reprobe.errors import UnknownSite, UsageError
@@ -21,9 +20,11 @@ from reprobe.model.sites import Site
 from reprobe.probing.crossval import group_folds
 from reprobe.probing.direction import Direction, Label
 from reprobe.probing.grid import Source, site_rows, wanted_sites
-from reprobe.probing.intervals import ClusterBootstrap, fold_auroc
+from reprobe.probing.intervals import ClusterBootstrap
+from reprobe.probing.metrics import fold_auroc
 from reprobe.probing.reader import Reader, TrainingRows
-from reprobe.probing.rows import ProbeRows, common_groups, select_rows
+from reprobe.probing.refit import fit_on
+from reprobe.probing.rows import ProbeRows, common_groups, require_pairs, select_rows
 from reprobe.probing.tables import write_table
 from reprobe.progress import Progress, silent
 from reprobe.provenance import versions
@@ -266,13 +267,11 @@ def _fit(
             f"{train.name!r} and {test.name!r} share so many groups that no reader can be trained on the one and "
             f"tested on the other: without the tested groups, {len(positive)} rows of one class or none are left"
         )
-    pairs = train.rows.pairs
-    codes = None if pairs is None or not reader.uses_pairs else np.unique(pairs[kept], return_inverse=True)[1]
+    rows = TrainingRows(X, train.rows.positive, train.rows.pairs, groups=train.groups)
     try:
-        direction: Direction = clone(reader).fit_rows(TrainingRows(X[kept], positive, codes)).direction_
+        return fit_on(reader, rows, kept).direction_
     except UsageError as error:
         raise UsageError(f"{type(reader).__name__} on {train.name!r} at {site}: {error}") from error
-    return direction
 
 
 def _line(
@@ -314,13 +313,10 @@ def _select(
 ) -> ProbeRows:
     try:
         rows = select_rows(store.index, label=label, positive=positive, where=where)
+        if reader.uses_pairs and rows.pairs is not None:
+            require_pairs(rows, type(reader).__name__)
     except UsageError as error:
         raise type(error)(f"{name!r}: {error}") from error
-    if reader.uses_pairs and rows.pairs is not None and (rows.pairs < 0).any():
-        raise UsageError(
-            f"{name!r}: {int((rows.pairs < 0).sum())} rows have no pair, and {type(reader).__name__} reads pairs: "
-            'leave them out with where=pl.col("pair").is_not_null()'
-        )
     return rows
 
 

@@ -16,11 +16,11 @@ from reprobe.prompts.tokens import PromptTokens, TokenTable, index_frame, token_
 from reprobe.prompts.truthfulqa import TruthfulQA, TruthfulQAChoices
 
 __all__ = [
-    "FORMATS",
     "CounterFact",
     "CounterFactFlat",
     "Description",
     "Emotions",
+    "FORMATS",
     "Fact",
     "Format",
     "KnownFacts",

@@ -218,7 +218,7 @@ def _messages(column: pl.Series, ids: pl.Series, name: str) -> pl.Series:
 
 def _spans(column: pl.Series, ids: pl.Series, name: str) -> pl.Series:
     if column.dtype == SPANS:
-        return pl.select(column.fill_null([]).alias("spans")).to_series()
+        return pl.select(column.fill_null([]).list.drop_nulls().alias("spans")).to_series()
     if column.dtype == pl.String:
         return pl.Series("spans", [_span_list(_json(v, i, name), i) for v, i in zip(column, ids, strict=True)], SPANS)
     return pl.Series("spans", [_span_list(v, i) for v, i in zip(column, ids, strict=True)], SPANS)

@@ -189,7 +189,7 @@ def fill(template: str, subject: str) -> tuple[str, list[int] | None]:
 
 
 def find(text: str, part: str) -> list[int] | None:
-    """Where `part` first stands verbatim in `text`, if it ever does as a word of its own; None if nowhere."""
+    """Where `part` first stands in `text` as a word of its own, or if it never does, at all; None if nowhere."""
     alone = re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text)
     start = alone.start() if alone else text.find(part)
     return [start, start + len(part)] if part and start >= 0 else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from reprobe.errors import FetchFailed, UnknownData, UsageError
+from reprobe.errors import DataError, FetchFailed, ReprobeError, UnknownData, UsageError
 from reprobe.prompts.columns import from_records, unknown
 
 
@@ -19,7 +19,7 @@ def fetch(address: str, limit: int | None) -> pl.DataFrame:
     One word after NAME is a config if the data set has a config of that name, else a split; `NAME::split` is
     always a split. With `limit`, rows are streamed and only that many are fetched. Raises `UnknownData` (with
     what exists) if the name, config or split does not exist or must be chosen, `FetchFailed` if it cannot be
-    reached.
+    reached, `DataError` if `datasets` cannot read it.
     """
     import datasets
 
@@ -46,6 +46,11 @@ def fetch(address: str, limit: int | None) -> pl.DataFrame:
         raise UnknownData(f"there is no data set hf:{name}: {error}") from error
     except OSError as error:  # every network failure, offline mode included, is one
         raise FetchFailed(f"hf:{name} could not be fetched: {error}") from error
+    except (ReprobeError, MemoryError):
+        raise
+    except Exception as error:  # a loading script, a damaged file: of these every library raises its own
+        why = error.__cause__ or error  # "an error occurred", says the outermost
+        raise DataError(f"hf:{name} cannot be read by the library datasets: {why}") from error
 
 
 def _config_and_split(rest: list[str], configs: list[str]) -> tuple[str | None, str | None]:

@@ -28,7 +28,7 @@ def read(
     limit: int | None,
 ) -> tuple[pl.DataFrame, str]:
     """The frame that `source` names, and a name for it; `PromptSet.load` says what each argument means."""
-    checked(limit)
+    check_limit(limit)
     if source.startswith("hf:"):
         if format is not None:
             raise UsageError("hf: data sets are tables; format is for files. Name the columns, e.g. text='question'")
@@ -45,7 +45,7 @@ def read(
 
 def find(source: str) -> Path:
     """The file of a bundled data set, or the path itself; `UnknownData` with what exists if it is neither."""
-    if "/" not in source and not source.endswith(SUFFIXES):
+    if "/" not in source and Path(source).suffix.lower() not in SUFFIXES:
         names = bundled()
         if source in names:
             return folder() / f"{source}.jsonl"
@@ -59,8 +59,7 @@ def find(source: str) -> Path:
     )
 
 
-def checked(limit: int | None) -> int | None:
-    """`limit` itself; `UsageError` if it is not a positive number or None."""
+def check_limit(limit: int | None) -> None:
+    """Raise `UsageError` unless `limit` is a positive number or None."""
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit}: take at least one prompt, or None for all")
-    return limit

@@ -36,6 +36,8 @@ class Position:
     def __post_init__(self) -> None:
         if (self.pick is None) == (self.index is None) or (self.index is not None and self.span is not None):
             raise UsageError(f"a position picks tokens or names an index, not both: {FORMS}")
+        if self.pick not in (None, *_PICKS):
+            raise UsageError(f"pick={self.pick!r}: one of {', '.join(_PICKS)}")
         if self.pick == "first" and self.span is None:
             raise UsageError(f"'first' is written index:0; positions: {FORMS}")
 

@@ -87,7 +87,8 @@ class PromptSet:
         """
         columns = {"id": id, "text": text, "messages": messages, "label": label, "group": group, "pair": pair}
         title = name or hub.title(dataset)
-        return cls(rename(hub.frame(dataset, load.checked(limit), title), columns, title), title)
+        load.check_limit(limit)
+        return cls(rename(hub.frame(dataset, limit, title), columns, title), title)
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]], *, name: str = "prompts") -> "PromptSet":
@@ -109,7 +110,7 @@ class PromptSet:
         """
         chats = self.frame.filter(pl.col("text").is_null())["id"]
         if chats.len():
-            raise DataError(f"{self.name}: messages, not text, in {some(chats)}; see reprobe.prompts.render")
+            raise DataError(f"{self.name}: messages, not text, in {some(chats)}; see reprobe.model.chat.render")
         return self.frame["text"].to_list()
 
     @property
@@ -139,32 +140,40 @@ class PromptSet:
         return digest_lines(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in self._rows())
 
     def filter(self, *conditions: pl.Expr) -> "PromptSet":
-        """The prompts for which all polars `conditions` hold; `DataError` if there are none."""
+        """The prompts for which all polars `conditions` hold; `DataError` if there are none.
+
+        Raises `UnknownData` for a column that there is not, `UsageError` for what is no condition on these columns.
+        """
         try:
             kept = self.frame.filter(*conditions)
         except pl.exceptions.ColumnNotFoundError as error:
             raise unknown("column", _column_of(error), self.frame.columns, self.name) from error
-        return self._with(kept, "no prompt passes the filter")
+        except pl.exceptions.PolarsError as error:
+            raise UsageError(f"{self.name}: these columns cannot be asked that: {error}") from error
+        if not kept.height:
+            raise DataError(f"{self.name}: no prompt passes the filter")
+        return dataclasses.replace(self, frame=kept)
 
     def where(self, **values: Any) -> "PromptSet":
-        """The prompts whose columns have these values; a list, tuple or set names several: `where(label=[0,
-        1])`.
+        """The prompts whose columns have these values; a list, tuple or set names several: `where(label=[0, 1])`.
+
+        None means those without a value.
         """
         for column in values:
             if column not in self.frame.columns:
                 raise unknown("column", column, self.frame.columns, self.name)
         conditions = [
-            pl.col(c).is_in(list(v)) if isinstance(v, Collection) and not isinstance(v, str) else pl.col(c) == v
+            pl.col(c).is_in(list(v), nulls_equal=True)
+            if isinstance(v, Collection) and not isinstance(v, str)
+            else pl.col(c).eq_missing(pl.lit(v))
             for c, v in values.items()
         ]
-        try:
-            return self.filter(*conditions)
-        except pl.exceptions.PolarsError as error:
-            raise UsageError(f"{self.name}: {values!r} cannot be compared with these columns: {error}") from error
+        return self.filter(*conditions)
 
     def head(self, n: int) -> "PromptSet":
         """The first `n` prompts, or all if there are fewer."""
-        return self._with(self.frame.head(load.checked(n) or n), "no prompts")
+        load.check_limit(n)
+        return dataclasses.replace(self, frame=self.frame.head(n))
 
     def split(self, by: str = "group", *, test: float = 0.2, seed: int = 0) -> "Split":
         """Two sets, named `train` and `test`; each value of column `by` is wholly in one, in the order it
@@ -222,10 +231,12 @@ class PromptSet:
         if target.exists() and not overwrite:
             raise ArtifactExists(f"{target} exists; pass overwrite=True to replace it")
         absent = {c for c in ("text", "messages", "label", "pair") if self.frame[c].null_count() == len(self)}
-        absent |= set() if self.has_groups else {"group"}
+        # What is read without groups takes pairs for them.
+        absent |= {"group"} if "pair" in absent and not self.has_groups else set()
         absent |= set() if self.span_names else {"spans"}
         keys = [c for c in self.frame.columns if c not in absent]
         lines = (json.dumps({k: row.get(k) for k in keys}, ensure_ascii=False, default=str) for row in self._rows())
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_durably(target, "".join(line + "\n" for line in lines).encode())
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -233,11 +244,6 @@ class PromptSet:
         for row in self.frame.iter_rows(named=True):
             row["spans"] = {s["name"]: [s["start"], s["end"]] for s in row["spans"]}
             yield _without_nulls(row)
-
-    def _with(self, frame: pl.DataFrame, why_empty: str) -> "PromptSet":
-        if not frame.height:
-            raise DataError(f"{self.name}: {why_empty}")
-        return dataclasses.replace(self, frame=frame)
 
 
 class Split(NamedTuple):

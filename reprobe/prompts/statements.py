@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from reprobe.errors import DataError
-from reprobe.prompts.columns import from_records, rename
+from reprobe.prompts.columns import CANONICAL, from_records, rename
 from reprobe.prompts.content import Content, numbered, typed
 
 #: "The Spanish word 'gato' means 'cat'.": the word that a translation is about.
@@ -19,10 +19,11 @@ _TRANSLATED = r"word '(.+?)' means"
 class Statements:
     """True and false statements, one a row. Other columns are kept.
 
-    The group is decided by what the file has, in this order: `n1` and `n2` (comparisons): the two numbers, in
-    either order; `city`: the city; every statement of the form "word '…' means": that word; else only
-    repeated statements share a group. So a city's statement and its negation from another file are in one
-    group. In the first three cases a group of exactly one true and one false statement is also a pair.
+    Columns `group` and `pair` of the file stand. Otherwise the group is decided by what there is, in this order:
+    `n1` and `n2` (comparisons): the two numbers, in either order; `city`: the city; every statement of the form
+    "word '…' means": that word; the pair; else only repeated statements share a group. So a city's statement and
+    its negation from another file are in one group. In the first three cases a group of exactly one true and one
+    false statement is also a pair.
     """
 
     name = "statements"
@@ -33,18 +34,25 @@ class Statements:
 
     def frame(self, content: Content) -> pl.DataFrame:
         table: pl.DataFrame = content.value
-        table = table.with_columns(typed(c) for c in table.get_columns() if c.name != "statement")
+        kept = {"statement", *CANONICAL} - {"label"}
+        table = table.with_columns(typed(c) for c in table.get_columns() if c.name not in kept)
         frame = rename(table, {"text": "statement"}, content.stem)
         if "id" not in frame.columns:
             frame = frame.with_columns(numbered(content, frame.height))
+        stated = {c for c in ("group", "pair") if c in frame.columns and frame[c].null_count() < frame.height}
+        if "group" in stated:
+            return frame
         group = self._group(frame)
+        if group is None and "pair" in stated:
+            return frame
         if group is None:
             return frame.with_columns(pl.col("id").first().over("text").alias("group"))
+        frame = frame.with_columns(group.cast(pl.String).alias("group"))
+        if "pair" in stated:
+            return frame
         label = pl.col("label").cast(pl.Float64, strict=False)  # null where labels are words
         opposed = (pl.len() == 2) & (label == 1).any() & (label == 0).any()
-        return frame.with_columns(group.cast(pl.String).alias("group")).with_columns(
-            pl.when(opposed.over("group")).then("group").alias("pair")
-        )
+        return frame.with_columns(pl.when(opposed.over("group")).then("group").alias("pair"))
 
     def _group(self, frame: pl.DataFrame) -> pl.Expr | None:
         if {"n1", "n2"} <= set(frame.columns):

@@ -1,8 +1,8 @@
 """Prompts become token rows.
 
 Enters: a `PromptSet`, a tokenizer, a `Position`. Leaves: a `TokenTable`, all tokens and the wanted ones as
-flat arrays, and the index that a store keeps of them. Characters become tokens here, through the tokenizer's
-offsets, and nowhere else. Does not know models, packs or padding.
+flat arrays, and the index that a store keeps of them. Characters become tokens through the tokenizer's offsets, as in
+`model.text`, which does the same for a few prompts at a time. Does not know models, packs or padding.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from reprobe.errors import DataError, PromptTooLong, UnsupportedOperation, UsageError
 from reprobe.model.chat import last_content_start, render
-from reprobe.model.text import Truncate, kept_tokens, special_ids
+from reprobe.model.text import Truncate, check_truncate, kept_tokens, special_ids
 from reprobe.prompts.columns import WHOLE, some
 from reprobe.prompts.positions import Position
 from reprobe.prompts.prompt_set import PromptSet
@@ -83,7 +83,6 @@ def tokenize(
     at: Position,
     context: int | None,
     truncate: Truncate | None = None,
-    add_generation_prompt: bool | None = None,
 ) -> TokenTable:
     """All prompts as tokens, with those at `at` marked.
 
@@ -101,14 +100,11 @@ def tokenize(
             f"position '{at}' needs a fast tokenizer: a {type(tokenizer).__name__} does not say which "
             "characters its tokens come from. Load the fast one, or read at last, all, mean or index:N"
         )
-    if truncate not in (None, "left", "right"):
-        raise UsageError(f"truncate={truncate!r}: cut on the 'left' or the 'right', or None to refuse long prompts")
+    check_truncate(truncate)
     special = special_ids(tokenizer)
     parts: list[_Part] = []
     too_long: list[tuple[int, str]] = []
-    for encoded in _ahead(
-        lambda frame: _encode(frame, tokenizer, at, add_generation_prompt), prompts.frame.iter_slices(CHUNK)
-    ):
+    for encoded in _ahead(lambda frame: _encode(frame, tokenizer, at), prompts.frame.iter_slices(CHUNK)):
         lengths = np.diff(encoded.starts)
         if truncate is None and context is not None:
             over = np.flatnonzero(lengths > context)
@@ -236,7 +232,7 @@ def _ahead(function: Callable[[pl.DataFrame], _Encoded], chunks: Iterable[pl.Dat
             yield pending.result()
 
 
-def _encode(frame: pl.DataFrame, tokenizer: Any, at: Position, add_generation_prompt: bool | None) -> _Encoded:
+def _encode(frame: pl.DataFrame, tokenizer: Any, at: Position) -> _Encoded:
     ids = frame["id"].to_list()
     texts = frame["text"].to_list()
     chats = [i for i, text in enumerate(texts) if text is None]
@@ -245,11 +241,9 @@ def _encode(frame: pl.DataFrame, tokenizer: Any, at: Position, add_generation_pr
         conversations = frame["messages"].to_list()
         for i in chats:
             try:
-                texts[i] = render(conversations[i], tokenizer, add_generation_prompt=add_generation_prompt)
+                texts[i] = render(conversations[i], tokenizer)
                 if at.span not in (None, WHOLE):
-                    shift[i] = last_content_start(
-                        conversations[i], tokenizer, texts[i], add_generation_prompt=add_generation_prompt
-                    )
+                    shift[i] = last_content_start(conversations[i], tokenizer, texts[i])
             except DataError as error:
                 raise DataError(f"prompt {ids[i]!r}: {error}") from error
     tokens: list[list[int]] = [[]] * len(ids)

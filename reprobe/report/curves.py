@@ -17,16 +17,14 @@ from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.report.results import effect_of, require_dose_table
 from reprobe.report.study import reader_of, spelled
 from reprobe.report.style import (
-    INK,
-    LABEL,
     MARKERS,
     MUTED,
     SERIES,
     WIDTH,
     Mark,
     Plot,
-    clipped,
     dress,
+    heading,
     legend,
     series,
     whole_ticks,
@@ -60,8 +58,7 @@ def layer_curves(grids: Mapping[str, ProbeGrid] | Iterable[ProbeGrid], *, title:
     _name_ends(panels[-1], curves, last)
     legend(figure, panels[0])
     if title and len(parts) > 1:
-        heading = figure.suptitle(clipped(title, 40), x=0.01, ha="left", fontsize=LABEL, color=INK, fontweight="bold")
-        heading.set_parse_math(False)
+        heading(figure, title, 40)
     return figure
 
 

@@ -10,7 +10,20 @@ import polars as pl
 from reprobe.errors import UsageError
 from reprobe.evaluation.causation import Causation
 from reprobe.methods.dissected import Dissection
-from reprobe.report.style import INK, MUTED, PAPER, SERIES, WIDTH, Mark, Plot, clipped, dress, legend, whole_ticks
+from reprobe.report.style import (
+    INK,
+    MUTED,
+    PAPER,
+    SERIES,
+    WIDTH,
+    Mark,
+    Plot,
+    clipped,
+    dress,
+    heading,
+    legend,
+    whole_ticks,
+)
 
 #: Kinds of concepts that have a colour of their own; the rarest share the last.
 _KINDS = len(SERIES) - 1
@@ -66,10 +79,7 @@ def causal_intervals(causation: Causation, *, title: str | None = None) -> Plot:
     if not acts:
         raise UsageError("nothing was stimulated or ablated")
     first = table.filter(pl.col("act") == acts[0]).sort("difference", descending=acts[0] == "stimulate")
-    names = [
-        *first["concept"],
-        *table["concept"].unique().sort().filter(~table["concept"].unique().sort().is_in(first["concept"].to_list())),
-    ]
+    names = list(dict.fromkeys([*first["concept"], *table["concept"].sort()]))
     figure = Plot(2 * WIDTH, 1.0 + 0.19 * len(names))
     for axes, act in zip(figure.subplots(1, len(acts), sharey=True, squeeze=False)[0], acts, strict=True):
         for line in table.filter(pl.col("act") == act).iter_rows(named=True):
@@ -94,5 +104,5 @@ def causal_intervals(causation: Causation, *, title: str | None = None) -> Plot:
         axes.plot([], [], linestyle="none", label=label, **style)
     legend(figure, axes)
     if title:
-        figure.suptitle(clipped(title, 60), x=0.01, ha="left", color=INK).set_parse_math(False)
+        heading(figure, title)
     return figure

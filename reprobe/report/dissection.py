@@ -152,9 +152,10 @@ def layers(d: Dissection, name: str = "detectors") -> Section:
     if d.layers["layer"].null_count() < d.layers.height:
         figure = detector_bars(d)
         caption = (
-            f"Units whose IoU with their best concept is above {d.settings.detector:g}, by the kind of that concept. "
-            f"Hollow: how many there would be by chance, the mean over {len(d.null)} rotations."
+            f"Units whose IoU with their best concept is above {d.settings.detector:g}, by the kind of that concept."
         )
+        if len(d.null):
+            caption += f" Hollow: how many there would be by chance, the mean over {len(d.null)} rotations."
         blocks.append(Panels([panel(figure, name, "Detectors over blocks", caption, of(d))]))
     rows = [
         (

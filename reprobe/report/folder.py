@@ -86,8 +86,8 @@ class Damaged:
 class Results:
     """Everything found in a results folder, by kind and name, in the order of the paths.
 
-    `edits` are those of a file or of an edited model, `measured` tables that verbs saved, `pages` the own pages of
-    dissections by these's digests, `recipes` the texts of TOML files, `records` digests that the run of a recipe left,
+    `edits` are those of a file or of an edited model, `measured` tables that verbs saved, `pages` the pages of
+    dissections by their digests, `recipes` the texts of TOML files, `records` digests that the run of a recipe left,
     by what they are of. `unknown` are paths of what is no result.
     """
 

@@ -28,9 +28,9 @@ from reprobe.report.style import (
     WIDTH,
     Mark,
     Plot,
-    clipped,
     colorbar,
     dress,
+    token_text,
     whole_ticks,
     write,
 )
@@ -84,7 +84,7 @@ def scan_map(scan: Scan, *, title: str | None = None) -> Plot:
     n_sites, n_tokens = scan.scores.shape
     limit = saturation(scan)
     width = max(WIDTH, 1.0 + 0.225 * n_tokens)
-    tokens = [_shown(t) for t in scan.tokens]
+    tokens = [token_text(t, _LONG_TOKEN) for t in scan.tokens]
     figure = Plot(width, max(1.2, 0.115 * n_sites) + 1.3 + 0.075 * max(map(len, tokens)))
     axes = dress(figure.subplots(), x="token", y="block", title=title, grid="none")
     mesh = _cells(axes, scan.scores.astype(np.float64), cmap=DIVERGING, norm=CenteredNorm(0, limit))
@@ -166,10 +166,3 @@ def _site_ticks(axes: Axes, sites: tuple[Site, ...]) -> None:
         step = math.ceil(len(sites) / 24)
         axes.set_yticks(range(0, len(sites), step), [str(s) for s in sites[::step]])
         write(axes.yaxis.get_label(), "site")
-
-
-def _shown(token: str) -> str:
-    """A token as a tick label: without the blank before a word, never invisible, never long."""
-    text = token.removeprefix(" ").replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text) or "␣"
-    return clipped(text, _LONG_TOKEN)

@@ -14,7 +14,7 @@ import polars as pl
 import polars.selectors as cs
 
 from reprobe.errors import UsageError
-from reprobe.evaluation.choices import METRICS, Choices, compare
+from reprobe.evaluation.choices import METRICS, Choices, compare_choices
 from reprobe.evaluation.editing import Evaluation, summarise
 from reprobe.model.identity import ModelIdentity
 from reprobe.probing.transfer import COLUMNS, TransferGrid
@@ -87,8 +87,9 @@ class Measured:
         if self.kind == COMPARED:
             return self.table
         plain = self._run("")
-        steered = [f"{m}_steered" for m in METRICS]
-        return compare(plain, self._run("_steered")) if set(steered) <= set(self.table.columns) else plain.summary()
+        if not {f"{m}_steered" for m in METRICS} <= set(self.table.columns):
+            return plain.summary()
+        return compare_choices(plain, self._run("_steered"))
 
     @property
     def editing(self) -> Evaluation:

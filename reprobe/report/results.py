@@ -39,7 +39,7 @@ STORE_SUFFIX = ".reprobe"
 RUN_KIND, SCAN_KIND, STEERING_KIND = "run", "scan", "dose response"
 #: Of the record that `reprobe run` keeps of its steps: it is no result itself.
 RECORD_KIND = "recipe record"
-#: Columns of `evaluation.dose_response`.
+#: Of the columns of `evaluation.dose_response` with a `Contrast`, those that are kept.
 DOSE_COLUMNS: dict[str, Any] = {
     "strength": pl.Float64,
     "log_odds": pl.Float64,
@@ -90,9 +90,9 @@ class ScanResult:
 class SteeringResult:
     """Effect against strength, and all that is needed to read it.
 
-    `table` is that of `evaluation.dose_response`, with the `contrast`, `neutral` texts and `story` it was
-    called with. `site` and `direction` (its digest) are those of the direction; `intervention` says in words
-    what was done with it, in the model `identity`.
+    `table` is that of `evaluation.dose_response`, of which `DOSE_COLUMNS` are written to a file, with the `contrast`,
+    `neutral` texts (passages joined) and `story` it was called with. `site` and `direction` (its digest) are those of
+    the direction; `intervention` says in words what was done with it, in the model `identity`.
     """
 
     table: pl.DataFrame

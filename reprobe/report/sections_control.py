@@ -13,7 +13,6 @@ import polars as pl
 
 from reprobe.control import EditEffect, WeightEdit
 from reprobe.control.edits import KIND
-from reprobe.evaluation.editing import Measure
 from reprobe.prompts.fact import Fact
 from reprobe.provenance import digest
 from reprobe.report.blocks import (
@@ -63,9 +62,8 @@ def steering(results: Results) -> Section:
             f"{name}: above {effect.replace('_', ' ')}, mean over the prompts, with ± 1 standard deviation of the "
             "change against the unsteered model; below KL(unsteered ‖ steered) on neutral text."
         )
-        of = source(measured.identity, measured.data, by=measured.interventions)
-        figure = dose_curves(measured.table, title=name)
-        shown = panel(figure, f"doses-{i}", f"Effect and KL divergence against strength, {name}", caption, of)
+        figure, label = dose_curves(measured.table, title=name), f"Effect and KL divergence against strength, {name}"
+        shown = panel(figure, f"doses-{i}", label, caption, _of_table(measured))
         blocks.append(Beside(shown, _doses(measured.table.sort("strength"), effect)))
     return Section("steering", "Steering: effect against strength", blocks)
 
@@ -311,13 +309,13 @@ def _scores(name: str, measured: Measured) -> list[Block]:
     rows = [
         (
             line["measure"],
-            str(Measure(line["before"], line["before_low"], line["before_high"])).replace(" [nan, nan]", ""),
-            str(Measure(line["after"], line["after_low"], line["after_high"])).replace(" [nan, nan]", ""),
+            bounded(line["before"], line["before_low"], line["before_high"]),
+            bounded(line["after"], line["after_low"], line["after_high"]),
         )
         for line in found.table.iter_rows(named=True)
     ]
     shifts = [
-        Shift(kind, found.before.shares[kind].value, after.value, after.low, after.high)
+        Shift(kind, found.before.shares[kind].mean, after.mean, after.low, after.high)
         for kind, after in found.after.shares.items()
         if kind in found.before.shares
     ]

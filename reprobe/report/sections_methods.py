@@ -65,8 +65,6 @@ def _of_trace(grid: TraceGrid) -> Source:
 
 
 def _peaks(grid: TraceGrid) -> Table:
-    pairs = grid.averages.select("kind", "role").unique(maintain_order=True).iter_rows()
-    lines = [grid.peak(kind, role) for kind, role in pairs]
     rows = [
         (
             line["kind"],
@@ -75,7 +73,7 @@ def _peaks(grid: TraceGrid) -> Table:
             bounded(line["effect"], line["effect_low"], line["effect_high"]),
             str(line["n"]),
         )
-        for line in lines
+        for line in grid.peaks
     ]
     totals = {row["measure"]: bounded(row["mean"], row["low"], row["high"]) for row in grid.totals.to_dicts()}
     caption = (

@@ -331,10 +331,9 @@ def scans(results: Results, found: Sequence[Study]) -> Section:
 
 def _scan_caption(result: ScanResult, found: Sequence[Study]) -> str:
     scan, of, positive = result.scan, result.grid, "the positive class"
-    for study in found:
-        if (grid := study.grids.get(result.grid)) is not None:
-            of = f"{reader_of(grid)} on {study.name} ({study.size})"
-            positive = class_name(grid.classes[1])
+    if (study := _study_of(result, found)) is not None:
+        grid = study.grids[result.grid]
+        of, positive = f"{reader_of(grid)} on {study.name} ({study.size})", class_name(grid.classes[1])
     limit = saturation(scan)
     beyond = int((np.abs(scan.scores) > limit).sum())
     return (
@@ -348,9 +347,13 @@ def _scan_caption(result: ScanResult, found: Sequence[Study]) -> str:
 
 def _model_of(result: ScanResult, found: Sequence[Study]) -> ModelIdentity | None:
     """The model that a scan was made in; from before that was kept, the one that its directions are of."""
-    if result.identity is not None:
-        return result.identity
-    return next((study.identity for study in found if result.grid in study.grids), None)
+    study = _study_of(result, found)
+    return result.identity or (None if study is None else study.identity)
+
+
+def _study_of(result: ScanResult, found: Sequence[Study]) -> Study | None:
+    """That of the grid whose directions read the text. A comparison calls its grids by readers, not by files."""
+    return next((study for study in found if study.comparison is None and result.grid in study.grids), None)
 
 
 def transfers(results: Results) -> Section:

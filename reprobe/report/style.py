@@ -102,9 +102,23 @@ def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def token_text(token: str, most: int) -> str:
+    """A token as a tick label: without the blank before a word, never invisible, never long."""
+    text = token.removeprefix(" ").replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+    return clipped("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text) or "␣", most)
+
+
+def heading(figure: Figure, text: str, most: int = 60, weight: str = "bold") -> None:
+    """A title above all panels of a figure."""
+    shown = figure.suptitle(clipped(text, most), x=0.01, ha="left", fontsize=LABEL, color=INK, fontweight=weight)
+    shown.set_parse_math(False)
+
+
 def legend(figure: Figure, axes: Axes) -> None:
-    """The legend of `axes`, below the figure, where it covers no data."""
+    """The legend of `axes`, below the figure, where it covers no data; none where nothing is named."""
     handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
     shown = figure.legend(
         handles,
         [clipped(label, _LEGEND) for label in labels],

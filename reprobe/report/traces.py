@@ -22,11 +22,12 @@ from reprobe.report.style import (
     WIDTH,
     Mark,
     Plot,
-    clipped,
     colorbar,
     dress,
+    heading,
     legend,
     series,
+    token_text,
     whole_ticks,
 )
 
@@ -80,13 +81,12 @@ def trace_map(grid: TraceGrid, fact: int = 0, *, title: str | None = None) -> Pl
         axes.tick_params(axis="y", length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    panels[0].set_yticks(range(n), [_shown(token) for token in trace.tokens], parse_math=False)
+    panels[0].set_yticks(range(n), [token_text(token, _LONG_TOKEN) for token in trace.tokens], parse_math=False)
     colorbar(
         figure, mesh, list(panels), f"p({trace.fact.true}) − {trace.corrupted:.3f}", pad=0.01, aspect=4 * (1 + 0.2 * n)
     )
     about = f"{trace.fact.prompt} → {trace.fact.true}: clean {trace.clean:.3f}, corrupted {trace.corrupted:.3f}"
-    heading = figure.suptitle(clipped(title or about, 96), x=0.01, ha="left", fontsize=LABEL, color=INK)
-    heading.set_parse_math(False)
+    heading(figure, title or about, 96, "normal")
     return figure
 
 
@@ -126,8 +126,7 @@ def trace_curves(grid: TraceGrid, *, title: str | None = None) -> Plot:
         whole_ticks(axes.xaxis)
     legend(figure, panels[0])
     if title:
-        heading = figure.suptitle(clipped(title, 60), x=0.01, ha="left", fontsize=LABEL, color=INK, fontweight="bold")
-        heading.set_parse_math(False)
+        heading(figure, title)
     figure.align_ylabels(list(panels))
     return figure
 
@@ -139,9 +138,3 @@ def _blocks(grid: TraceGrid) -> str:
 def _block_ticks(axes: Axes, layers: np.ndarray) -> None:
     step = -(-len(layers) // 7)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-
-
-def _shown(token: str) -> str:
-    """A token as a tick label: never invisible, never long."""
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token.strip()) or "␣"
-    return clipped(text, _LONG_TOKEN)

@@ -25,10 +25,10 @@ from reprobe.store.verification import VerifyReport, verify
 from reprobe.store.writer import StoreWriter
 
 __all__ = [
-    "INDEX_COLUMNS",
     "ActivationStore",
     "Batch",
     "Grid",
+    "INDEX_COLUMNS",
     "Manifest",
     "Shard",
     "StoreInfo",

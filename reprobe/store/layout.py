@@ -65,6 +65,11 @@ class Shard:
     def rows(self) -> int:
         return self.stop - self.start
 
+    def overlapping(self, ends: NDArray[np.int64]) -> range:
+        """Which of several pieces have rows of this shard; piece i has the rows `ends[i]` … `ends[i + 1]` − 1."""
+        first = int(np.searchsorted(ends, self.start, side="right")) - 1
+        return range(first, int(np.searchsorted(ends, self.stop, side="left")))
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -163,6 +168,11 @@ def stored_dtype(dtype: str) -> np.dtype[np.generic]:
     return _STORED[check_dtype(dtype)]
 
 
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of that name; raises `UsageError` if a store cannot hold it."""
+    return _TORCH[check_dtype(dtype)]
+
+
 def itemsize(dtype: str) -> int:
     """Bytes per number."""
     return stored_dtype(dtype).itemsize
@@ -176,7 +186,7 @@ def encode(values: "torch.Tensor | NDArray[np.generic]", dtype: str) -> NDArray[
     """
     want = stored_dtype(dtype)
     if isinstance(values, torch.Tensor):
-        if values.dtype != _TORCH[dtype]:
+        if values.dtype != torch_dtype(dtype):
             raise UsageError(f"got {values.dtype}, but this store holds {dtype}: convert before writing")
         host = values.detach().cpu().contiguous()
         array = (host.view(torch.uint16) if dtype == "bfloat16" else host).numpy()

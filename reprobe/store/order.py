@@ -75,9 +75,7 @@ def mixed_pieces(grid: Grid, piece: int) -> int:
     return max(MIXED, -(-grid.shard_rows // piece))
 
 
-def in_order(
-    wanted: "range | RowNumbers", grid: Grid, piece: int, bounds: tuple[int, int]
-) -> Iterator["range | RowNumbers"]:
+def in_order(wanted: "range | RowNumbers", piece: int, bounds: tuple[int, int]) -> Iterator["range | RowNumbers"]:
     """The rows from `bounds[0]` to `bounds[1]` in the order asked for, in pieces of at most `piece` rows.
 
     Consecutive rows are cut where chunks end.

@@ -262,7 +262,7 @@ class ActivationStore:
 
         source, n = Source(empty, fill), bounds[1] - bounds[0]
         if order.seed is None:
-            found = batches(in_order(wanted, self._grid, piece, bounds), source, batch_rows, rows=n)
+            found = batches(in_order(wanted, piece, bounds), source, batch_rows, rows=n)
         else:
             found = mixed(
                 shuffled(wanted, self._grid, piece, order.seed, bounds),

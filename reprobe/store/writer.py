@@ -9,7 +9,6 @@ nothing else, and since equal manifests give equal bytes, a resumed store is byt
 one, and one of several writers to that of a single one.
 """
 
-import errno
 import importlib.metadata
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from reprobe.errors import ArtifactExists, CorruptArtifact, DiskFull, StoreLocked, UsageError
 from reprobe.model.identity import ModelIdentity
 from reprobe.model.sites import Site
-from reprobe.provenance import digest_bytes, versions
+from reprobe.provenance import NO_ROOM, digest_bytes, versions
 from reprobe.store.claim import Claim, claim, clear, is_store, remove_temporary
 from reprobe.store.commit import Commit, FileRecord, committed
 from reprobe.store.formats import Encoder, format_of
@@ -47,8 +46,6 @@ from reprobe.store.layout import (
 from reprobe.store.locks import LOCK_TEXT
 from reprobe.store.manifest import Manifest, StoredSite, read_manifest
 from reprobe.store.places import LocalFolder, Place, place_of
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoreWriter:
@@ -376,6 +373,6 @@ def _no_room_means(consequence: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise DiskFull(f"no room left on the device. {consequence}") from error

@@ -65,6 +65,9 @@ def made(folder):
         (["extract", "model", "prompts.jsonl", "--to", "x", "--store-dtype", "int8"], "float32, float16, bfloat16"),
         (["extract", "model", "prompts.jsonl", "--to", "x", "--truncate", "middle"], "left"),
         (["extract", "model", "prompts.jsonl", "--to", "s.reprobe"], "--resume"),
+        (["extract", "model", "prompts.jsonl", "--to", "x", "--world", "2"], "--rank and --world"),
+        (["extract", "model", "prompts.jsonl", "--to", "x", "--rank", "0"], "--rank and --world"),
+        (["extract", "model", "prompts.jsonl", "--to", "x", "--rank", "0", "--world", "2", "--overwrite"], "several"),
         (["info", "nothing.reprobe"], "nothing.reprobe"),
         (["verify", "s.reprobe", "--sample", "9"], "--model"),
         (["verify", "s.reprobe", "--model", "model", "--sample", "some"], "or all"),
@@ -86,6 +89,7 @@ def made(folder):
         (["steer", "model", "a text", "--direction", "d.safetensors", "--tokens", "some"], "generated"),
         (["steer", "model", "--direction", "d.safetensors"], "--prompts FILE"),
         (["steer", "model", "a text", "--chat", "--direction", "d.safetensors"], "give one of these"),
+        (["steer", "model", "--chat", "--json", "--direction", "d.safetensors"], "--chat"),
         (["steer", "model", "--prompts", "none.txt", "--direction", "d.safetensors"], "none.txt"),
         (["steer", "model", "a text", "--direction", "g.safetensors"], "not a direction"),
         (["export", "d.safetensors", "--to", "d.safetensors"], "choose another name"),
@@ -217,6 +221,12 @@ def test_probe_prints_the_best_sites_and_saves_what_it_found(run, made):
     grid = rp.ProbeGrid.load(made / "g.safetensors")
     assert grid.best() == rp.Direction.load(made / "d.safetensors")
     assert grid.table["accuracy"].max() == rows[0]["accuracy"]
+
+
+def test_probe_of_two_folds_says_nothing_of_a_choice_of_site(run, made):
+    arguments = ["probe", "s.reprobe", "--reader", "mean-difference", "--sites", "resid.post@*", "--folds"]
+    assert "chosen on the other folds" in run(*arguments, 3).stderr
+    assert "chosen on the other folds" not in run(*arguments, 2).stderr
 
 
 def test_probe_adds_controls_and_writes_its_table(run, made):

@@ -1,11 +1,14 @@
 """The demo's claims, on the real model: truth is found, chance is chance, and mood is moved."""
 
+import shlex
+from itertools import pairwise
+
 import numpy as np
 import polars as pl
 import pytest
 
 import reprobe as rp
-from reprobe.cli import demo
+from reprobe.cli import app, demo
 
 pytestmark = pytest.mark.models
 
@@ -54,6 +57,18 @@ def test_steering_along_happiness_moves_the_mood_at_every_strength(real_lm, tmp_
         with rp.steer(lm, rp.Add(mood, strength)):
             odds.append(rp.log_odds(lm, demo.MOOD).mean())
     assert np.all(np.diff(odds) > 0.2)
+
+
+def test_the_commands_that_the_page_shows_are_verbs_and_read_only_what_one_before_them_wrote():
+    there = {"smollm2-135m", *demo.DATA_SETS}
+    for line in demo._commands("smollm2-135m"):
+        name, verb, first, *rest = shlex.split(line)
+        given = dict(pairwise(rest))
+        assert name == "reprobe"
+        assert verb in {function.__name__ for function in app.VERBS} | {"steer"}
+        reads = {first, *([rest[0]] if verb == "extract" else [])}
+        assert reads | {given[option] for option in ("--grid", "--direction") if option in given} <= there
+        there |= {given[option] for option in ("--to", "--to-direction") if option in given}
 
 
 def test_a_folder_that_holds_anything_is_not_overwritten_by_the_demo(tmp_path):

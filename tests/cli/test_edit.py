@@ -9,6 +9,11 @@ from cli.calling import called
 from safetensors.torch import load_file
 from tiny import save_tiny
 
+import reprobe as rp
+from reprobe.cli.edit import TOKENS
+from reprobe.methods import moments
+from reprobe.report.measured import read_measured
+
 PROMPT = ("--subject", "cat", "--prompt", "the {} is on the", "--target", "mat", "--layer", 1)
 
 
@@ -61,6 +66,10 @@ def test_many_facts_are_written_at_once(run, folder):
     assert told["facts"] == 3
     assert len(list((folder / "edits").glob("*.safetensors"))) == 2
     run("apply", "model", "edits", "--to", "many")
+    common = ("memit", "model", "facts.json", "--layers", "0-1", "--text", "text.txt", "--json")
+    sparing = json.loads(run(*common, "--weight", 1e9, "--to", "sparing").stdout)
+    assert sparing["probability after"] == pytest.approx(sparing["probability before"], rel=1e-3)
+    assert told["probability after"] != pytest.approx(told["probability before"], rel=1e-2)
     assert "no such" in run("list", "nowhere", code=2).output
 
 
@@ -68,26 +77,33 @@ def test_facts_are_written_one_after_another_until_the_guard_stops(run, folder):
     (folder / "else.txt").write_text("the cat is on the dog. the horse is on the dog. the theory is on the dog. " * 5)
     common = ("sequential", "model", "facts.json", "--layer", 1, "--text", "text.txt", "--perplexity", "else.txt")
     told = json.loads(run(*common, "--at-most", 1e6, "--every", 2, "--to", "in-a-row", "--json").stdout)
-    assert (told["facts"], told["written"], told["stopped"]) == (3, 3, "no")
-    assert told["perplexity"].count("after") == 3  # before, after two, after the last
+    assert (told["facts"], told["written"], told["stopped"]) == (3, 3, None)
+    assert [facts for facts, _ in told["perplexity"]] == [0, 2, 3]
     assert len(list((folder / "in-a-row").glob("*.safetensors"))) == 3
     run("apply", "model", "in-a-row", "--to", "with-all")
     told = json.loads(run(*common, "--at-most", 1 + 1e-9, "--every", 3, "--to", "none-kept", "--json").stdout)
     assert told["written"] == 0
     assert "3 were reverted" in told["stopped"]
-    assert told["saved"] == "nothing"
+    assert told["saved"] is None
     assert not (folder / "none-kept").exists()
 
 
 @pytest.mark.parametrize("method", ["rome", "memit", "finetune"])
 def test_edits_are_scored(run, folder, method):
+    text = () if method == "finetune" else ("--text", "text.txt")
     told = run(
-        *("eval", "model", "facts.json", "--method", method, "--layers", "1", "--text", "text.txt", "--json"),
-        *("--perplexity", "text.txt", "--write", "4", "--to-table", f"{method}.parquet"),
+        *("eval", "model", "facts.json", "--method", method, "--layers", "1", *text, "--json"),
+        *("--perplexity", "text.txt", "--write", "4", "--to-table", f"{method}.json"),
     )
     measures = {row["measure"]: row for row in json.loads(told.stdout)}
     assert {"efficacy", "paraphrase", "neighbourhood", "score", "perplexity", "fluency"} <= set(measures)
-    assert (folder / f"{method}.parquet").is_file()
+    saved = read_measured(folder / f"{method}.json")
+    assert saved.identity == rp.LanguageModel.load(folder / "model").identity
+    assert saved.editing.after.facts == 3
+
+
+def test_moments_are_of_as_many_tokens_as_in_the_library():
+    assert TOKENS == moments.TOKENS
 
 
 def test_moments_are_shown(run):
@@ -107,6 +123,10 @@ def test_moments_are_shown(run):
         (["apply", "model", "text.txt", "--to", "x"], "safetensors"),
         (["revert", "model", "--to", "x"], "remembers no edits"),
         (["eval", "model", "facts.json", "--layers", "0,1", "--text", "text.txt"], "one block"),
+        (["eval", "model", "facts.json", "--weight", 3, "--text", "text.txt"], "MEMIT's"),
+        (["eval", "model", "facts.json", "--method", "finetune", "--text", "text.txt"], "takes none"),
+        (["eval", "model", "facts.json", "--method", "memit", "--original", "--text", "text.txt"], "form of ROME"),
+        (["memit", "model", "facts.json", "--null-space", "--weight", 3, "--to", "x"], "null space"),
         (["moments", "model"], "say layer"),
         (["sequential", "model", "facts.json", "--at-most", 1, "--to", "x"], "above 1"),
     ],

@@ -12,6 +12,7 @@ from tiny import save_tiny
 import reprobe as rp
 from reprobe.cli import recipe as recipes
 from reprobe.cli.recipe_steps import STEPS
+from reprobe.report import read_steering
 
 STUDY = """
 title = "Study"
@@ -138,6 +139,22 @@ def test_every_kind_of_step_runs_and_a_second_run_has_the_same_results(run, fold
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
+def test_a_grid_of_two_folds_has_its_sentence_too(run, folder):
+    (folder / "two.toml").write_text(only("extract", "probe").replace("folds = 4", "folds = 2"))
+    (line,) = json.loads(run(folder / "two.toml", "--json").stdout)["summary"]
+    assert line.startswith("the: best site resid.post@")
+    assert "24 rows, 12 groups" in line
+
+
+def test_steering_of_generated_tokens_has_a_price_on_neutral_text(run, folder):
+    study = only("extract", "probe", "steer").replace('part = "resid.post"', 'tokens = "generated"')
+    (folder / "generated.toml").write_text(study)
+    run(folder / "generated.toml")
+    kept = read_steering(Path("generated") / "steering" / "more.json")
+    assert kept.neutral == ("of the end",)
+    assert kept.table["kl"].min() > 0
+
+
 def test_finished_steps_are_verified_and_the_others_done_on_resume(run, folder, tmp_path):
     (tmp_path / "r.toml").write_text(only("extract", "probe", "scan"))
     for name in ("model", "prompts.jsonl"):
@@ -206,6 +223,7 @@ def test_what_another_recipe_or_other_data_made_is_not_gone_on_with(run, folder,
         (STUDY.replace('sites = "resid.post@*"', 'sites = "resid.post@9"'), "[extract.words]: 'resid.post@9'"),
         (STUDY.replace('part = "resid.post"', 'part = "resid"'), "[steer.more]: unknown part 'resid'"),
         (STUDY.replace('part = "resid.post"', 'tokens = "some"'), "[steer.more]: unknown scope 'some'"),
+        (STUDY.replace('["of the end"]', '["end"]'), "[steer.more]: 'end' has one word only"),
         (STUDY.replace("known.json", "unknown.json"), "there is no data set"),
     ],
 )

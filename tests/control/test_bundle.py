@@ -74,6 +74,15 @@ def test_a_file_that_is_no_steering_is_refused(tiny_lm, tmp_path):
     assert not (tmp_path / "own.safetensors").exists()
 
 
+def test_a_steering_of_what_is_no_intervention_is_refused(tiny_lm):
+    d = direction(tiny_lm("llama"))
+    for wrong in (d, [rp.Add(d)], rp.Steering(rp.Add(d))):
+        with pytest.raises(UsageError, match=f"interventions, one argument each, not a {type(wrong).__name__}"):
+            rp.Steering(wrong)
+    with pytest.raises(UsageError, match="not a Direction"):
+        rp.Steering(rp.Add(d)).then(d)
+
+
 def test_a_steering_of_another_model_is_refused(tiny_lm):
     lm, other = tiny_lm("llama"), tiny_lm("gpt2")
     with pytest.raises(IdentityMismatch):

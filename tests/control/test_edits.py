@@ -12,6 +12,7 @@ from tiny import tiny_model
 import reprobe as rp
 from reprobe.control import EditEffect, edits_in
 from reprobe.control.edits import Matrix
+from reprobe.control.ledger import unedited
 from reprobe.errors import (
     ArtifactExists,
     ArtifactMissing,
@@ -151,6 +152,19 @@ def test_an_edit_made_after_others_needs_them():
     rp.apply_edits(lm, [first, later])
     rp.ledger_of(lm).revert([first])
     assert rp.ledger_of(lm).digests == (later.digest,)
+
+
+def test_what_is_taken_out_for_a_while_comes_back_although_it_was_made_after_a_reverted_edit():
+    lm = tiny_model()
+    plain, first = weights(lm), random_edit(lm)
+    second = random_edit(lm, 0, seed=1, after=(first.digest,))
+    ledger = rp.apply_edits(lm, [first, second])
+    ledger.revert([first])
+    before = weights(lm)
+    with unedited(lm):
+        assert same(weights(lm), plain)
+    assert same(weights(lm), before)
+    assert ledger.digests == (second.digest,)
 
 
 def test_weights_that_something_else_changed_are_noticed():

@@ -34,6 +34,8 @@ def test_counts_and_displacements_are_those_of_the_activations(tiny_lm, tokens):
         rp.Clamp(d, 3.0, tokens=tokens),
         rp.Scale(SITE, 0.5, tokens=tokens),
         rp.Noise(1.0, site=SITE, tokens=tokens),
+        rp.Replace(np.ones((2, lm.d_model)), site=SITE, tokens=tokens),
+        rp.Replace(np.ones((2, lm.d_model)), site=SITE, tokens=tokens, align="end"),
     ):
         steered, done = states(lm, item)
         step = (steered - plain).norm(dim=-1)
@@ -67,6 +69,7 @@ def test_an_intervention_that_touches_nothing_says_why(tiny_lm):
         rp.Add(direction(lm), tokens="generated"),
         rp.Add(direction(lm), tokens="positions:40"),
         rp.Add(direction(lm), when=rp.When(direction(lm), above=1e9)),
+        rp.Replace(np.ones((2, lm.d_model)), site=SITE, tokens="positions:3:"),
         rp.Add(direction(lm)),
     ]
     with rp.steer(lm, *items) as done:
@@ -75,12 +78,13 @@ def test_an_intervention_that_touches_nothing_says_why(tiny_lm):
         "since no token was in its scope",
         "since no token was in its scope",
         "since its gate never opened",
+        "since no token was in its scope",
         "",
     ]
-    assert [str(e) for e in done.untouched] == [str(e) for e in done[:3]]
+    assert [str(e) for e in done.untouched] == [str(e) for e in done[:4]]
     assert all(np.isnan(e.displacement) and e.rows == e.tokens == 0 for e in done.untouched)
     assert "touched nothing, since its gate never opened" in str(done)
-    with rp.steer(lm, items[3]):
+    with rp.steer(lm, items[4]):
         assert torch.equal(lm.logits(PROMPTS), plain)
 
 

@@ -1,5 +1,6 @@
 """Interventions do precisely what they say, wherever tokens stand."""
 
+import contextlib
 import gc
 import itertools
 
@@ -329,6 +330,22 @@ def test_stock_hidden_states_show_what_was_steered_even_if_they_were_asked_for_b
     assert torch.equal(steered[2], seen[rp.Site.parse("resid.post@1")])
 
 
+def test_what_a_direct_call_generates_counts_as_generated_also_if_it_is_observed_on_the_way(tiny_lm):
+    lm = tiny_lm("llama")
+    ids = lm.encode(PROMPTS[1]).input_ids
+
+    def second_step(item, watch):
+        with torch.no_grad(), rp.steer(lm, item):
+            first = lm.net(ids[:, :-1], use_cache=True)
+            with observe(lm, "resid.post@0") if watch else contextlib.nullcontext():
+                return lm.net(ids[:, -1:], past_key_values=first.past_key_values).logits
+
+    for tokens in ("generated", "prompt"):
+        item = rp.Add(direction(lm), 4.0, tokens=tokens)
+        assert torch.equal(second_step(item, True), second_step(item, False))
+    assert not close(second_step(rp.Add(direction(lm), 4.0, tokens="generated"), True), lm.logits(PROMPTS[1])[:, None])
+
+
 def test_a_direct_call_that_cannot_be_steered_rightly_is_refused(tiny_lm):
     lm = tiny_lm("llama")
     batch = lm.encode(PROMPTS)
@@ -351,6 +368,8 @@ def test_bad_input_is_refused_with_what_exists(tiny_lm):
         rp.Add(d, unit="norm-ish")
     with pytest.raises(UsageError, match="no number"):
         rp.Add(d, float("nan"))
+    with pytest.raises(UsageError, match=r"at attn\.heads@1\.2 or the one at resid\.post@1\? Name one"):
+        rp.Scale("attn.heads@1.2", 0.0, site="resid.post@1")
     with pytest.raises(UnknownSite, match="blocks 0–2"), rp.steer(lm, rp.Add(d, site="resid.post@9")):
         pass
     with pytest.raises(UsageError, match="wide"), rp.steer(lm, rp.Add(d, site="attn.heads@1")):

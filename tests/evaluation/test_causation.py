@@ -135,3 +135,5 @@ def test_what_cannot_be_measured_is_refused(lm, found, tiny_lm):
         causes(lm, found, controls=0)
     with pytest.raises(UsageError, match="no concept 'dogs'"):
         causes(lm, found, ["dogs"])
+    with pytest.raises(UsageError, match="no place to stimulate at"):
+        causes(lm, found, neutral=[rp.Passage("the", "")])

@@ -16,10 +16,24 @@ from hypothesis import strategies as st
 
 import reprobe as rp
 from reprobe.errors import DataError, UsageError
-from reprobe.evaluation.choices import PRIMER, Choices, compare, mc1, mc2, mc3
+from reprobe.evaluation.choices import PRIMER, Choices, compare_choices, first_questions, mc1, mc2, mc3
 from reprobe.methods.dola import DoLa
 
 T, F = True, False
+
+
+def test_the_first_questions_keep_all_of_their_answers_wherever_they_stand():
+    rows = [
+        {"text": f"Q: {q}? A: {a}", "question": q, "answer": a, "label": int(a == "yes"), "group": q}
+        for a in ("yes", "no")
+        for q in ("p", "q", "r")
+    ]
+    data = rp.PromptSet.from_records(rows, name="asked")
+    kept = first_questions(data, 2)
+    assert kept.frame.select("question", "answer").rows() == [("p", "yes"), ("q", "yes"), ("p", "no"), ("q", "no")]
+    assert first_questions(data, 9).digest == data.digest
+    with pytest.raises(DataError, match="no column question"):
+        first_questions(rp.PromptSet.load("cities"), 2)
 
 
 def test_mc1_asks_whether_the_best_answer_is_above_every_false_one_and_a_tie_is_not():
@@ -183,7 +197,7 @@ def test_dola_scores_answers_without_the_plausibility_bound(tiny_lm):
         assert row["score"] == pytest.approx(score, abs=1e-4)
     plain = rp.multiple_choice(lm, data, primer="")
     assert np.abs(scores_of(found) - scores_of(plain)).min() > 0.1
-    assert compare(plain, found)["n"].to_list() == [2, 2, 2]
+    assert compare_choices(plain, found)["n"].to_list() == [2, 2, 2]
 
 
 def test_a_single_question_has_a_mean_and_no_interval(tiny_lm):
@@ -203,21 +217,21 @@ def test_where_every_question_is_right_the_interval_of_mc1_is_not_a_point(tiny_l
 def test_differences_are_paired_and_zero_without_steering(tiny_lm):
     lm, data = tiny_lm("llama"), questions(6)
     plain = rp.multiple_choice(lm, data, primer="")
-    zero = compare(plain, rp.multiple_choice(lm, data, primer=""))
+    zero = compare_choices(plain, rp.multiple_choice(lm, data, primer=""))
     assert zero.select("change", "low", "high").rows() == [(0, 0, 0)] * 3
     vector = np.random.default_rng(3).normal(size=lm.d_model)
     with rp.steer(lm, rp.Add(rp.Direction.from_vector("resid.post@0", vector))):
         steered = rp.multiple_choice(lm, data, primer="")
-    row = compare(plain, steered).row(1, named=True)
+    row = compare_choices(plain, steered).row(1, named=True)
     each = steered.table["mc2"].to_numpy() - plain.table["mc2"].to_numpy()
     assert row["change"] == pytest.approx(each.mean())
     assert row["steered"] - row["unsteered"] == pytest.approx(each.mean())
     assert row["low"] < each.mean() < row["high"]
     assert row["n"] == 6
     with pytest.raises(UsageError, match="primer"):
-        compare(plain, rp.multiple_choice(lm, data, primer="Q: a?\nA: an."))
+        compare_choices(plain, rp.multiple_choice(lm, data, primer="Q: a?\nA: an."))
     with pytest.raises(UsageError, match="same questions"):
-        compare(plain, rp.multiple_choice(lm, questions(5), primer=""))
+        compare_choices(plain, rp.multiple_choice(lm, questions(5), primer=""))
 
 
 def test_the_benchmarks_own_sets_of_targets_are_used(tiny_lm):

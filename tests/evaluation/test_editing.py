@@ -84,11 +84,11 @@ def test_a_fact_counts_once_and_the_score_is_the_harmonic_mean():
         ("b", "B", "neighbourhood", 0.3, 0.4, True),
     ]
     found = editing.summarise(lines_of(rows))
-    shares = {k: m.value for k, m in found.shares.items()}
+    shares = {k: m.mean for k, m in found.shares.items()}
     assert shares == pytest.approx({"efficacy": 0.5, "paraphrase": 0.75, "neighbourhood": 1.0})
-    assert found.magnitudes["paraphrase"].value == pytest.approx(((0.5 - 0.1) / 2 + 0.7) / 2)
-    assert found.magnitudes["neighbourhood"].value == pytest.approx((0.4 + 0.1) / 2)
-    assert found.score.value == pytest.approx(3 / (1 / 0.5 + 1 / 0.75 + 1 / 1.0))
+    assert found.magnitudes["paraphrase"].mean == pytest.approx(((0.5 - 0.1) / 2 + 0.7) / 2)
+    assert found.magnitudes["neighbourhood"].mean == pytest.approx((0.4 + 0.1) / 2)
+    assert found.score.mean == pytest.approx(3 / (1 / 0.5 + 1 / 0.75 + 1 / 1.0))
     assert found.facts == 2
 
 
@@ -103,7 +103,7 @@ def test_intervals_hold_the_value_and_shrink_with_the_number_of_subjects():
                 rows.append((f"f{i}", f"g{i}", kind, 0.4 + ok * 0.1, 0.45, ok))
         found = editing.summarise(lines_of(rows))
         for measure in (*found.shares.values(), *found.magnitudes.values(), found.score):
-            assert measure.low <= measure.value <= measure.high
+            assert measure.low <= measure.mean <= measure.high
         return found.score.high - found.score.low
 
     assert width(160) < 0.6 * width(20)
@@ -113,8 +113,8 @@ def test_one_subject_has_no_interval_and_a_share_of_zero_scores_zero():
     found = editing.summarise(
         lines_of([("a", "A", "efficacy", 0.1, 0.9, False), ("a", "A", "paraphrase", 0.9, 0.1, True)])
     )
-    assert found.score.value == 0
-    assert np.isnan(found.score.low)
+    assert found.score.mean == 0
+    assert (found.score.low, found.score.high) == (None, None)
 
 
 def test_edits_one_at_a_time_are_scored_alone_and_leave_nothing():
@@ -161,6 +161,8 @@ def test_what_is_written_about_is_no_neighbour():
 
 
 def test_facts_without_both_objects_are_named():
+    with pytest.raises(UsageError, match="no facts were given"):
+        editing.score_facts(tiny_model(), [])
     with pytest.raises(DataError, match=r"of 1 facts lack.*the a is"):
         editing.score_facts(tiny_model(), [rp.Fact.of(subject="a", prompt="the a is", new="b")])
 

@@ -109,7 +109,7 @@ def choices():
     )
 
 
-def test_parts_can_be_left_out_and_multiple_choice_serves_as_knowledge(tiny_lm, item):
+def test_parts_can_be_left_out_and_multiple_choice_serves_as_knowledge(item):
     lm = tiny_model(max_position_embeddings=1000)  # the questions come after a primer of many tokens
     known = row(rp.side_effects(lm, item, texts=TEXTS, unrelated=choices(), max_new_tokens=0), "accuracy on questions")
     assert known["unsteered"] == rp.multiple_choice(lm, choices()).table["mc1"].mean()
@@ -122,6 +122,25 @@ def test_parts_can_be_left_out_and_multiple_choice_serves_as_knowledge(tiny_lm, 
         rp.side_effects(lm, item, texts=TEXTS, unrelated="cities")
     with pytest.raises(UsageError, match="no texts"):
         rp.side_effects(lm, item, texts=())
+
+
+def test_a_text_of_one_token_has_a_divergence_and_nothing_to_be_surprised_by(item):
+    lm = tiny_model(bos=False)
+    assert len(lm.tokenizer("the").input_ids) == 1
+    found = rp.side_effects(lm, item, texts=(*TEXTS, "the"), unrelated=None, max_new_tokens=0)
+    without = rp.side_effects(lm, item, texts=TEXTS, unrelated=None, max_new_tokens=0)
+    assert row(found, "kl")["n"] == 4
+    assert row(found, "kl")["steered"] != row(without, "kl")["steered"]
+    assert row(found, "cross-entropy")["steered"] == pytest.approx(row(without, "cross-entropy")["steered"])
+    with pytest.raises(UsageError, match="two tokens or more"):
+        rp.side_effects(lm, item, texts=("the",), unrelated=None)
+
+
+def test_facts_without_a_second_object_are_refused(tiny_lm, item):
+    lm = tiny_lm("llama")
+    half = FACTS.frame.with_columns(target_new=pl.when(pl.col("id") != "f0").then("target_new"))
+    with pytest.raises(DataError, match="1 of 4 facts lack"):
+        rp.side_effects(lm, item, texts=TEXTS, unrelated=rp.PromptSet(half, "half"))
 
 
 @pytest.mark.parametrize("tokens", ["all", "prompt", "generated", "last"])
@@ -192,7 +211,7 @@ def test_dose_response_takes_any_scorer_and_gives_intervals(tiny_lm):
     assert single.select("effect_low", "change_high", "kl_low").row(0) == (None, None, None)
     with pytest.raises(UsageError, match="fickle gave 1 numbers without steering and 2 at strength 1"):
         rp.dose_response(lm, lambda s: rp.Add(d, s), (1,), scorer=Fickle(), neutral=TEXTS)
-    with pytest.raises(UsageError, match="one finite number per prompt"):
+    with pytest.raises(UsageError, match=r"without steering the scorer .* one finite number per prompt"):
         rp.dose_response(lm, lambda s: rp.Add(d, s), (1,), scorer=lambda lm: np.array([1.0, np.nan]), neutral=TEXTS)
 
 

@@ -91,6 +91,12 @@ def test_targets_and_starts_that_cannot_be_are_refused(target, start):
         search(lambda s: s * s, target, start=start)
 
 
+@pytest.mark.parametrize("how", [{"tolerance": 0.0}, {"tolerance": math.nan}, {"max_evaluations": 0}])
+def test_a_search_that_cannot_end_or_begin_is_refused(how):
+    with pytest.raises(UsageError, match="a share above 0, and 1 or more"):
+        search(lambda s: s * s, 0.1, **how)
+
+
 TEXTS = ("the cat is on the mat", rp.Passage("an inn", " on the other end of the land"))
 
 

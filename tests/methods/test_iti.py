@@ -14,7 +14,7 @@ import reprobe as rp
 from reprobe.errors import IdentityMismatch, UnknownSite, UsageError
 from reprobe.methods import iti
 from reprobe.model.sites import Site
-from reprobe.probing.readers import LogisticReader, PCAReader, RandomReader
+from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader, RandomReader
 
 HEADS, WIDTH = 5, 7
 
@@ -30,6 +30,22 @@ def answers(seed=0, questions=60):
     arrays["attn.heads@0"][:, : 1 * WIDTH] += 2 * truth
     arrays["attn.heads@0"][:, 4 * WIDTH :] = arrays["attn.heads@0"][:, 1 * WIDTH : 2 * WIDTH]  # equal heads: a tie
     return make_store(arrays, y, group=group)
+
+
+class NeedsGroups(MeanDifference):
+    """Refuses rows that do not say their questions: whatever it splits further would part them."""
+
+    def _fit_plane(self, rows):
+        if rows.groups is None or len(rows.groups) != len(rows.X):
+            raise UsageError("rows without groups")
+        return super()._fit_plane(rows)
+
+
+def test_probes_that_split_their_rows_further_are_told_the_questions():
+    store = answers()
+    told = iti.head_ranking(store, probe=NeedsGroups(), direction=NeedsGroups())
+    for one, other in zip(told, iti.head_ranking(store, probe=MeanDifference()), strict=True):
+        np.testing.assert_array_equal(one.accuracy, other.accuracy)
 
 
 def newton(Z, y, C):

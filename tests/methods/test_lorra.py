@@ -1,5 +1,6 @@
 """LoRRA: the loss by hand, what stock peft makes of the result, resuming, and what cannot be trained."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -229,6 +230,9 @@ def test_only_the_same_training_goes_on(tmp_path):
         train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=other, resume=True)
     with pytest.raises(ArtifactExists, match="name a folder that does not"):
         train(tiny_model("llama"), STREAMS, RESPONSES, to=to, settings=QUICK)
+    given = dataclasses.replace(rp.Adapter.load(to), provenance={}).save(tmp_path / "given")
+    with pytest.raises(IdentityMismatch, match="settings, alpha: None there"):
+        train(tiny_model("llama"), STREAMS, RESPONSES, to=given, settings=QUICK, resume=True)
 
 
 # -- targets and adapted layers -------------------------------------------------------------------------------------

@@ -90,6 +90,16 @@ def test_of_an_edited_model_they_are_the_bases(tiny_lm):
     np.testing.assert_allclose(found.matrix, want, rtol=1e-4, atol=1e-6)
 
 
+def test_nothing_of_a_steered_model_is_kept_as_if_it_were_the_models(tiny_lm, own_cache):
+    lm = tiny_lm("llama")
+    with rp.steer(lm, rp.Scale("resid.post@0", 2.0)):
+        for text in (Corpus.load(TEXTS), Sample(tokens=100)):
+            with pytest.raises(UsageError, match="being steered"):
+                second_moments(lm, [1], text)
+    assert not list(own_cache.rglob("*.safetensors"))
+    assert not list(own_cache.rglob("*.json"))
+
+
 def test_a_sample_is_as_long_as_asked_and_repeats_with_its_seed(tiny_lm, tmp_path, monkeypatch):
     lm = tiny_lm("llama")
     one, other = (second_moments(lm, [0], Sample(tokens=300, seed=s))[0] for s in (0, 1))

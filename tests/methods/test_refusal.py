@@ -125,6 +125,19 @@ def test_candidates_of_messages_are_all_tokens_that_the_template_puts_behind_the
         refusal.search(lm, sides[0], more, lambda lm, prompts: np.zeros(len(prompts)), layers=[0])
 
 
+def test_a_candidate_whose_trial_gives_no_number_is_not_allowed_and_does_not_end_the_search(tiny_lm):
+    lm = tiny_lm("llama")
+
+    def broken(lm, prompts):
+        return np.full(len(prompts), np.nan)
+
+    found = refusal.search(lm, CALLING, OTHERS, broken, layers=[1], rule=refusal.Rule(max_kl=1e9))
+    assert not found.table["allowed"].any()
+    assert [list(d.metrics) for d in found.directions.values()] == [["kl"]]
+    with pytest.raises(UsageError, match="none of 1 candidates is allowed"):
+        found.best()
+
+
 def test_a_behaviour_may_be_any_function_and_bad_input_is_refused(tiny_lm):
     lm = tiny_lm("llama")
     found = refusal.search(lm, CALLING, OTHERS, lambda lm, prompts: np.array([len(p) for p in prompts]), layers=[1])

@@ -210,7 +210,9 @@ def test_the_published_form_uses_the_bare_key_in_the_residual_and_the_division()
     ours = rome.edit(lm, FACT, layer=1, moment=moment, settings=QUICK)
     assert not np.allclose(ours.left @ ours.right.T, want, rtol=1e-3)
     with pytest.raises(UsageError, match="published form"):
-        rome.edit(lm, FACT, layer=1, moment=moment, settings=rome.Settings(search=Search(steps=1), compat="EasyEdit"))
+        rome.Settings(compat="EasyEdit")
+    with pytest.raises(UsageError, match="0 or more"):
+        rome.Settings(prefixes=-1)
 
 
 def test_an_edit_records_the_unedited_model_and_the_edits_before_it():
@@ -278,3 +280,7 @@ def test_what_cannot_be_edited_is_refused(tiny_lm):
     narrow = SecondMoment(Site("mlp.neurons", 1), 9, np.eye(5), {}, "")
     with pytest.raises(UsageError, match="width 5"):
         rome.edit(lm, FACT, layer=1, moment=narrow, settings=QUICK)
+    with pytest.raises(UsageError, match=r"for block 0 is of mlp\.neurons@1"):
+        rome.edit(lm, FACT, layer=0, moment=second_moments(lm, [1], TEXT)[1], settings=QUICK)
+    with rp.steer(lm, step), pytest.raises(UsageError, match="steered"):
+        SAMPLE_PREFIXES(lm, n=3, seed=77)

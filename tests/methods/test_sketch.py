@@ -1,4 +1,4 @@
-"""The top of many streams: exact, whatever the order and the pieces, and the same merged."""
+"""The top of many streams: exact, whatever the order and the pieces."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ VALUES = st.sampled_from([-np.inf, -3.5, -1.0, -0.0, 0.0, 1e-30, 0.25, 1.0, 1.00
 STREAMS = arrays.arrays(np.float32, st.tuples(st.integers(1, 40), st.just(UNITS)), elements=VALUES)
 
 
-def filled(values, keep, cuts=(), order=None, first=0):
+def filled(values, keep, cuts=(), order=None):
     """The sketch of the rows of `values`, (tokens, units), added in pieces."""
     top = TopValues(UNITS, keep)
     order = np.arange(len(values)) if order is None else order
     for rows in np.split(order, sorted(cuts)):
         token, unit = np.divmod(np.arange(len(rows) * UNITS), UNITS)
         above = values[rows].ravel() > top.floor[unit]
-        top.add(unit[above], rows[token[above]] + first, values[rows].ravel()[above])
+        top.add(unit[above], rows[token[above]], values[rows].ravel()[above])
     return top
 
 
@@ -50,30 +50,6 @@ def test_the_largest_are_those_of_sorting_in_any_order_and_any_pieces(values, ke
     strictly = whole > whole[:, -1:]
     assert np.array_equal(tokens[strictly], at[strictly])
     assert np.array_equal(whole_at[strictly], at[strictly])
-
-
-@given(STREAMS, STREAMS, STREAMS, st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
-def test_merging_is_seeing_all_and_its_order_does_not_matter(a, b, c, keep):
-    streams = (a, b, c)
-    firsts = (0, len(a), len(a) + len(b))
-
-    def of(i):
-        return filled(streams[i], keep, first=firsts[i])
-
-    expected, _ = reference(np.concatenate(streams), keep)
-    for first, second, third in ((0, 1, 2), (2, 0, 1)):
-        one = of(first)
-        one.merge(of(second))
-        one.merge(of(third))
-        nested, inner = of(first), of(second)
-        inner.merge(of(third))
-        nested.merge(inner)
-        for top in (one, nested):
-            values, tokens = top.largest()
-            assert np.array_equal(values, expected)
-            held = tokens >= 0
-            assert np.array_equal(np.concatenate(streams)[tokens[held], np.nonzero(held)[0]], values[held])
 
 
 def test_the_threshold_is_exactly_the_quantile_of_many_values():
@@ -107,10 +83,8 @@ def test_one_unit_that_gets_all_does_not_disturb_the_others():
     assert top.floor[7] == 4996
 
 
-def test_nan_is_no_value_and_sizes_must_agree():
+def test_nan_is_no_value_and_there_is_something_to_keep():
     values = np.array([[np.nan] * UNITS, [1.0] * UNITS], np.float32)
     assert filled(values, 2).largest()[0].tolist() == [[1.0, -np.inf]] * UNITS
-    with pytest.raises(UsageError, match="do not merge"):
-        TopValues(3, 4).merge(TopValues(3, 5))
     with pytest.raises(UsageError, match="1 or more"):
         TopValues(0, 4)

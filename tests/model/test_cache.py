@@ -45,10 +45,11 @@ def test_a_damaged_folder_is_replaced_whole(tmp_path: Path) -> None:
 
     def make(scratch: Path) -> None:
         (scratch / "thing").mkdir()
-        (scratch / "thing" / "new").write_text("new")
+        (scratch / "thing" / "new").mkdir()
+        (scratch / "thing" / "new" / "file").write_text("new")
 
     cache.build(target, make, whole=lambda p: (p / "new").exists())
-    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in target.rglob("*")] == ["new", "file"]
 
 
 def test_a_full_disk_says_how_to_use_another(tmp_path: Path) -> None:

@@ -295,9 +295,10 @@ def test_llama_3_rotary_factors_become_its_rope_scaling(tmp_path: Path) -> None:
         converter.convert(other)
 
 
-def test_linear_rope_scaling_is_carried_to_the_layers_that_have_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stated", [{"rope.scaling.type": "linear"}, {}])
+def test_linear_rope_scaling_is_carried_to_the_layers_that_have_it(tmp_path: Path, stated: dict[str, str]) -> None:
     model = tiny("gemma3")
-    model.stated |= {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    model.stated |= {"rope.scaling.factor": 8.0, **stated}
     model.config.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
     net = randomised(model.config)
     again = AutoModelForCausalLM.from_pretrained(converter.convert(write(tmp_path / "m.gguf", model, net)))

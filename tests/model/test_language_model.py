@@ -136,6 +136,7 @@ def test_generation_is_greedy_and_equals_the_stock_networks(tiny_lm):
         coded = lm.tokenizer(text, return_tensors="pt")
         tokens = lm.net.generate(**coded, max_new_tokens=6, do_sample=False, pad_token_id=0)
         assert lm.tokenizer.decode(tokens[0, coded["input_ids"].shape[1] :], skip_special_tokens=True) == ours
+        assert lm.generate(text, max_new_tokens=6, return_dict_in_generate=True) == [ours]
 
 
 def test_a_seed_repeats_a_sample_and_leaves_the_global_state_alone(tiny_lm):
@@ -228,9 +229,11 @@ def test_a_misspelt_name_and_a_file_are_told_what_a_model_is(tmp_path):
         ({"device": "gpu"}, "device 'gpu' cannot be used; this machine has cpu"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"dtype": "float99"}, "one of float32, bfloat16, float16"),
+        ({"device": "cpu", "device_map": "auto"}, "device='cpu' does not go with device_map"),
+        ({"device": "cpu", "quantization_config": {}}, "does not go with device_map or quantization_config"),
     ],
 )
-def test_a_device_or_dtype_that_there_is_not_is_refused_before_anything_is_fetched(options, match):
+def test_a_device_or_dtype_that_cannot_be_is_refused_before_anything_is_fetched(options, match):
     with pytest.raises(UsageError, match=match):
         rp.LanguageModel.load("no-such-model", **options)
 
@@ -255,16 +258,24 @@ def test_bad_prompts_are_refused(tiny_lm):
     lm = tiny_lm("llama")
     for call, kind, says in (
         (lambda: lm.logits([]), UsageError, "no prompts"),
+        (lambda: lm.logits(None), UsageError, "text or a list of chat messages.*not None"),
+        (lambda: lm.logits([[3, 4]]), UsageError, r"text or a list of chat messages.*not \[3, 4\]"),
+        (lambda: lm.logits(CHAT[0]), UsageError, "not {'role': 'user'"),
+        (lambda: lm.logits(rp.PromptSet.from_records([{"text": "a"}])), UsageError, r"of a PromptSet: \.texts"),
         (lambda: lm.logits("z" * CONTEXT), PromptTooLong, "--truncate"),
-        (lambda: lm.generate("z" * (CONTEXT - 4), max_new_tokens=8), PromptTooLong, "context"),
+        (lambda: lm.generate("z" * (CONTEXT - 4), max_new_tokens=8), PromptTooLong, f"room for {CONTEXT - 8}"),
         (lambda: lm.generate("a", max_new_tokens=CONTEXT), PromptTooLong, "no room"),
         (lambda: lm.generate("a", input_ids=1), UsageError, "pass text"),
+        (lambda: lm.generate("a", max_length=9), UsageError, "say max_new_tokens"),
         (lambda: lm.logprobs(["a", "b"], [["c"]]), UsageError, "lists of continuations"),
         (lambda: lm.logprobs("a", [""]), UsageError, "empty continuation"),
         (lambda: lm.logprobs("a", []), UsageError, "no continuation"),
         (lambda: lm.logprobs(["a", "b"], [[], []]), UsageError, "no continuation"),
         (lambda: lm.logits(["a"], spans=[{}, {}]), UsageError, "one mapping per prompt"),
         (lambda: lm.logits(["a"], spans=[{"s": (0, 5)}]), DataError, "outside"),
+        (lambda: lm.logits("a", at="first"), UsageError, "one of last, all"),
+        (lambda: lm.encode("a", padding="both"), UsageError, "one of left, right"),
+        (lambda: lm.encode("a", truncate="middle"), UsageError, "'left' or the 'right'"),
     ):
         with pytest.raises(kind, match=says):
             call()
@@ -313,10 +324,11 @@ def test_capture_stops_after_the_last_wanted_site(tiny_lm):
     handles = [
         b.register_forward_pre_hook(lambda *a, i=i: ran.append(i)) for i, b in enumerate(lm.architecture.blocks(lm.net))
     ]
-    rp.capture(lm, lm.inputs(lm.encode("the cat")), lm.sites("resid.post@0,attn.heads@1"))
+    found = rp.capture(lm, lm.inputs(lm.encode("the cat")), "resid.post@0,attn.heads@1")
     for handle in handles:
         handle.remove()
     assert ran == [0, 1]
+    assert tuple(found) == lm.sites("resid.post@0,attn.heads@1")
 
 
 @pytest.mark.models

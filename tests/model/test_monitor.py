@@ -291,6 +291,7 @@ def test_directions_that_do_not_belong_here_are_refused(tiny_lm):
     (d,) = directions(lm, "resid.post@1")
     wrong = [
         ([], UsageError, "at least one"),
+        ("truth.safetensors", UsageError, "directions, not with 'truth.safetensors'"),
         (rp.Direction.from_vector("resid.post@1", [1.0, 2.0]), UsageError, r"width 2 does not fit resid\.post@1"),
         (d.at("resid.post@9"), UnknownSite, "blocks 0–2"),
         ({rp.Site("resid.post", 2): d}, UsageError, r"direction\.at\('resid.post@2'\)"),

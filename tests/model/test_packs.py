@@ -78,6 +78,14 @@ def test_with_room_for_all_every_distinct_beginning_is_computed_once(prompts):
     assert plan.computed(np.diff(starts)).sum() == len(distinct)
 
 
+def test_beginnings_of_numbers_beyond_32_bits_are_shared_too():
+    """Scoring makes a token's number of its id, its role and its prompt."""
+    far = 2**32 + 5
+    starts = np.array([0, 2, 4, 6])
+    plan = plan_packs(np.array([far, 1, 5, 2, far, 3]), starts, packing="forest", budget=100)
+    assert plan.shared.sum() == 1
+
+
 def test_a_long_common_primer_is_shared_by_rows_longer_than_usual():
     rng = np.random.default_rng(0)
     prompts = [[7] * 400 + rng.integers(10, 99, 20).tolist() for _ in range(60)]

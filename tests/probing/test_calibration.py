@@ -4,7 +4,7 @@ from sklearn.calibration import _SigmoidCalibration
 from sklearn.linear_model import LogisticRegression
 
 from reprobe.errors import UsageError
-from reprobe.probing.calibration import Platt, platt
+from reprobe.probing.calibration import Platt
 from reprobe.probing.metrics import calibration_error
 
 
@@ -35,16 +35,18 @@ def test_with_many_rows_it_is_logistic_regression_on_the_score(scores_of):
 def test_probabilities_of_test_rows_are_calibrated_and_depend_on_no_other_test_row(scores_of):
     scores, positive = scores_of(2000, 2)
     test, truth = scores_of(2000, 3)
-    p = platt(scores, positive, test)
+    p = Platt.fit(scores, positive).probabilities(test)
     assert calibration_error(p, truth) < 0.04 < 0.1 < calibration_error(1 / (1 + np.exp(-test)), truth)
-    np.testing.assert_array_equal(platt(scores, positive, test[:5]), p[:5])
+    np.testing.assert_array_equal(Platt.fit(scores, positive).probabilities(test[:5]), p[:5])
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
 def test_units_and_origin_of_the_scores_do_not_matter(scores_of, unit):
     scores, positive = scores_of(200, 4)
     moved = unit * scores + 7 * unit
-    np.testing.assert_allclose(platt(moved, positive, moved), platt(scores, positive, scores), rtol=1e-5)
+    np.testing.assert_allclose(
+        Platt.fit(moved, positive).probabilities(moved), Platt.fit(scores, positive).probabilities(scores), rtol=1e-5
+    )
 
 
 def test_separable_scores_have_a_finite_slope():

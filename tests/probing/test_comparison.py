@@ -10,6 +10,7 @@ from reprobe.probing import probe
 from reprobe.probing.calibration import Platt
 from reprobe.probing.comparison import CHOICES, COLUMNS, Comparison, compare
 from reprobe.probing.metrics import calibration_error, recall_at_fpr
+from reprobe.probing.reader import TrainingRows
 from reprobe.probing.readers import LDAReader, MeanDifference, PCAReader, RandomReader
 from reprobe.probing.refit import scores_inside
 
@@ -81,7 +82,7 @@ def test_the_choice_of_site_is_in_what_is_told_of_a_reader(found):
 def test_scores_inside_are_of_readers_that_saw_neither_fold(store):
     X = store.arrays[next(s for s in store.sites if s.layer == 1)].double().numpy()
     positive, fold = np.arange(240) % 2 == 1, (np.arange(240) // 4) % 4
-    inside = scores_inside(MeanDifference(), X, positive, None, fold)
+    inside = scores_inside(MeanDifference(), TrainingRows(X, positive, None), fold)
     for k in range(4):
         assert np.isnan(inside[k, fold == k]).all()
         for j in set(range(4)) - {k}:
@@ -93,7 +94,7 @@ def test_scores_inside_are_of_readers_that_saw_neither_fold(store):
 def test_probabilities_are_scaled_by_rows_outside_the_fold_alone(found, store):
     X = store.arrays[found.first.sites[1]].double().numpy()
     grid = found.grids["lda"]
-    inside = scores_inside(LDAReader(), X, grid.positive, None, grid.fold)
+    inside = scores_inside(LDAReader(), TrainingRows(X, grid.positive, None), grid.fold)
     for k in range(4):
         here = grid.fold == k
         platt = Platt.fit(inside[k, ~here], grid.positive[~here])

@@ -12,7 +12,7 @@ from reprobe.model.sites import Site
 from reprobe.probing import grid as grid_module
 from reprobe.probing.direction import Direction
 from reprobe.probing.grid import probe
-from reprobe.probing.intervals import fold_auroc
+from reprobe.probing.metrics import fold_auroc
 from reprobe.probing.probe_grid import ProbeGrid
 from reprobe.probing.reader import Reader
 from reprobe.probing.readers import LogisticReader, MeanDifference, PCAReader

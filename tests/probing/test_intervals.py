@@ -8,8 +8,8 @@ from sklearn.metrics import roc_auc_score
 
 from reprobe.errors import UsageError
 from reprobe.probing import intervals
-from reprobe.probing.intervals import RESAMPLES, ClusterBootstrap, fold_auroc, share_interval
-from reprobe.probing.metrics import bin_of, calibration_error, weighted_calibration_error
+from reprobe.probing.intervals import RESAMPLES, ClusterBootstrap, share_interval
+from reprobe.probing.metrics import bin_of, calibration_error, fold_auroc, weighted_calibration_error
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from reprobe.errors import UsageError
 from reprobe.model.sites import Site
 from reprobe.probing.classes import probe_classes
+from reprobe.probing.comparison import compare
+from reprobe.probing.controlled import with_controls
 from reprobe.probing.grid import probe
 from reprobe.probing.reader import Plane, Reader
 from reprobe.probing.readers import AttentionReader, LogisticReader, MeanDifference, MultiClassReader, PCAReader
@@ -103,6 +105,30 @@ def test_no_statistic_of_a_held_out_row_reaches_what_judges_its_fold(reader, sto
     assert after.selected.sites[k] == before.selected.sites[k]
     elsewhere = before.fold != k
     assert (after.oof[elsewhere, 0] != before.oof[elsewhere, 0]).any(), "where it may be used, it is"
+
+
+class NeedsGroups(MeanDifference):
+    """Refuses rows that do not say their groups: whatever it splits further would part them."""
+
+    def _fit_plane(self, rows):
+        if rows.groups is None or len(rows.groups) != len(rows.X):
+            raise UsageError("rows without groups")
+        return super()._fit_plane(rows)
+
+
+def test_readers_that_split_their_rows_further_are_told_the_groups_wherever_they_are_fitted(store_of, planted):
+    data, other = planted(n=80, width=9), planted(n=80, width=9, seed=5)
+    one, two = (
+        store_of({"resid.post@0": d.X}, d.y, group=np.arange(80) // 4, prompt=[f"{name}{i:02}" for i in range(80)])
+        for name, d in (("a", data), ("b", other))
+    )
+    reader = NeedsGroups()
+    compare(one, [reader], folds=3, n_jobs=1)
+    transfer({"one": one, "two": two}, reader, folds=3, n_jobs=1)
+    grid = probe(one, reader, folds=3, n_jobs=1)
+    with_controls(grid, one, reader, permutations=3, mdl=True, n_jobs=1)
+    with pytest.raises(UsageError, match="rows without groups"):
+        reader.fit(data.X, data.y)
 
 
 def unseen(fit):

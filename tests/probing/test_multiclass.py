@@ -174,6 +174,19 @@ def test_it_is_equivariant_and_moments_in_parts_give_the_same_reader(reader):
     assert c.directions_[2].scale == pytest.approx(a.directions_[2].scale)
 
 
+def test_penalties_are_chosen_across_groups_and_not_by_recognising_them():
+    """Many rows of each group, and labels that mean nothing: within groups weak penalties look good."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(60), 6)
+    y = rng.permutation(np.arange(60) % 3)[groups]
+    X = rng.standard_normal((60, 40))[groups] + 0.1 * rng.standard_normal((360, 40))
+    reader = LogisticReader(C=[1e-5, 10.0])
+    told, untold = (MultiClassReader(reader).fit(X, y, groups=g).coef_ for g in (groups, None))
+    for c in range(3):
+        np.testing.assert_allclose(told[c], clone(reader).fit(X, y == c, groups=groups).coef_, rtol=1e-6, atol=1e-12)
+    assert np.abs(told).max() < 1e-2 * np.abs(untold).max()
+
+
 def test_what_is_for_two_classes_only_is_refused():
     data = emotions()
     for reader in (ClusterMean(), PCAReader(), TTPDReader(), AttentionReader()):

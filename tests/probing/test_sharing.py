@@ -246,6 +246,9 @@ def test_a_card_says_where_of_what_and_how_well(one, grid):
     assert pairs["digest"] == one.digest
     (code,) = [t.content for t in tokens if t.type == "fence"]
     compile(code, "card", "exec")
+    assert "By group-safe cross-validation" in model_card(grid.best(), "hf:me/truth")
+    tried = dataclasses.replace(one, metrics={"bypass": 0.1, "kl": 0.02})  # as `refusal.search` leaves them
+    assert "cross-validation" not in model_card(tried, "hf:me/truth")
     assert "rp.pull('hf:me/truth')" in code
     assert "rp.LanguageModel.load('someone/some-model', revision='abc')" in code
     assert ModelCard(model_card(one, "hf:me/truth")).data.base_model == "someone/some-model"

@@ -20,6 +20,8 @@ def test_every_format_gives_the_table_back(tmp_path):
     assert rows[0] == {"site": "resid.post@0", "layer": 0, "p": 0.25, "odd": "1,5"}
     assert rows[1]["layer"] is None
     assert rows[1]["p"] is None, "JSON has no NaN"
+    endless = write_table(FRAME.with_columns(p=pl.lit(float("inf")), q=pl.lit(0.5)), tmp_path / "v.json")
+    assert [(row["p"], row["q"]) for row in json.loads(endless.read_text())] == [(None, 0.5)] * 2, "nor infinity"
     about = json.loads(write_table(FRAME, tmp_path / "u.json", about={"names": ["a"]}).read_text())
     assert about == {"names": ["a"], "table": rows}
 

@@ -165,6 +165,23 @@ def test_statements_about_nothing_in_particular_share_a_group_only_if_they_are_e
     assert not PromptSet.load(write_csv(tmp_path / "facts.csv", rows[:2])).has_groups
 
 
+def test_a_file_of_statements_that_names_its_groups_or_pairs_keeps_them(tmp_path: Path) -> None:
+    said = [("Ice is cold.", 1, "ice", "1"), ("Ice is hot.", 0, "ice", "1"), ("Steel floats.", 0, "steel", "2")]
+    rows = [{"statement": s, "label": y, "city": s[0], "group": g, "pair": p} for s, y, g, p in said]
+
+    def read(*columns: str) -> tuple[list[str], list[str | None]]:
+        chosen = [{c: row[c] for c in ("statement", "label", *columns)} for row in rows]
+        frame = PromptSet.load(write_csv(tmp_path / "mine.csv", chosen)).frame
+        return frame["group"].to_list(), frame["pair"].to_list()
+
+    assert read("city", "group", "pair") == (["ice", "ice", "steel"], ["1", "1", "2"])
+    assert read("city", "group") == (["ice", "ice", "steel"], [None, None, None])
+    assert read("city", "pair") == (["I", "I", "S"], ["1", "1", "2"])
+    assert read("pair") == (["1", "1", "2"], ["1", "1", "2"])
+    rows = [row | {"group": ""} for row in rows]
+    assert read("city", "group") == (["I", "I", "S"], ["I", "I", None])
+
+
 FACT_COLUMNS = ["subject", "relation", "target", "target_new", "paraphrases", "neighbours"]
 
 KNOWN = [

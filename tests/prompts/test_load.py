@@ -82,6 +82,12 @@ def test_a_set_written_and_read_is_the_same_set(tmp_path: Path, rows: list[dict[
     assert ("group" in json.loads(lines[0])) == prompts.has_groups
 
 
+def test_a_lone_side_of_a_pair_that_is_its_own_group_stays_so_in_a_file(tmp_path: Path) -> None:
+    prompts = PromptSet.from_records([{"id": "x", "text": "One.", "group": "x", "pair": "p"}])
+    prompts.to_jsonl(tmp_path / "a.jsonl")
+    assert PromptSet.load(tmp_path / "a.jsonl").digest == prompts.digest
+
+
 @pytest.mark.parametrize("name", bundled())
 def test_every_bundled_data_set_loads_and_splits(name: str) -> None:
     prompts = PromptSet.load(name)
@@ -112,6 +118,14 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
         PromptSet.load("citeis")
     with pytest.raises(UnknownData, match=r"no data set 'nowhere/cities.jsonl'"):
         PromptSet.load("nowhere/cities.jsonl")
+
+
+def test_a_file_in_this_folder_is_found_also_by_an_ending_in_capitals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "A.CSV").write_text("text\nIron sinks.\n")
+    monkeypatch.chdir(tmp_path)
+    assert PromptSet.load("A.CSV").texts == ["Iron sinks."]
 
 
 def test_a_file_of_another_kind_says_what_is_read(tmp_path: Path) -> None:
@@ -237,6 +251,19 @@ def test_where_there_is_one_split_it_need_not_be_named(hub_folder: Path) -> None
     (hub_folder / "test.jsonl").unlink()
     assert len(PromptSet.load(f"hf:{hub_folder}", text="question")) == 6
     assert len(PromptSet.load(f"hf:{hub_folder}:default", text="question")) == 6
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [("quiz.py", "import this", "scripts are no longer"), ("train.jsonl", '{"question": "?"}\n{"', "JSON parse error")],
+)
+def test_a_hugging_face_data_set_that_cannot_be_read_is_said_to_be_so(
+    hub_folder: Path, name: str, content: str, says: str, limit: int | None
+) -> None:
+    (hub_folder / name).write_text(content)
+    with pytest.raises(DataError, match=f"quiz cannot be read by the library datasets: .*{says}"):
+        PromptSet.load(f"hf:{hub_folder}:train", text="question", limit=limit)
 
 
 def test_an_hf_address_that_leads_nowhere_says_what_exists(hub_folder: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_span_must_say_which_of_its_tokens(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"pick": "last", "index": 0}, {"index": 0, "span": "subject"}, {"pick": "first"}]
+    "fields", [{}, {"pick": "last", "index": 0}, {"index": 0, "span": "subject"}, {"pick": "first"}, {"pick": "lst"}]
 )
 def test_a_position_is_one_thing(fields: dict[str, object]) -> None:
     with pytest.raises(UsageError):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from reprobe.errors import ArtifactExists, DataError, UnknownData, UsageError
 from reprobe.prompts import PromptSet, concat
+from reprobe.prompts.columns import SPANS
 
 ROWS = [
     {
@@ -94,6 +95,12 @@ def test_malformed_data_is_refused_by_name(rows: list[dict[str, object]], says: 
     assert says in str(caught.value)
 
 
+def test_a_missing_span_in_a_list_of_spans_is_none() -> None:
+    spans = pl.Series("spans", [[None, {"name": "word", "start": 0, "end": 2}]], SPANS)
+    prompts = PromptSet(pl.DataFrame({"text": ["abc"], "spans": spans}))
+    assert prompts.digest == PromptSet.from_records([{"text": "abc", "spans": {"word": [0, 2]}}]).digest
+
+
 def test_two_spans_of_one_name_are_refused() -> None:
     spans = [{"name": "x", "start": 0, "end": 1}, {"name": "x", "start": 1, "end": 2}]
     with pytest.raises(DataError, match="two spans of one name"):
@@ -161,14 +168,20 @@ def test_where_and_filter_choose_prompts_and_name_what_does_not_exist() -> None:
     assert prompts.where(group=["iron", "tin"], label=0).ids == ["b"]
     assert prompts.filter(pl.col("label") == 0).ids == ["b"]
     assert prompts.head(2).ids == ["a", "b"]
+    some = PromptSet.from_records([{"id": i, "text": i, "label": y} for i, y in (("a", 1), ("b", None), ("c", 0))])
+    assert some.where(label=None).ids == ["b"]
+    assert some.where(label=[None, 0]).ids == ["b", "c"]
+    assert some.where(label=[1, 0]).ids == ["a", "c"]
     with pytest.raises(UnknownData, match=r"no column 'lable'. Did you mean 'label'\?"):
         prompts.where(lable=1)
     with pytest.raises(UnknownData, match=r"no column 'lable'. Did you mean 'label'\?"):
         prompts.filter(pl.col("lable") == 1)
     with pytest.raises(DataError, match="no prompt passes"):
         prompts.where(label=7)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="cannot be asked that"):
         prompts.where(label="one")
+    with pytest.raises(UsageError, match="Boolean"):
+        prompts.filter(pl.col("text"))
     with pytest.raises(UsageError):
         prompts.head(0)
 
@@ -249,6 +262,7 @@ def test_writing_over_a_file_must_be_asked_for(tmp_path) -> None:
     prompts.to_jsonl(tmp_path / "a.jsonl")
     with pytest.raises(ArtifactExists):
         prompts.to_jsonl(tmp_path / "a.jsonl")
+    prompts.to_jsonl(tmp_path / "new" / "folder" / "a.jsonl")
     prompts.head(1).to_jsonl(tmp_path / "a.jsonl", overwrite=True)
     assert len(PromptSet.load(tmp_path / "a.jsonl")) == 1
 

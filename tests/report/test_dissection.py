@@ -16,6 +16,13 @@ from reprobe.report import causal_intervals, detector_bars, write_dissection
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 WORDS = ("the", "cat", "of", "red", "and", "seven", "is", "on", "blue", "an", HOSTILE)
+TEXTS = [" ".join(words) for words in np.random.default_rng(0).choice(WORDS, (60, 12))]
+CONCEPTS = (
+    Concept.words("colours", ["red", "blue"], kind="thing"),
+    Concept.words("the", ["the"], kind="language"),
+    Concept.words(f"<b>{HOSTILE}</b>", ["cat", "seven"], about="<i>hostile</i>", kind="</td>"),
+    Concept.regex("100% of / it", "alert", kind="form"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +32,7 @@ def lm(tiny_lm):
 
 @pytest.fixture(scope="module")
 def found(lm):
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(60)]
-    concepts = [
-        Concept.words("colours", ["red", "blue"], kind="thing"),
-        Concept.words("the", ["the"], kind="language"),
-        Concept.words(f"<b>{HOSTILE}</b>", ["cat", "seven"], about="<i>hostile</i>", kind="</td>"),
-        Concept.regex("100% of / it", "alert", kind="form"),
-    ]
-    return dissect(lm, texts, concepts, "mlp.neurons@*", quantile=0.02, permutations=4)
+    return dissect(lm, TEXTS, CONCEPTS, "mlp.neurons@*", quantile=0.02, permutations=4)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +78,14 @@ def test_equal_results_are_equal_pages_and_only_reports_are_replaced(found, tmp_
     other.write_text("mine")
     with pytest.raises(ArtifactExists):
         write_dissection(found, other)
+
+
+def test_a_dissection_that_found_nothing_and_asked_for_no_chance_has_its_page_too(lm, tmp_path):
+    nothing = dissect(lm, TEXTS, CONCEPTS, "mlp.neurons@*", quantile=0.02, permutations=0, detector=0.999)
+    assert not nothing.units["detector"].any()
+    page = write_dissection(nothing, tmp_path / "n.html").read_text()
+    assert "Detectors over layers" in page
+    assert "by chance" not in page.split('id="figure-detectors"')[1].split("</figure>")[0]
 
 
 def test_figures_carry_the_values_of_their_marks(lm, found):

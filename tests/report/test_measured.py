@@ -9,16 +9,17 @@ from polars.testing import assert_frame_equal
 from report import synthetic
 
 from reprobe.errors import CorruptArtifact, UsageError
-from reprobe.evaluation import Choices, compare
+from reprobe.evaluation import Choices, compare_choices
 from reprobe.evaluation.editing import summarise
 from reprobe.probing import write_table
+from reprobe.report import write_report
 from reprobe.report.measured import CHOICES, COMPARED, DOSES, EDITING, SIDE_EFFECTS, TRANSFER, TUNING, read_measured
 
 TABLES: dict[str, Any] = {
     TRANSFER: synthetic.transfers,
     SIDE_EFFECTS: synthetic.side_effects,
     CHOICES: synthetic.choices,
-    COMPARED: lambda: compare(*(Choices(synthetic.choices(), pl.DataFrame(), "", "", "") for _ in range(2))),
+    COMPARED: lambda: compare_choices(*(Choices(synthetic.choices(), pl.DataFrame(), "", "", "") for _ in range(2))),
     EDITING: synthetic.edit_scores,
     DOSES: synthetic.doses,
     TUNING: lambda: pl.DataFrame({"strength": [1.0, 2.0], "kl": [0.1, 0.3]}),
@@ -40,7 +41,7 @@ def test_multiple_choice_is_compared_as_the_runs_themselves_are(tmp_path: Path):
     steered = table.with_columns(pl.col(f"{m}_steered").alias(m) for m in ("mc1", "mc2", "mc3"))
     runs = [Choices(t, pl.DataFrame(), "", "", "") for t in (table, steered)]
     found = read_measured(write_table(table, tmp_path / "x.parquet"))
-    assert_frame_equal(found.choices, compare(*runs))
+    assert_frame_equal(found.choices, compare_choices(*runs))
     plain = table.select(pl.exclude("^.*_steered$"))
     assert_frame_equal(read_measured(write_table(plain, tmp_path / "y.csv")).choices, runs[0].summary())
 
@@ -50,6 +51,13 @@ def test_scores_of_edits_are_those_of_their_prompts(tmp_path: Path):
     found = read_measured(write_table(table, tmp_path / "x.csv")).editing
     assert found.after.shares == summarise(table.filter(state="after")).shares
     assert found.before.score == summarise(table.filter(state="before")).score
+
+
+def test_scores_of_one_subject_have_no_interval_and_say_so_by_saying_nothing(tmp_path: Path):
+    write_table(synthetic.edit_scores(2), tmp_path / "x.json")
+    page = write_report(tmp_path).read_text()
+    assert "Scores: x" in page
+    assert "nan" not in page[page.index('<section id="edits"') :].split("</section>")[0]
 
 
 def test_what_a_json_file_says_besides_is_kept(tmp_path: Path):

@@ -181,6 +181,14 @@ def test_readers_are_compared_by_what_was_held_out(full: Path, page: str):
     assert value in section
 
 
+def test_a_scan_is_of_the_grid_of_its_name_and_not_of_a_reader_in_a_comparison(full: Path, tmp_path: Path):
+    folder = _only(full, tmp_path, "comparisons")
+    reader = next(iter(read_results(full).comparisons["moods"].grids))
+    write_scan(folder, "x", dataclasses.replace(synthetic.make_scan("a text"), grid=reader))
+    page = html.unescape(write_report(folder).read_text())
+    assert f"read with the directions of {reader}. " in page
+
+
 def test_a_store_that_lies_elsewhere_is_drawn_and_nothing_else_is_without_it(full: Path, tmp_path: Path):
     folder = _only(full, tmp_path, "comparisons")
     without = write_report(folder).read_text()

@@ -150,7 +150,7 @@ def test_parts_of_an_epoch_are_disjoint_and_equal_and_pieces_lie_in_bounds(
         mine = order.Order(None if seed is None else (seed,), number, of, batch_rows is not None)
         bounds = mine.bounds(len(wanted), batch_rows or 1)
         pieces = list(
-            order.in_order(wanted, grid, piece, bounds)
+            order.in_order(wanted, piece, bounds)
             if mine.seed is None
             else order.shuffled(wanted, grid, piece, mine.seed, bounds)
         )
@@ -177,7 +177,7 @@ def test_reading_in_order_and_shuffled_touches_each_chunk_once() -> None:
         for wanted in (range(1000), range(30, 777), np.flatnonzero(np.arange(1000) % 3)):
             orders = [order.shuffled(wanted, grid, piece, (1,), (0, len(wanted)))]
             if isinstance(wanted, range):
-                orders.append(order.in_order(wanted, grid, piece, (0, len(wanted))))
+                orders.append(order.in_order(wanted, piece, (0, len(wanted))))
             for pieces in orders:
                 chunks = [c for p in pieces for c in np.unique(numbers(p) // 8)]
                 assert len(chunks) == len(set(chunks))

@@ -13,15 +13,14 @@ from typing import Any
 import obstore
 import pytest
 import torch
+from cli.calling import called
 from folders import tree
 from moto.server import ThreadedMotoServer
 from obstore.store import from_url
 from store import synthetic
 from store.synthetic import raw
 from torch.utils.data import DataLoader
-from typer.testing import CliRunner
 
-from reprobe.cli.app import app
 from reprobe.errors import (
     ArtifactExists,
     ArtifactMissing,
@@ -373,11 +372,9 @@ def test_a_path_object_that_lost_its_slash_is_not_taken_for_a_folder() -> None:
 
 def test_the_command_line_takes_urls(url: str) -> None:
     synthetic.fill(synthetic.create(url, format="hdf5"))
-    told = CliRunner().invoke(app, ["info", url, "--json"])
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout)["path"] == url
-    assert CliRunner().invoke(app, ["verify", url]).exit_code == 0
-    assert CliRunner().invoke(app, ["info", url + "x"]).exit_code == 2
+    assert json.loads(called("info", url, "--json").stdout)["path"] == url
+    called("verify", url)
+    called("info", url + "x", code=2)
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])  # imports torch again

@@ -28,7 +28,6 @@ from reprobe.probing.readers.sparse import KSparseReader
 from reprobe.probing.readers.ttpd import TTPDReader
 
 __all__ = [
-    "READERS",
     "AttentionReader",
     "CCSReader",
     "ClusterMean",
@@ -38,6 +37,7 @@ __all__ = [
     "MeanDifference",
     "MultiClassReader",
     "PCAReader",
+    "READERS",
     "RandomReader",
     "RidgeReader",
     "TTPDReader",

@@ -23,6 +23,7 @@ from reprobe.probing.reader import (
     checked,
     checked_again,
     direction_of,
+    group_codes,
     require_direction,
 )
 from reprobe.probing.readers.from_moments import pseudo_solve
@@ -69,7 +70,8 @@ class MultiClassReader(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self.reader = reader
 
     def fit(self, X: Any, y: Any, groups: Any = None, pairs: Any = None) -> Self:
-        """Fit on rows (n, width) with labels (n,); `groups` and `pairs` are unused.
+        """Fit on rows (n, width) with labels (n,); `groups` are for a `reader` that splits the rows further, to choose
+        something; `pairs` are unused.
 
         Raises `UsageError` for NaN, labels that are no classes, one class, a reader that is for two classes only, or a
         class that has no direction because its mean is the mean of all.
@@ -82,14 +84,18 @@ class MultiClassReader(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) == 1:
             raise UsageError(f"y holds one class only ({self.classes_.tolist()[0]!r}); a reader needs two or more")
-        return self.fit_rows(X, codes, tuple(self.classes_.tolist()))
+        return self.fit_rows(X, codes, tuple(self.classes_.tolist()), group_codes(groups))
 
     def fit_rows(
-        self, X: Float[np.ndarray, "rows width"], codes: Integer[np.ndarray, " rows"], classes: tuple[Label, ...]
+        self,
+        X: Float[np.ndarray, "rows width"],
+        codes: Integer[np.ndarray, " rows"],
+        classes: tuple[Label, ...],
+        groups: Integer[np.ndarray, " rows"] | None = None,
     ) -> Self:
         """Fit on rows that have been checked; `codes` says of each row which of `classes` it is, all of which occur."""
         if type(self.reader) in _ONE_VS_REST:
-            planes = _one_vs_rest(self.reader, X, codes, len(classes))
+            planes = _one_vs_rest(self.reader, X, codes, len(classes), groups)
         else:
             planes = self._moments_rule()(self.reader, ClassMoments.of_rows(X, codes, classes, self._scatter))
         return self._keep(planes, classes, lambda unit: float(np.std(X @ unit)))
@@ -193,9 +199,13 @@ def _least_squares(reader: RidgeReader, moments: ClassMoments) -> ClassPlanes:
 
 
 def _one_vs_rest(
-    reader: Reader, X: Float[np.ndarray, "rows width"], codes: Integer[np.ndarray, " rows"], classes: int
+    reader: Reader,
+    X: Float[np.ndarray, "rows width"],
+    codes: Integer[np.ndarray, " rows"],
+    classes: int,
+    groups: Integer[np.ndarray, " rows"] | None,
 ) -> ClassPlanes:
-    fitted = [clone(reader).fit_rows(TrainingRows(X, codes == c, None)) for c in range(classes)]
+    fitted = [clone(reader).fit_rows(TrainingRows(X, codes == c, None, groups=groups)) for c in range(classes)]
     return ClassPlanes(np.stack([f.coef_ for f in fitted]), np.array([f.intercept_ for f in fitted]))
 
 
