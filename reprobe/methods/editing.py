@@ -77,8 +77,8 @@ class Layers:
 
 #: (architecture, blocks, d_model) of the bundled models → blocks to begin with.
 _LAYERS = {
-    ("llama", 30, 576): Layers(rome=6, memit=(4, 5, 6, 7, 8)),
-    ("gemma3_text", 18, 640): Layers(rome=5, memit=(3, 4, 5, 6)),
+    ("llama", 30, 576): Layers(rome=6, memit=(2, 3, 4, 5, 6, 7, 8)),
+    ("gemma3_text", 18, 640): Layers(rome=0, memit=(3, 4, 5, 6)),
 }
 
 

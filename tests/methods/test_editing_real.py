@@ -31,10 +31,10 @@ def test_rome_writes_facts_that_generalise_and_come_out_again(setting):
     before = lm.identity
     settings = rome.Settings(search=Search(steps=12), prefixes=6, searched=3)
     result = scores.evaluate(lm, facts, lambda f: rome.edit(lm, f, layer=6, moment=found[6], settings=settings))
-    assert result.before.shares["efficacy"].value == 0
-    assert result.after.shares["efficacy"].value == 1
-    assert result.after.shares["paraphrase"].value == 1
-    assert result.after.shares["neighbourhood"].value >= result.before.shares["neighbourhood"].value - 0.13
+    assert result.before.shares["efficacy"].mean == 0
+    assert result.after.shares["efficacy"].mean == 1
+    assert result.after.shares["paraphrase"].mean == 1
+    assert result.after.shares["neighbourhood"].mean >= result.before.shares["neighbourhood"].mean - 0.13
     assert lm.identity == before
 
 
@@ -44,4 +44,4 @@ def test_memit_writes_them_together(setting):
     edits = memit.edit(lm, facts, layers=[6, 7], moments=found, settings=settings)
     result = scores.evaluate_together(lm, facts, edits)
     assert all(e.found for e in edits[0].effects)
-    assert result.after.shares["efficacy"].value == 1
+    assert result.after.shares["efficacy"].mean == 1
