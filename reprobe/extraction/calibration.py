@@ -14,7 +14,6 @@ from torch import nn
 from reprobe.model.hooks import capture
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.packs import BUDGET
-from reprobe.model.products import FastProducts
 from reprobe.model.sites import Site
 
 #: Budgets that are tried, by device, ascending.
@@ -45,14 +44,13 @@ def token_budget(lm: LanguageModel, n_tokens: int) -> int:
 
 def _fastest(lm: LanguageModel, candidates: tuple[int, ...]) -> int:
     """The smallest candidate that no larger one beats by more than `_GAIN`."""
+    _seconds(lm, candidates[0])  # the first pass also pays for what a device sets up once
     rates = {}
-    with FastProducts():
-        _seconds(lm, candidates[0])  # the first pass also pays for what a device sets up once
-        for budget in candidates:
-            try:
-                rates[budget] = budget / min(_seconds(lm, budget), _seconds(lm, budget))
-            except torch.cuda.OutOfMemoryError:
-                break
+    for budget in candidates:
+        try:
+            rates[budget] = budget / min(_seconds(lm, budget), _seconds(lm, budget))
+        except torch.cuda.OutOfMemoryError:
+            break
     best = candidates[0]
     for _, larger in pairwise(rates):
         if rates[larger] > _GAIN * rates[best]:

@@ -25,7 +25,6 @@ from reprobe.extraction.transfer import on_host
 from reprobe.model.hooks import board_of, capture
 from reprobe.model.language_model import LanguageModel
 from reprobe.model.packs import Packing, Plan, lay_out
-from reprobe.model.products import FastProducts
 from reprobe.model.sites import UNIT_PARTS, Site
 from reprobe.model.text import Truncate
 from reprobe.progress import Progress, silent
@@ -124,11 +123,10 @@ class Job:
         size = self.plan.size(self.table.n_tokens)
         k = int(np.argsort(size, kind="stable")[len(size) // 2])
         times = []
-        with FastProducts():
-            for _ in range(2):  # the first pass also pays for what a device sets up once
-                start = time.perf_counter()
-                for _done in on_host([(k, self._run_pack(k))], self.lm.device):
-                    times.append(time.perf_counter() - start)
+        for _ in range(2):  # the first pass also pays for what a device sets up once
+            start = time.perf_counter()
+            for _done in on_host([(k, self._run_pack(k))], self.lm.device):
+                times.append(time.perf_counter() - start)
         return min(times) * float(size.sum()) / float(size[k])
 
     def run(
@@ -166,7 +164,7 @@ class Job:
 
     def fill(self, writer: StoreWriter, progress: Progress = silent) -> None:
         """Compute and write the missing shards of a writer of this job's store."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reprobe-write") as pool, FastProducts():
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reprobe-write") as pool:
             pending: Future[None] | None = None
             try:
                 for shard, values in self._shards(writer.missing(), progress):
