@@ -71,6 +71,10 @@ def extract(
     from reprobe.progress import terminal
     from reprobe.prompts import PromptSet
 
+    if ray is None and workers is not None:
+        raise UsageError("--workers counts those of a Ray cluster: say which with --ray (local starts one here)")
+    if ray is not None and (dry_run or rank is not None or world is not None):
+        raise UsageError("--ray shares the work out by itself and goes without --rank, --world and --dry-run")
     if (rank is None) != (world is None):
         raise UsageError("--rank and --world go together: this process, and how many there are")
     share = Share.of_environment() if rank is None or world is None else Share(rank, world)
@@ -93,11 +97,7 @@ def extract(
         "format": format,
         "compression": compression,
     }
-    if ray is None and workers is not None:
-        raise UsageError("--workers counts those of a Ray cluster: say which with --ray (local starts one here)")
     if ray is not None:
-        if dry_run or rank is not None or world is not None:
-            raise UsageError("--ray shares the work out by itself and goes without --rank, --world and --dry-run")
         with terminal() as progress:
             store = extract_on_ray(
                 model,

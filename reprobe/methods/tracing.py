@@ -279,7 +279,7 @@ class TraceGrid:
             layers = tuple(operator.index(layer) for layer in header["layers"])
             traces = []
             for i, t in enumerate(header["traces"]):
-                tokens, (first, stop) = texts(t["tokens"]), t["subject"]
+                tokens, (first, stop) = texts(t["tokens"]), map(operator.index, t["subject"])
                 if not 0 <= first < stop <= len(tokens):
                     raise ValueError(f"tokens {first}–{stop} of {len(tokens)} are no subject")
                 restored = array(found.arrays, f"restored.{i}", "f", len(settings.kinds), len(layers), len(tokens))
