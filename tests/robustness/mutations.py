@@ -242,7 +242,8 @@ def odd_arrays(arrays: dict[str, np.ndarray], rng: Random) -> dict[str, np.ndarr
         case 3:
             out[name] = array.reshape(-1) if array.ndim != 1 else array[:, None]
         case 4:
-            out[name] = array.astype(rng.choice(("f8", "f4", "i8", "u1", "?", "i2")))
+            with np.errstate(invalid="ignore"):  # NaN as a whole number is some number
+                out[name] = array.astype(rng.choice(("f8", "f4", "i8", "u1", "?", "i2")))
         case 5:
             out[name] = np.zeros((0, *array.shape[1:]), array.dtype)
         case 6:
